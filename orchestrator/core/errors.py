@@ -1,0 +1,138 @@
+"""Every error Airlock raises on purpose, split by what the caller can do about it.
+
+    AirlockError
+    ├── RequestError            fix the request                         exit 2
+    │   ├── ContextError          the context cannot be read as asked
+    │   ├── PolicyError           a policy file is not valid
+    │   ├── ModelError            no such model, or no model configured
+    │   └── PriceUnknown          the model has no price, so it cannot be bounded
+    ├── LimitError              raise the limit, or ask for less        exit 3
+    │   ├── NotPermitted          the policy does not allow it at all
+    │   ├── BudgetExhausted       spent money blocks it
+    │   ├── BudgetInFlight        money held by calls in flight blocks it: try again
+    │   ├── CountExceeded         iterations, sub-calls, batch or prompt size
+    │   └── TimeExceeded          wall clock of the query or of a cell
+    ├── MachineError            mend the machine                        exit 4
+    │   ├── SandboxUnusable       the isolation asked for is not to be had here
+    │   ├── SandboxDied           the guest ended, or was killed
+    │   ├── ProtocolViolation     the guest broke the channel's rules, and was killed
+    │   └── StoreError            ledger, journal or context store cannot be written
+    └── ProviderError           try later, or fix the key               exit 5
+        ├── ProviderRefused       the provider refused the request (401, 400, 404 ...)
+        ├── ProviderBusy          429, 5xx, connection refused: nothing was used, safe to retry
+        └── OutcomeUnknown        sent, but what it used is not known: charged at the bound
+
+`kind` is the stable name that journal records, JSON output and the guest's typed exceptions carry.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class AirlockError(Exception):
+    """Base of every deliberate error. `str()` is one line that says what is wrong and what to do."""
+
+    kind: ClassVar[str] = "error"
+    exit_code: ClassVar[int] = 1
+
+
+class RequestError(AirlockError):
+    kind = "bad-request"
+    exit_code = 2
+
+
+class ContextError(RequestError):
+    kind = "bad-context"
+
+
+class PolicyError(RequestError):
+    kind = "bad-policy"
+
+
+class ModelError(RequestError):
+    kind = "bad-model"
+
+
+class PriceUnknown(RequestError):
+    kind = "price-unknown"
+
+
+class LimitError(AirlockError):
+    """A limit stands in the way.
+
+    limit, asked, left: what the limit is, what was asked for and what is left, as printable text with units.
+    """
+
+    kind = "limit"
+    exit_code = 3
+
+    def __init__(self, message: str, *, limit: str = "", asked: str = "", left: str = "") -> None:
+        super().__init__(message)
+        self.limit = limit
+        self.asked = asked
+        self.left = left
+
+
+class NotPermitted(LimitError):
+    kind = "not-permitted"
+
+
+class BudgetExhausted(LimitError):
+    kind = "budget-exhausted"
+
+
+class BudgetInFlight(LimitError):
+    kind = "budget-in-flight"
+
+
+class CountExceeded(LimitError):
+    kind = "count-exceeded"
+
+
+class TimeExceeded(LimitError):
+    kind = "time-exceeded"
+
+
+class MachineError(AirlockError):
+    kind = "machine"
+    exit_code = 4
+
+
+class SandboxUnusable(MachineError):
+    kind = "sandbox-unusable"
+
+
+class SandboxDied(MachineError):
+    kind = "sandbox-died"
+
+
+class ProtocolViolation(SandboxDied):
+    kind = "protocol-violation"
+
+
+class StoreError(MachineError):
+    kind = "store-unavailable"
+
+
+class ProviderError(AirlockError):
+    kind = "provider"
+    exit_code = 5
+
+
+class ProviderRefused(ProviderError):
+    kind = "provider-refused"
+
+
+class ProviderBusy(ProviderError):
+    """retry_after: seconds the provider asked us to wait, or None."""
+
+    kind = "provider-busy"
+
+    def __init__(self, message: str, *, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class OutcomeUnknown(ProviderError):
+    kind = "outcome-unknown"
