@@ -1,0 +1,171 @@
+"""Sub-calls as cells see them: functions that block, work from any thread, and raise typed exceptions."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Type
+
+from .link import Link, Shield
+
+
+class SubCallError(Exception):
+    """A sub-call failed. `kind` names why; `limit`, `asked` and `left` are texts with units where a limit is the cause."""
+
+    kind = "provider"
+    limit = ""
+    asked = ""
+    left = ""
+
+
+class NotPermitted(SubCallError):
+    """The policy does not allow this call at all."""
+
+
+class BudgetExhausted(SubCallError):
+    """The money is spent."""
+
+
+class BudgetInFlight(SubCallError):
+    """The money left is held by calls in flight: try again when some have ended."""
+
+
+class CountExceeded(SubCallError):
+    """Too many sub-calls, or a prompt that is too long."""
+
+
+class TimeExceeded(SubCallError):
+    """The query's time is over."""
+
+
+class ProviderFailed(SubCallError):
+    """The LM provider failed or refused, after all retries."""
+
+
+class BatchError(SubCallError):
+    """At least one item of a batch failed. `results` has every item in order: a str, or that item's exception."""
+
+    results: List[Any] = []
+
+
+KINDS: Dict[str, Type[SubCallError]] = {
+    "not-permitted": NotPermitted,
+    "bad-model": NotPermitted,
+    "price-unknown": NotPermitted,
+    "budget-exhausted": BudgetExhausted,
+    "budget-in-flight": BudgetInFlight,
+    "count-exceeded": CountExceeded,
+    "time-exceeded": TimeExceeded,
+}
+EXCEPTIONS = (
+    SubCallError,
+    NotPermitted,
+    BudgetExhausted,
+    BudgetInFlight,
+    CountExceeded,
+    TimeExceeded,
+    ProviderFailed,
+    BatchError,
+)
+
+
+def error_from(fields: Dict[str, Any]) -> SubCallError:
+    kind = str(fields.get("kind", "provider"))
+    error = KINDS.get(kind, ProviderFailed)(str(fields.get("message", "the sub-call failed")))
+    error.kind = kind
+    error.limit, error.asked, error.left = (str(fields.get(name, "")) for name in ("limit", "asked", "left"))
+    return error
+
+
+class Calls:
+    """Sub-calls over one link. Threads that wait take turns at reading the replies for all of them."""
+
+    def __init__(self, link: Link, shield: Shield, window: int) -> None:
+        self._link = link
+        self._shield = shield
+        self._slots = threading.Semaphore(window)
+        self._window = window
+        self._cond = threading.Condition()
+        self._reading = False
+        self._next_id = 1
+        self._awaited: Set[int] = set()
+        self._replies: Dict[int, Dict[str, Any]] = {}
+
+    def ask(self, op: str, prompt: object, model: Optional[str] = None) -> Any:
+        """The reply's value. Raises SubCallError."""
+        with self._slots:
+            call = self._start(op, prompt, model)
+            _, reply = self._wait({call})
+        if not reply["ok"]:
+            raise error_from(reply["error"])
+        return reply["value"]
+
+    def ask_many(self, op: str, prompts: Sequence[object], model: Optional[str], on_error: str) -> List[Any]:
+        """All prompts at once, at most `window` in flight; results in the order of the prompts."""
+        if on_error not in ("raise", "return"):
+            raise ValueError("on_error is 'raise' or 'return'")
+        if isinstance(prompts, (str, bytes)):
+            raise TypeError("prompts is a list of texts, not one text")
+        todo = list(enumerate(prompts))
+        todo.reverse()
+        results: List[Any] = [None] * len(todo)
+        running: Dict[int, int] = {}
+        try:
+            while todo or running:
+                # Block for the first place in the window only; take further ones as long as they are free.
+                while todo and len(running) < self._window and self._slots.acquire(blocking=not running):
+                    position, prompt = todo.pop()
+                    running[self._start(op, prompt, model)] = position
+                call, reply = self._wait(set(running))
+                self._slots.release()
+                results[running.pop(call)] = reply["value"] if reply["ok"] else error_from(reply["error"])
+        finally:
+            for _ in running:
+                self._slots.release()
+        failed = [item for item in results if isinstance(item, SubCallError)]
+        if failed and on_error == "raise":
+            error = BatchError("%d of %d sub-calls failed, the first with: %s" % (len(failed), len(results), failed[0]))
+            error.kind, error.results = failed[0].kind, results
+            raise error
+        return results
+
+    def _start(self, op: str, prompt: object, model: Optional[str]) -> int:
+        text = prompt if isinstance(prompt, str) else str(prompt)
+        # Lone surrogates (from surrogateescape and the like) are not text; the channel would refuse them.
+        text = text if text.isascii() else text.encode("utf-8", "replace").decode()
+        if model is not None and not isinstance(model, str):
+            raise TypeError("model is the name of a model, as text")
+        with self._cond:
+            call = self._next_id
+            self._next_id += 1
+            self._awaited.add(call)
+        self._link.send({"type": "call", "id": call, "op": op, "prompt": text, "model": model})
+        return call
+
+    def _wait(self, calls: Set[int]) -> Tuple[int, Dict[str, Any]]:
+        with self._shield:
+            while True:
+                with self._cond:
+                    for call in calls:
+                        if call in self._replies:
+                            self._awaited.discard(call)
+                            return call, self._replies.pop(call)
+                    lead = not self._reading
+                    if lead:
+                        self._reading = True
+                    else:
+                        self._cond.wait(0.2)
+                if lead:
+                    self._lead()
+                else:
+                    self._shield.check()
+
+    def _lead(self) -> None:
+        frame: Optional[Dict[str, Any]] = None
+        try:
+            frame = self._link.receive()
+        finally:
+            with self._cond:
+                self._reading = False
+                if frame and frame.get("type") == "reply" and frame["id"] in self._awaited:
+                    self._replies[frame["id"]] = frame
+                self._cond.notify_all()

@@ -1,0 +1,116 @@
+"""The worker's end of its socket to the supervisor, safe against an interrupt at any instruction.
+
+A cell's time limit arrives as SIGINT, hence as KeyboardInterrupt between any two bytecodes of the main thread. Half a
+frame sent, or received bytes dropped, would corrupt the stream; so all handling of bytes happens under a `Shield`,
+and only the waiting is open to interruption.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import socket
+import threading
+from typing import Any, Dict, List
+
+from . import wire
+
+
+class Shield:
+    """While held by the main thread, SIGINT is remembered instead of raised. Re-entrant."""
+
+    def __init__(self) -> None:
+        self._depth = 0
+        self._pending = False
+        self._main = threading.get_ident()
+
+    def arm(self) -> None:
+        """Take SIGINT over (again: a cell may have replaced the handler). Main thread only."""
+        self._depth, self._pending, self._main = 0, False, threading.get_ident()
+        signal.signal(signal.SIGINT, self._on_interrupt)
+
+    def disarm(self) -> None:
+        """Ignore SIGINT: between cells there is nothing to interrupt."""
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        self._pending = False
+
+    def _on_interrupt(self, _signal: int, _frame: object) -> None:
+        if self._depth:
+            self._pending = True
+        else:
+            raise KeyboardInterrupt
+
+    def check(self) -> None:
+        """Raise the interrupt that came while shielded, if any."""
+        if self._pending and threading.get_ident() == self._main:
+            self._pending = False
+            raise KeyboardInterrupt
+
+    def __enter__(self) -> None:
+        if threading.get_ident() == self._main:
+            self._depth += 1
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if threading.get_ident() == self._main:
+            self._depth -= 1
+            if not self._depth and kind is None:
+                self.check()
+
+    def wait_readable(self, fd: int) -> None:
+        """Block until `fd` is readable. The one place where a shielded main thread can be interrupted."""
+        mine = threading.get_ident() == self._main
+        depth = self._depth
+        if mine:
+            self.check()
+            self._depth = 0
+        try:
+            select.select([fd], [], [])
+        finally:
+            if mine:
+                self._depth = depth
+
+
+class Link:
+    """Frames over one stream socket; `run` and `snapshot` may carry file descriptors."""
+
+    def __init__(self, sock: socket.socket, shield: Shield) -> None:
+        self._sock = sock
+        self._shield = shield
+        self._send_lock = threading.Lock()
+        self._buffer = bytearray()
+        self._lines: List[bytes] = []
+        self._fds: List[int] = []
+
+    def send(self, frame: Dict[str, Any]) -> None:
+        data = wire.encode(frame)
+        with self._shield, self._send_lock:
+            self._sock.sendall(data)
+
+    def receive(self) -> Dict[str, Any]:
+        """The next frame; blocks. Raises EOFError when the supervisor has gone. Call under the shield."""
+        while not self._lines:
+            self._shield.wait_readable(self._sock.fileno())
+            data, fds, _flags, _addr = socket.recv_fds(self._sock, 1 << 18, 8)
+            for fd in fds:
+                os.set_inheritable(fd, False)
+            self._fds += fds
+            if not data:
+                raise EOFError("the supervisor has gone")
+            self._buffer += data
+            if b"\n" in data:
+                *lines, rest = bytes(self._buffer).split(b"\n")
+                self._lines += lines
+                self._buffer = bytearray(rest)
+        frame: Dict[str, Any] = json.loads(self._lines.pop(0))
+        return frame
+
+    def take_fds(self) -> List[int]:
+        """The descriptors that came with the frames so far."""
+        fds, self._fds = self._fds, []
+        return fds
+
+    def close(self) -> None:
+        self._sock.close()
+

@@ -1,0 +1,231 @@
+"""The worker processes of one sandbox: the runner, its snapshot, and the end of everything else.
+
+The runner is always a child of the supervisor; a snapshot is the runner's child until the runner dies, and then, by
+the rule for orphans, the supervisor's. Needs no /proc: process ids come from the kernel (SCM_CREDENTIALS) or are
+scanned, which is safe because process 1 sees only the sandbox's own.
+"""
+
+from __future__ import annotations
+
+import _ctypes  # the C half of ctypes: its Python half would double the time to start
+import os
+import resource
+import signal
+import socket
+import struct
+import time
+from typing import Any, Callable, Dict, List, Optional, Tuple
+
+from . import wire
+
+SNAPSHOT_S = 30.0  # for forking a worker of any size
+PID_MAX = 4194304  # PID_MAX_LIMIT of Linux on 64 bits
+OURS = 4  # processes that are not the guest's: supervisor, snapshot, the next snapshot, the probe
+_CREDENTIALS = struct.Struct("3i")
+_PR_SET_DUMPABLE = 4
+
+
+class Generation:
+    """One worker process, with the supervisor's ends of its socket and pipes."""
+
+    def __init__(self) -> None:
+        self.ctl, theirs = socket.socketpair()
+        self.ctl.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        self.out, out = os.pipe()
+        self.err, err = os.pipe()
+        for fd in (self.out, self.err):
+            os.set_blocking(fd, False)
+        self.theirs: Tuple[int, int, int] = (theirs.detach(), out, err)
+        self.pid = 0
+        self.has_context = False
+        self.buffer = bytearray()
+
+    def give(self) -> None:
+        """Forget the worker's ends, which the worker now has."""
+        for fd in self.theirs:
+            os.close(fd)
+
+    def close(self) -> None:
+        self.ctl.close()
+        os.close(self.out)
+        os.close(self.err)
+
+
+class Workers:
+    """serve: runs in each new worker process, with its three descriptors; must not return."""
+
+    def __init__(self, serve: Callable[[Tuple[int, int, int]], None]) -> None:
+        self._serve = serve
+        self._swept = os.getpid()
+        self._replace = False
+        self.making_until = 0.0
+        self.making: Optional[Generation] = None
+        self.snapshot: Optional[Generation] = None
+        self.fresh = True  # no cell has changed the REPL yet, so a new worker is as good as a snapshot
+        self.runner = self._new()
+
+    def go(self) -> None:
+        _signal(self.runner.pid, signal.SIGCONT)
+
+    def cell_ended(self, threads: int) -> None:
+        """End what the cell left running, then have a snapshot made; `making` is set until it is."""
+        self.fresh = False
+        # Threads cannot be ended from outside. A fork has none but its own, so it takes the runner's place.
+        self._replace = threads > 1
+        self._sweep()
+        self._make_snapshot()
+
+    def snapshot_made(self) -> None:
+        """The socket of `making` is readable: its process is there, or could not be made."""
+        made, self.making = self.making, None
+        if made is None:
+            return
+        made.pid = _sender(made.ctl)
+        if self.snapshot:
+            self._end(self.snapshot)
+            self.snapshot = None
+        if not made.pid:
+            made.close()
+            self._sweep()
+            return
+        self.snapshot = made
+        if self._replace:
+            self._replace = False
+            self._end(self.runner)
+            self.runner, self.snapshot = made, None
+            self._sweep()
+            self._make_snapshot()
+        else:
+            self._sweep()
+
+    def take_over(self) -> bool:
+        """The runner is dead: its snapshot goes on, or a new worker from nothing. True when no variable was lost
+        but those of the cell that ran."""
+        if self.making:
+            self.making.close()
+            self.making = None
+        self.runner.close()
+        kept, self.snapshot = self.snapshot, None
+        self.runner = kept or self._new()
+        self._sweep()
+        if kept:
+            self._make_snapshot()
+        whole = kept is not None or self.fresh
+        self.fresh = kept is None
+        return whole
+
+    def kill_runner(self) -> None:
+        _signal(self.runner.pid, signal.SIGKILL)
+
+    def reap(self) -> Optional[int]:
+        """Collect the dead; the runner's wait status when it is among them."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return None
+            if not pid:
+                return None
+            if pid == self.runner.pid:
+                return status
+
+    def _new(self) -> Generation:
+        new = Generation()
+        new.pid = os.fork()
+        if not new.pid:
+            try:
+                new.close()
+                self._serve(new.theirs)
+            finally:
+                os._exit(1)
+        new.give()
+        return new
+
+    def _make_snapshot(self) -> None:
+        self.making = Generation()
+        self.making.has_context = self.runner.has_context
+        self.making_until = time.monotonic() + SNAPSHOT_S
+        try:
+            socket.send_fds(self.runner.ctl, [wire.encode({"type": "snapshot"})], self.making.theirs)
+        except OSError:  # a runner that closed its socket or does not read it; `making` will see end of file
+            self.kill_runner()
+        self.making.give()
+        self.go()
+
+    @staticmethod
+    def _end(generation: Generation) -> None:
+        _signal(generation.pid, signal.SIGKILL)
+        generation.close()
+
+    def _sweep(self) -> None:
+        """Stop every process but this one, at one instant, then kill all that are not ours."""
+        _signal(-1, signal.SIGSTOP)
+        keep = {generation.pid for generation in (self.runner, self.snapshot) if generation}
+        probe = os.fork()
+        if not probe:
+            os._exit(0)
+        os.waitpid(probe, 0)
+        wrapped = probe < self._swept
+        for pid in range(2, PID_MAX) if wrapped else range(self._swept + 1, probe):
+            if pid not in keep and _exists(pid) and not _is_thread(pid, self.runner.pid):
+                _signal(pid, signal.SIGKILL)
+        self._swept = probe
+
+
+def harden() -> None:
+    """Put this process out of reach of others of the same user id (ptrace, /proc/PID/mem)."""
+    _call("prctl", _PR_SET_DUMPABLE, 0, 0, 0, 0)
+
+
+def restrict(limits: Dict[str, Any]) -> None:
+    """Resource limits of a worker and all it starts; hard, so they cannot be raised again."""
+    for what, most in (
+        (resource.RLIMIT_DATA, limits["memory_bytes"]),
+        (resource.RLIMIT_AS, limits["address_bytes"]),
+        (resource.RLIMIT_NPROC, limits["pids"] + OURS),
+        (resource.RLIMIT_NOFILE, limits["files"]),
+        (resource.RLIMIT_FSIZE, limits["file_bytes"]),
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_MEMLOCK, 0),
+        (resource.RLIMIT_MSGQUEUE, 0),
+    ):
+        hard = resource.getrlimit(what)[1]
+        most = int(most) if hard == resource.RLIM_INFINITY else min(int(most), hard)
+        resource.setrlimit(what, (most, most))
+
+
+def _sender(ctl: socket.socket) -> int:
+    """Process id, by the kernel's word, of who wrote to the other end; 0 at end of file."""
+    try:
+        data, ancillary, _flags, _address = ctl.recvmsg(4096, socket.CMSG_SPACE(_CREDENTIALS.size))
+    except OSError:
+        return 0
+    for level, kind, value in ancillary:
+        if data and level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS:
+            return int(_CREDENTIALS.unpack(value[: _CREDENTIALS.size])[0])
+    return 0
+
+
+def _signal(pid: int, number: int) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _is_thread(pid: int, process: int) -> bool:
+    # kill(2) on a thread's id hits its whole process: the runner's threads must not be taken for strays.
+    return _call("tgkill", process, pid, 0) == 0
+
+
+def _call(name: str, *arguments: int) -> int:
+    function = _ctypes.dlsym(_ctypes.dlopen(None, 0), name)  # type: ignore[attr-defined]
+    return int(_ctypes.call_function(function, arguments))  # type: ignore[attr-defined]

@@ -1,0 +1,356 @@
+"""Process 1 of the sandbox: owns the channel, runs no user code, and keeps the worker honest.
+
+    host <--channel--> supervisor <--socket, pipes--> runner       holds the REPL, runs the cells
+                                                  └-> snapshot     the runner's fork after the last cell, stopped
+
+If a cell kills its runner, the snapshot takes over with the state from before that cell. After a cell, whatever it left
+running is killed and a new snapshot made, while the LM thinks; between cells all are stopped, so that none of the
+guest's code runs then. Process 1 cannot be signalled from inside its process id namespace, and when it ends the
+kernel kills the rest.
+"""
+
+from __future__ import annotations
+
+import codecs
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from typing import Any, Dict, List, Optional, Tuple
+
+from . import wire
+from .processes import Workers, harden, restrict
+
+GRACE_S = 2.0  # from a cell's interrupt to its kill
+FLUSH_S = 0.02  # output waits this long for more: a flood of short writes must not be a flood of frames
+READ = 1 << 16
+STATUSES = ("ok", "error", "timeout")
+
+
+class Cell:
+    """The cell that is running. `why` says why the supervisor is ending it, if it is."""
+
+    def __init__(self, number: int, timeout_s: float, output_bytes: int) -> None:
+        self.number = number
+        self.deadline = time.monotonic() + timeout_s
+        self.room = output_bytes
+        self.dropped = 0
+        self.why = ""
+        self.flush_at = 0.0
+        self.pending: List[Tuple[str, str]] = []
+        self.pending_chars = 0
+        decoder = codecs.getincrementaldecoder("utf-8")
+        self.decoders = {"out": decoder("replace"), "err": decoder("replace")}
+
+
+class Supervisor:
+    """One sandbox's life. The limits come with the host's hello: memory_bytes, address_bytes, pids, files, file_bytes,
+    output_bytes, answer_chars, calls_in_flight."""
+
+    def __init__(self, channel_in: int, channel_out: int, context_folder: str) -> None:
+        self._in = channel_in
+        self._out = channel_out
+        self._folder = context_folder
+        self._inbox = bytearray()
+        self._frames: List[Dict[str, Any]] = []
+        self._cell: Optional[Cell] = None
+        self._attached = False
+        self._note = ""
+        self._fault = ""
+
+    def serve(self) -> None:
+        """Until the host says bye or closes the channel."""
+        while not self._frames:
+            self._read_channel()
+        hello = self._frames.pop(0)
+        if hello["type"] != "hello" or hello["version"] != wire.VERSION:
+            raise RuntimeError("the host speaks another version of the channel")
+        self._limits = hello["limits"]
+        harden()
+        self._wake = _wake_on_child()
+        self._workers = Workers(self._be_worker)
+        self._send({"type": "ready", "version": wire.VERSION, "python": "%d.%d.%d" % sys.version_info[:3]})
+        while True:
+            if self._frames and not self._workers.making:
+                frame = self._frames.pop(0)
+                if frame["type"] == "bye":
+                    return
+                self._run(frame)
+            else:
+                self._poll()
+                status = self._workers.reap()
+                if status is not None:
+                    self._runner_died(status)
+                self._watch_time()
+
+    def _be_worker(self, fds: Tuple[int, int, int]) -> None:
+        for fd in (self._in, self._out, *self._wake):
+            os.close(fd)
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        restrict(self._limits)
+        from .worker import Worker
+
+        Worker(self._limits, self._folder).serve(socket.socket(fileno=fds[0]), fds[1], fds[2])
+
+    def _poll(self) -> None:
+        poller = select.poll()
+        runner, making = self._workers.runner, self._workers.making
+        watched = [self._in, self._wake[0]]
+        if self._cell:
+            watched += [runner.ctl.fileno(), runner.out, runner.err]
+        if making:
+            watched.append(making.ctl.fileno())
+        for fd in watched:
+            poller.register(fd, select.POLLIN)
+        ready = {fd for fd, _event in poller.poll(self._wait_ms())}
+        if self._wake[0] in ready:
+            _drain(self._wake[0])
+        if self._in in ready:
+            self._read_channel()
+        if making and making.ctl.fileno() in ready:
+            self._workers.snapshot_made()
+        elif self._cell:
+            for name, fd in (("out", runner.out), ("err", runner.err)):
+                if fd in ready and not self._take_output(name, fd):
+                    self._kill_runner("closed its output")
+            if runner.ctl.fileno() in ready:
+                self._read_worker()
+
+    # Time
+
+    def _wait_ms(self) -> Optional[float]:
+        until: List[float] = []
+        if self._cell:
+            until.append(self._cell.deadline)
+            if self._cell.pending:
+                until.append(self._cell.flush_at)
+        if self._workers.making:
+            until.append(self._workers.making_until)
+        return max(0.0, min(until) - time.monotonic()) * 1000 + 1 if until else None
+
+    def _watch_time(self) -> None:
+        now = time.monotonic()
+        if self._workers.making and now >= self._workers.making_until:
+            self._kill_runner("did not let itself be saved")
+        cell = self._cell
+        if cell is None:
+            return
+        if cell.pending and now >= cell.flush_at:
+            self._flush(cell)
+        if now >= cell.deadline:
+            if cell.why:
+                self._kill_runner("was interrupted by %s and went on" % cell.why)
+            self._interrupt("its time limit")
+
+    def _interrupt(self, why: str) -> None:
+        cell = self._cell
+        if cell and not cell.why:
+            cell.why = why
+            cell.deadline = time.monotonic() + GRACE_S
+            os.kill(self._workers.runner.pid, signal.SIGINT)
+
+    # The channel
+
+    def _read_channel(self) -> None:
+        data = os.read(self._in, 1 << 18)
+        if not data:
+            os._exit(0)  # the host has gone: nobody is left to work for
+        for line in _lines(self._inbox, data):
+            frame = wire.decode(line, wire.TO_GUEST)
+            if frame["type"] == "reply":
+                if self._cell:
+                    self._to_worker(line + b"\n")
+            elif frame["type"] == "interrupt":
+                self._interrupt("the host's word")
+            else:
+                self._frames.append(frame)
+
+    def _send(self, frame: Dict[str, Any]) -> None:
+        self._send_line(wire.encode(frame))
+
+    def _send_line(self, line: bytes) -> None:
+        view = memoryview(line)
+        while view:
+            try:
+                view = view[os.write(self._out, view) :]
+            except BlockingIOError:
+                select.select([], [self._out], [])
+            except BrokenPipeError:
+                os._exit(0)
+
+    def _run(self, frame: Dict[str, Any]) -> None:
+        runner = self._workers.runner
+        self._attached = self._attached or frame["context"]
+        frame["context"] = self._attached and not runner.has_context
+        runner.has_context = self._attached
+        self._cell = Cell(frame["id"], frame["timeout_s"], int(self._limits["output_bytes"]))
+        if self._note:
+            self._keep(self._cell, "err", self._note)
+            self._note = ""
+        self._to_worker(wire.encode(frame))
+        self._workers.go()
+
+    # The worker
+
+    def _to_worker(self, line: bytes) -> None:
+        """Give the runner a line; one that does not read for a second is killed, for it must not stall the channel."""
+        runner, view, until = self._workers.runner, memoryview(line), time.monotonic() + 1.0
+        while view:
+            try:
+                view = view[runner.ctl.send(view, socket.MSG_DONTWAIT) :]
+            except BlockingIOError:
+                if not select.select([], [runner.ctl], [], max(0.0, until - time.monotonic()))[1]:
+                    self._kill_runner("did not read a reply")
+                    return
+            except OSError:  # it is dying, or closed its socket; `reap` or the cell's deadline deals with it
+                return
+
+    def _read_worker(self) -> None:
+        runner = self._workers.runner
+        try:
+            data = runner.ctl.recv(1 << 18, socket.MSG_DONTWAIT)
+            lines = _lines(runner.buffer, data) if data else None
+        except BlockingIOError:
+            return
+        except OSError:
+            lines = None
+        if lines is None or len(runner.buffer) > wire.MAX_LINE:
+            self._kill_runner("closed, or flooded, the agent's socket")
+            return
+        for line in lines:
+            try:
+                frame = wire.decode(line, wire.TO_SUPERVISOR)
+            except wire.Malformed:
+                self._kill_runner("wrote to the agent's socket")
+                return
+            if frame["type"] == "call" and self._cell:
+                self._send_line(line + b"\n")
+            elif frame["type"] == "end" and self._cell:
+                self._cell_ended(self._cell, frame)
+
+    def _kill_runner(self, fault: str) -> None:
+        self._fault = self._fault or "%s and was killed" % fault
+        self._workers.kill_runner()
+
+    def _cell_ended(self, cell: Cell, end: Dict[str, Any]) -> None:
+        status = "timeout" if cell.why else end["status"] if end["status"] in STATUSES else "error"
+        detail = "interrupted by %s" % cell.why if cell.why else end["detail"]
+        self._take_rest()
+        self._done(cell, status, detail, end["answer"], end["names"])
+        self._workers.cell_ended(end["threads"])
+        for fd in (self._workers.runner.out, self._workers.runner.err):
+            _drain(fd)
+
+    def _runner_died(self, status: int) -> None:
+        cell, why = self._cell, self._fault or _cause_of_death(status)
+        self._fault = ""
+        self._take_rest()
+        whole = self._workers.take_over()
+        if cell is None:
+            self._note = "[between cells, the REPL %s; variables of the last cells are gone]\n" % why
+            return
+        kept = "variables are as they were before it" if whole else "the REPL was restarted, all variables are gone"
+        self._done(cell, "timeout" if cell.why else "killed", "the cell %s; %s" % (why, kept), None, [])
+
+    def _done(self, cell: Cell, status: str, detail: str, answer: Optional[str], names: List[str]) -> None:
+        self._flush(cell)
+        self._cell = None
+        done: Dict[str, Any] = {"type": "done", "cell": cell.number, "status": status, "detail": detail}
+        done.update(answer=answer, names=names, dropped=cell.dropped)
+        self._send(done)
+
+    # Output
+
+    def _take_output(self, name: str, fd: int) -> bool:
+        """Read what is there into the cell's output, up to its cap. False at end of file or when there is nothing."""
+        try:
+            data = os.read(fd, READ)
+        except BlockingIOError:
+            return False
+        cell = self._cell
+        if cell and data:
+            kept = data[: max(0, cell.room)]
+            cell.room -= len(kept)
+            cell.dropped += len(data) - len(kept)
+            self._keep(cell, name, cell.decoders[name].decode(kept))
+        return bool(data)
+
+    def _take_rest(self) -> None:
+        # What the cell wrote fits in its pipes by now. Bounded, for something it left running may go on writing.
+        for name, fd in (("out", self._workers.runner.out), ("err", self._workers.runner.err)):
+            for _ in range(4):
+                if not self._take_output(name, fd):
+                    break
+
+    def _keep(self, cell: Cell, name: str, text: str) -> None:
+        if not text:
+            return
+        if not cell.pending:
+            cell.flush_at = time.monotonic() + FLUSH_S
+        if cell.pending and cell.pending[-1][0] == name:
+            cell.pending[-1] = (name, cell.pending[-1][1] + text)
+        else:
+            cell.pending.append((name, text))
+        cell.pending_chars += len(text)
+        if cell.pending_chars >= wire.OUTPUT_CHUNK:
+            self._flush(cell)
+
+    def _flush(self, cell: Cell) -> None:
+        pending, cell.pending, cell.pending_chars = cell.pending, [], 0
+        for name, text in pending:
+            for start in range(0, len(text), wire.OUTPUT_CHUNK):
+                part = text[start : start + wire.OUTPUT_CHUNK]
+                self._send({"type": "output", "cell": cell.number, "stream": name, "text": part})
+
+
+def _lines(buffer: bytearray, data: bytes) -> List[bytes]:
+    """Add `data` to `buffer`, take the whole lines out of it."""
+    buffer += data
+    if b"\n" not in data:
+        return []
+    *lines, rest = bytes(buffer).split(b"\n")
+    buffer[:] = rest
+    return lines
+
+
+def _drain(fd: int) -> None:
+    try:
+        while os.read(fd, READ):
+            pass
+    except BlockingIOError:
+        return
+
+
+def _wake_on_child() -> Tuple[int, int]:
+    """A pipe that becomes readable when a child ends, so that waiting for input ends too."""
+    ends = os.pipe()
+    for fd in ends:
+        os.set_blocking(fd, False)
+    signal.set_wakeup_fd(ends[1], warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
+    return ends
+
+
+def _cause_of_death(status: int) -> str:
+    if not os.WIFSIGNALED(status):
+        return "ended its process with exit code %d" % os.WEXITSTATUS(status)
+    number = os.WTERMSIG(status)
+    if number == signal.SIGKILL:
+        return "was killed, most likely for using too much memory"
+    return "crashed with %s" % signal.Signals(number).name
+
+
+def main() -> None:
+    # The launcher may have left descriptors open; nothing but the channel is wanted, here or in a worker.
+    os.closerange(3, 4096)
+    if os.getpid() != 1:
+        sys.exit("the guest agent only runs as process 1 of a process id namespace of its own")
+    channel_in, channel_out = os.dup(0), os.dup(1)
+    null = os.open("/dev/null", os.O_RDWR)
+    os.dup2(null, 0)
+    os.dup2(null, 1)
+    os.close(null)
+    Supervisor(channel_in, channel_out, "/context").serve()

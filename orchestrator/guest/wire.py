@@ -1,0 +1,116 @@
+"""The frames of the channel: one JSON object a line, ASCII only, at most 16 MiB a line.
+
+Host to guest: hello run reply interrupt bye.     Guest to host: ready output done call.
+The same table checks frames on both sides: exact fields, exact types, every size bounded. What does not fit is
+`Malformed`; the host then kills the sandbox, the supervisor kills the cell.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Dict, Mapping, NoReturn, Tuple
+
+VERSION = 1
+MAX_LINE = 16 * 1024 * 1024  # bytes, newline included
+MAX_ID = 2**53
+OUTPUT_CHUNK = 32 * 1024  # characters of text in one output frame, at most
+
+Frame = Dict[str, Any]
+_TEXT = (str, type(None))
+_LIST = (list,)
+_MAP = (dict,)
+
+# type of frame -> field -> permitted types. `type` itself is checked apart.
+Table = Mapping[str, Mapping[str, Tuple[type, ...]]]
+TO_GUEST: Table = {
+    "hello": {"version": (int,), "limits": _MAP},
+    "run": {"id": (int,), "code": (str,), "timeout_s": (int, float), "context": (bool,)},
+    "reply": {"id": (int,), "ok": (bool,), "value": (str, dict, type(None)), "error": (dict, type(None))},
+    "interrupt": {},
+    "bye": {},
+}
+TO_HOST: Table = {
+    "ready": {"version": (int,), "python": (str,)},
+    "output": {"cell": (int,), "stream": (str,), "text": (str,)},
+    "done": {
+        "cell": (int,),
+        "status": (str,),
+        "detail": (str,),
+        "answer": _TEXT,
+        "names": _LIST,
+        "dropped": (int,),
+    },
+    "call": {"id": (int,), "op": (str,), "prompt": (str,), "model": _TEXT},
+}
+# Between supervisor and worker, inside the sandbox: what the worker says when a cell is over, or a snapshot is taken.
+TO_SUPERVISOR: Table = {
+    "call": TO_HOST["call"],
+    "end": {"status": (str,), "detail": (str,), "answer": _TEXT, "names": _LIST, "threads": (int,)},
+    "snapshot": {},
+}
+
+CELL_STATUS = ("ok", "error", "timeout", "killed")
+OPS = ("llm_query", "rlm_query", "budget")
+
+
+class Malformed(ValueError):
+    """A line that is not a frame. Its text names the rule that was broken, never the content."""
+
+
+def encode(frame: Frame) -> bytes:
+    """One line, newline included. Raises ValueError when it would be longer than MAX_LINE."""
+    line = json.dumps(frame, ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode("ascii") + b"\n"
+    if len(line) > MAX_LINE:
+        raise ValueError("frame of %d bytes is larger than the %d that the channel carries" % (len(line), MAX_LINE))
+    return line
+
+
+def decode(line: bytes, table: Table) -> Frame:
+    """The frame in `line` (without its newline), checked against `table`. Raises Malformed."""
+    if len(line) > MAX_LINE:
+        raise Malformed("line too long")
+    if not line.isascii():
+        raise Malformed("not ASCII")
+    try:
+        frame: Any = json.loads(line, parse_constant=_no_constant)
+    except (ValueError, RecursionError):
+        raise Malformed("not JSON") from None
+    if type(frame) is not dict:
+        raise Malformed("not an object")
+    kind = frame.pop("type", None)
+    if type(kind) is not str or kind not in table:
+        raise Malformed("unknown type of frame")
+    fields = table[kind]
+    if frame.keys() != fields.keys():
+        raise Malformed("fields of %s are not as agreed" % kind)
+    for name, types in fields.items():
+        _check(frame[name], types, "%s.%s" % (kind, name))
+    frame["type"] = kind
+    return frame
+
+
+def _check(value: Any, types: Tuple[type, ...], where: str) -> None:
+    # type() and not isinstance(): True must not pass for a number.
+    if type(value) not in types:
+        raise Malformed("%s has the wrong type" % where)
+    if type(value) is int and not 0 <= value <= MAX_ID:
+        raise Malformed("%s is out of range" % where)
+    if type(value) is str and not _is_text(value):
+        raise Malformed("%s is not Unicode text" % where)
+    if type(value) is list and not all(type(item) is str and len(item) <= 256 and _is_text(item) for item in value):
+        raise Malformed("%s is not a list of short texts" % where)
+
+
+def _is_text(value: str) -> bool:
+    # A lone surrogate passes json.loads and then breaks every encoder that the text meets on the host.
+    if value.isascii():
+        return True
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(name)

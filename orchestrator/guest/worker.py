@@ -1,0 +1,87 @@
+"""The process that runs cells: takes frames from the supervisor, one cell at a time, and forks snapshots of itself.
+
+User code shares this interpreter and may do anything to it. Nothing here is relied on for safety: the supervisor
+checks what it is told, and kills the process when it does not behave.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import Any, Dict, List
+
+from .link import Link, Shield
+from .repl import Repl, restore_fds
+
+
+class Worker:
+    def __init__(self, limits: Dict[str, Any], context_folder: str) -> None:
+        self._limits = limits
+        self._folder = context_folder
+        self._shield = Shield()
+        self._saved: List[int] = []
+        self._snapshots: List[int] = []
+
+    def serve(self, ctl: socket.socket, out: int, err: int) -> None:
+        """Work until the supervisor goes. Does not return in the child of a fork before that either."""
+        self._link = self._open(ctl, out, err)
+        self._repl = Repl(self._link, self._shield, self._limits)
+        while True:
+            self._shield.disarm()
+            frame = self._link.receive()
+            if frame["type"] == "run":
+                self._run(frame)
+            elif frame["type"] == "snapshot":
+                self._snapshot()
+
+    def _open(self, ctl: socket.socket, out: int, err: int) -> Link:
+        for fd in self._saved:
+            os.close(fd)
+        self._saved = [out, err]
+        restore_fds(self._saved)
+        return Link(ctl, self._shield)
+
+    def _run(self, frame: Dict[str, Any]) -> None:
+        restore_fds(self._saved)
+        if frame["context"]:
+            self._repl.load_context(self._folder)
+        self._shield.arm()
+        try:
+            end = self._repl.run(frame["code"], frame["id"])
+            self._shield.disarm()
+        except KeyboardInterrupt:  # in the few instructions between the cell's end and disarm()
+            self._shield.disarm()
+            end = {"type": "end", "status": "timeout", "detail": "interrupted", "answer": None, "names": []}
+            end["threads"] = 1
+        self._link.send(end)
+
+    def _snapshot(self) -> None:
+        """Fork a process that has this one's state and waits, on descriptors of its own, to be needed."""
+        import warnings
+
+        ctl, out, err = self._link.take_fds()
+        self._snapshots = [pid for pid in self._snapshots if not _reaped(pid)]
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # threads that a cell left running are no concern of the child
+                pid = os.fork()
+        except OSError:  # no process or no memory to be had: closing the descriptors tells the supervisor
+            pid = -1
+        if pid:
+            if pid > 0:
+                self._snapshots.append(pid)
+            for fd in (ctl, out, err):
+                os.close(fd)
+            return
+        self._snapshots = []
+        self._link.close()
+        self._link = self._open(socket.socket(fileno=ctl), out, err)
+        self._repl.connect(self._link, self._shield)
+        self._link.send({"type": "snapshot"})  # the kernel adds this process's id
+
+
+def _reaped(pid: int) -> bool:
+    try:
+        return os.waitpid(pid, os.WNOHANG)[0] == pid
+    except ChildProcessError:  # the cell waited for it
+        return True

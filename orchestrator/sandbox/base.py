@@ -1,0 +1,122 @@
+"""The seam that keeps backends small: start the guest agent in isolation, hand back its stream, kill it for certain."""
+
+from __future__ import annotations
+
+import enum
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from anyio.abc import ByteStream
+
+_GIB = 1 << 30
+
+
+class Isolation(enum.IntEnum):
+    """How far a guest is from the host's kernel. Ordered: a policy names the least it accepts."""
+
+    namespace = 1
+    container = 2
+    gvisor = 3
+    microvm = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """What one sandbox has to itself while it lives.
+
+    uid: the user and group id it runs under on the host; None when Airlock is not root and has only its own.
+    """
+
+    number: int
+    folder: Path
+    uid: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class SandboxSpec:
+    """What one sandbox may use. Sizes in bytes; `cpus` in cores; `tmp_inodes` in files.
+
+    slot.folder is mounted read-only at /context; context_bytes only widens the address space for mapping what is there.
+    """
+
+    slot: Slot
+    memory_bytes: int
+    cpus: float
+    pids: int
+    tmp_bytes: int
+    tmp_inodes: int
+    files: int
+    output_bytes: int
+    answer_chars: int
+    calls_in_flight: int
+    context_bytes: int = 0
+
+    def guest_limits(self) -> dict[str, Any]:
+        """The part that the guest agent enforces on its workers, as the hello frame carries it."""
+        return {
+            "memory_bytes": self.memory_bytes,
+            "address_bytes": 2 * self.memory_bytes + self.context_bytes + _GIB,
+            "pids": self.pids,
+            "files": self.files,
+            "file_bytes": self.tmp_bytes,
+            "output_bytes": self.output_bytes,
+            "answer_chars": self.answer_chars,
+            "calls_in_flight": self.calls_in_flight,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a guest used. None where the host has no way to measure. `oom` when the kernel killed for memory."""
+
+    cpu_s: float | None
+    peak_memory_bytes: int | None
+    oom: bool
+
+
+class Guest(ABC):
+    """A running guest agent."""
+
+    stream: ByteStream
+
+    @abstractmethod
+    async def kill(self) -> None:
+        """End it and everything it started. Idempotent; returns when nothing of the guest is left."""
+
+    @abstractmethod
+    async def usage(self) -> Usage:
+        """What it used so far, or in all once it is dead."""
+
+    @abstractmethod
+    def last_words(self) -> str:
+        """What the launcher or the agent wrote to standard error, at most one line; for the reason of a failed start."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of `airlock doctor`. ok=False on a `needed` finding makes the backend unusable."""
+
+    name: str
+    ok: bool
+    needed: bool
+    text: str
+
+
+class Backend(ABC):
+    """One way of isolating guests. Constructing it does no I/O."""
+
+    name: str
+    isolation: Isolation
+
+    @abstractmethod
+    async def launch(self, spec: SandboxSpec) -> Guest:
+        """Start a guest agent.
+
+        Raises SandboxUnusable when this machine cannot isolate as the backend promises, in one line with the remedy.
+        """
+
+    @abstractmethod
+    async def diagnose(self) -> list[Finding]:
+        """What this backend has and lacks on this machine. Starts and ends a real sandbox; raises nothing."""

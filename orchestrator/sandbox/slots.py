@@ -1,0 +1,76 @@
+"""Slots: a number, a folder and, under root, a user id that one sandbox has to itself while it lives.
+
+A slot is a locked file; the kernel drops the lock when its holder dies, so nothing needs to be released by hand and
+what a dead orchestrator left in a slot is removed by the next one that takes it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from orchestrator.core.errors import SandboxUnusable, StoreError
+from orchestrator.sandbox.base import Slot
+
+UID_BASE = 2_000_000_000  # above what distributions, containers (subuid) and systemd give out
+MOST = 4096
+_MACHINE_WIDE = Path("/run/airlock/slots")
+
+
+class Slots:
+    """Under root the locks are machine-wide, since user ids and cgroups are; else they lie in the data folder."""
+
+    def __init__(self, home: Path) -> None:
+        self._folders = home / "slots"
+        self._root = os.geteuid() == 0
+        self._locks = _MACHINE_WIDE if self._root else home / "slots"
+
+    @contextmanager
+    def take(self) -> Iterator[Slot]:
+        """The first free slot, its folder empty; the folder is removed afterwards. Raises StoreError, SandboxUnusable."""
+        try:
+            for folder in (self._folders, self._locks):
+                folder.mkdir(parents=True, exist_ok=True, mode=0o755)
+        except OSError as error:
+            raise StoreError(f"cannot make the slot folders: {error.strerror}: {error.filename}") from None
+        for number in range(MOST):
+            handle = self._lock(number)
+            if handle is None:
+                continue
+            folder = self._folders / f"slot-{number}"
+            try:
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir(mode=0o755)
+                yield Slot(number, folder, UID_BASE + number if self._root else None)
+            except OSError as error:
+                raise StoreError(f"cannot make a slot folder: {error.strerror}: {error.filename}") from None
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+                os.close(handle)
+            return
+        raise SandboxUnusable(f"all {MOST} sandbox slots of this machine are taken; end some queries first")
+
+    def clear_dead(self) -> int:
+        """Remove the folders that dead orchestrators left; how many there were."""
+        cleared = 0
+        for folder in self._folders.glob("slot-*") if self._folders.is_dir() else ():
+            number = folder.name.removeprefix("slot-")
+            handle = self._lock(int(number)) if number.isdecimal() and folder.is_dir() else None
+            if handle is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+                os.close(handle)
+                cleared += 1
+        return cleared
+
+    def _lock(self, number: int) -> int | None:
+        handle = os.open(self._locks / f"{number}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            return None
+        return handle
