@@ -471,10 +471,11 @@ class Items(LazyList):
             raise MemoryError(
                 f"item {self._numbers[block]:,} is {end - start:,} bytes of JSON, too large to parse here"
             )
-        text = self._data[start:end].decode()
-        if self._facts["kind"] == "jsonl":
-            return [json.loads(line) for line in text.split("\n") if line]
-        return json.loads("[" + text.rstrip(" \t\r\n")[:-1] + "]")  # it ends with the comma, or with the list's bracket
+        # A block ends with a line end, the comma of its last item, or the bracket of the list. No str in valid JSON
+        # holds a bare line end, so lines can be parsed as one list, which takes half the time.
+        body = self._data[start:end].decode().rstrip(" \t\r\n")
+        body = body.replace("\n", ",") if self._facts["kind"] == "jsonl" else body[:-1]
+        return json.loads(f"[{body}]")
 
     def _slice_bytes(self, first: int, last: int) -> int:
         blocks = (bisect_right(self._numbers, number) - 1 for number in (first, last))

@@ -10,19 +10,18 @@ first line is the order, and when the host closes the pipe, or dies in any way, 
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
 from typing import Any
 
-import xllamacpp  # pyright: ignore[reportMissingTypeStubs]
-
 BATCH = 128  # tokens between two looks at whether the caller is still there: 4 s at 35 tokens/s, no slower than 512
 PROMPT_CACHE_MIB = 512  # for conversations that sub-calls have pushed out of their slot; the default is 8 GiB
 
 
-def params_of(order: dict[str, Any]) -> Any:
-    params: Any = xllamacpp.CommonParams()
+def params_of(xllamacpp: Any, order: dict[str, Any]) -> Any:
+    params = xllamacpp.CommonParams()
     params.model.path = order["path"]
     params.hostnames = ["127.0.0.1"]
     params.port = 0
@@ -41,8 +40,9 @@ def params_of(order: dict[str, Any]) -> Any:
 
 def main() -> None:
     order = json.loads(sys.stdin.readline())
+    xllamacpp: Any = importlib.import_module("xllamacpp")  # no type stubs
     try:
-        server: Any = xllamacpp.Server(params_of(order))
+        server = xllamacpp.Server(params_of(xllamacpp, order))
     except (RuntimeError, ValueError) as error:
         print(json.dumps({"error": str(error)}), flush=True)
         return

@@ -36,7 +36,7 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class SandboxSpec:
-    """What one sandbox may use. Sizes in bytes; `cpus` in cores; `tmp_inodes` in files.
+    """What one sandbox may use. Sizes in bytes, `cpus` in cores.
 
     slot.folder is mounted read-only at /context; context_bytes only widens the address space for mapping what is there.
     """
@@ -46,7 +46,6 @@ class SandboxSpec:
     cpus: float
     pids: int
     tmp_bytes: int
-    tmp_inodes: int
     files: int
     output_bytes: int
     answer_chars: int

@@ -13,7 +13,7 @@ import anyio
 import anyio.abc
 
 from orchestrator.core.context import Context
-from orchestrator.core.errors import AirlockError, LimitError, ProtocolViolation, SandboxDied, SandboxUnusable
+from orchestrator.core.errors import AirlockError, LimitError, MachineError, ProtocolViolation, SandboxDied, SandboxUnusable
 from orchestrator.guest import wire
 from orchestrator.sandbox.base import Backend, Guest, SandboxSpec, Slot, Usage
 from orchestrator.sandbox.channel import Channel
@@ -152,6 +152,8 @@ class Sandbox:
         try:
             reply["value"] = await on_call(Call(frame["op"], frame["prompt"], frame["model"]))
             wire.encode(reply)
+        except MachineError:  # not the cell's affair: nothing may go on without ledger and journal
+            raise
         except AirlockError as error:
             reply.update(ok=False, value=None, error=_for_guest(error))
         in_flight.discard(frame["id"])

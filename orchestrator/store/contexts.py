@@ -15,11 +15,12 @@
     documents  [path, byte offset, bytes, chars, index] of each document; index is null in a short one, too
     blocks     [numbers, offsets]: items that can be parsed from a byte offset on, about one every `stride` bytes
                (jsonl, and json with a list on top)
-    top        type of the JSON value: list, dict, str, int, float, bool, NoneType
+    top        type of the JSON value: list, dict, str, int, float, bool, NoneType; keys: of a dict, their number
     skipped    what of a folder was left out: {"symlink": 2, "hidden": 1, "binary": 1, "special": 1}
 
 A byte order mark stays in a text, whose SHA-256 is that of the file; JSON has none, so it is dropped there. Blank JSON
-lines are dropped. In a folder, hidden entries, symbolic links, special files and binary files are skipped and counted.
+lines, and white space around lines, are dropped. In a folder, hidden entries, symbolic links, special files and files
+with a NUL byte in their first CHUNK are skipped and counted.
 
 Everything is streamed: memory does not grow with the context, but for the tables in the manifest.
 """
@@ -365,8 +366,9 @@ def _jsonl(draft: _Draft, pieces: Iterable[bytes | str], name: str) -> dict[str,
     items = chars = 0
     numbers: list[int] = []
     offsets: list[int] = []
-    for number, line in enumerate(_lines(_without_bom(pieces), name), 1):
-        if not line.strip():
+    for number, padded in enumerate(_lines(_without_bom(pieces), name), 1):
+        line = padded.strip(b" \t\r")
+        if not line:
             continue
         text = line.decode()
         try:
@@ -402,7 +404,9 @@ def _lines(pieces: Iterable[bytes | str], name: str) -> Iterator[bytes]:
 def _check_line(line: bytes, text: str) -> None:
     """Raises one of _INVALID. The streaming parser is slower, and bounds depth and memory."""
     if len(line) <= CHUNK and line.count(b"[") + line.count(b"{") <= MAX_DEPTH:
-        _STRICT.decode(text)
+        _, end = _STRICT.raw_decode(text)
+        if end < len(text):
+            raise ValueError(f"more than one value, from character {end + 1} on")
     else:
         check = _JsonCheck(sys.maxsize)
         check.feed(line)

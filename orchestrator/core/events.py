@@ -1,0 +1,105 @@
+"""Records of the journal: what happened, as canonical JSON in a hash chain. Pure; the store keeps them.
+
+A record holds no payload. Prompts, completions, code, output and answers are kept apart; the record has a salted
+commitment to each (SHA-256 of salt and bytes), so a payload can be erased while the chain still verifies.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import rfc8785
+
+VERSION = 1
+GENESIS = "0" * 64
+
+EventType = Literal[
+    "query.opened",
+    "sandbox.started",
+    "sandbox.ended",
+    "call.intent",
+    "call.result",
+    "call.refused",
+    "cell.started",
+    "cell.ended",
+    "limit.hit",
+    "context.verified",
+    "query.closed",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """What the loop or the proxy wants recorded. body: JSON without floats, money as text. payloads: name -> text."""
+
+    type: EventType
+    node: str
+    body: Mapping[str, Any]
+    payloads: Mapping[str, str] = field(default_factory=dict[str, str])
+
+
+@dataclass(frozen=True, slots=True)
+class Sealed:
+    """An event with its place in the chain. record: the canonical bytes. hash: SHA-256 (hex) of them."""
+
+    seq: int
+    record: bytes
+    hash: str
+
+
+def commitment(salt: bytes, payload: bytes) -> str:
+    return hashlib.sha256(salt + payload).hexdigest()
+
+
+def seal(
+    event: Event, *, query: str, tenant: str, policy: str, seq: int, at: str, prev: str, payloads: Mapping[str, Any]
+) -> Sealed:
+    """Give `event` its place after the record with hash `prev`.
+
+    at: RFC 3339 time in UTC. policy: SHA-256 of the effective policy. payloads: name -> {"commitment", "bytes"}.
+    Raises ValueError on what canonical JSON without floats cannot hold.
+    """
+    fields = {
+        "v": VERSION,
+        "query": query,
+        "tenant": tenant,
+        "policy": policy,
+        "node": event.node,
+        "seq": seq,
+        "at": at,
+        "type": event.type,
+        "body": dict(event.body),
+        "payloads": dict(payloads),
+        "prev": prev,
+    }
+    if _has_float(fields["body"]):
+        raise ValueError(f"{event.type}: records hold no floats")
+    record = rfc8785.dumps(fields)
+    return Sealed(seq, record, hashlib.sha256(record).hexdigest())
+
+
+def _has_float(value: Any) -> bool:
+    if isinstance(value, float):
+        return True
+    if isinstance(value, dict):
+        return any(_has_float(item) for item in value.values())
+    return isinstance(value, list) and any(_has_float(item) for item in value)
+
+
+def chain_fault(records: list[tuple[bytes, str]]) -> str | None:
+    """What is wrong with a query's chain of (record, hash), or None. A closed query also commits its length."""
+    prev = GENESIS
+    for number, (record, digest) in enumerate(records):
+        if hashlib.sha256(record).hexdigest() != digest:
+            return f"record {number} does not match its hash"
+        fields = json.loads(record)
+        if fields["seq"] != number or fields["prev"] != prev:
+            return f"record {number} does not follow the one before it"
+        if fields["type"] == "query.closed" and (fields["body"]["records"] != number + 1 or number + 1 != len(records)):
+            return "the closing record does not match the number of records"
+        prev = digest
+    return None

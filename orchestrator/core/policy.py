@@ -1,0 +1,146 @@
+"""What a tenant and a query may do. Deny by default: every limit has a value, every unknown key is an error.
+
+A policy only ever gets narrower: `Policy.narrowed` is the pointwise minimum, so a request cannot widen what its tenant
+was granted, nor a tenant what the platform allows. Quantities carry their unit in the file and are exact integers here.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, Self, cast
+
+import rfc8785
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
+
+from orchestrator.core.units import parse_bytes, parse_millicores, parse_ms, parse_usd, usd
+
+ISOLATION = ("namespace", "container", "gvisor", "microvm")  # weakest first
+PAYLOADS = ("hash", "keep")  # what keeps least first
+
+
+def _quantity(parse: Callable[[object], int], show: Callable[[int], str]) -> tuple[Any, ...]:
+    return BeforeValidator(parse), PlainSerializer(show, return_type=str)
+
+
+_positive = Field(gt=0)
+Bytes = Annotated[int, *_quantity(parse_bytes, lambda n: f"{n} B"), _positive]
+Millis = Annotated[int, *_quantity(parse_ms, lambda n: f"{n} ms"), _positive]
+Millicores = Annotated[int, *_quantity(parse_millicores, lambda n: f"{n / 1000:g} cores"), _positive]
+Nano = Annotated[int, *_quantity(parse_usd, lambda n: f"{usd(n)} USD"), Field(ge=0)]
+Count = Annotated[int, Field(ge=0, strict=True)]
+AtLeastOne = Annotated[int, Field(ge=1, strict=True)]
+
+
+def _one_list(value: object) -> object:
+    # A file has one list of patterns; narrowing adds further lists, all of which must be passed.
+    return (value,) if isinstance(value, list) and all(isinstance(item, str) for item in cast("list[Any]", value)) else value
+
+
+Patterns = Annotated[tuple[str, ...], Field(min_length=1)]
+Allowed = Annotated[tuple[Patterns, ...], BeforeValidator(_one_list)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def narrowed(self, other: Self) -> Self:
+        """Field by field, the stricter of the two."""
+        return self.model_copy(
+            update={name: _stricter(name, getattr(self, name), getattr(other, name)) for name in type(self).model_fields}
+        )
+
+
+def _stricter(name: str, mine: Any, theirs: Any) -> Any:
+    if isinstance(mine, _Section):
+        return mine.narrowed(theirs)
+    if name == "least_isolation":
+        return max(mine, theirs, key=ISOLATION.index)
+    if name == "payloads":
+        return min(mine, theirs, key=PAYLOADS.index)
+    if name == "verify_context":
+        return mine or theirs
+    if name in ("root", "sub"):  # allow-lists: a model has to pass both
+        return mine if mine == theirs else (*mine, *theirs)
+    return min(mine, theirs)
+
+
+class Models(_Section):
+    """root, sub: which models may be asked, as lists of patterns; a model must match one of every list."""
+
+    root: Allowed
+    sub: Allowed
+    prompt: Bytes
+    output_tokens: AtLeastOne
+    output_floor: AtLeastOne
+
+    def permits(self, role: Literal["root", "sub"], model: str) -> bool:
+        lists: Allowed = getattr(self, role)
+        return all(any(fnmatch.fnmatchcase(model, pattern) for pattern in patterns) for patterns in lists)
+
+
+class Money(_Section):
+    query: Nano
+    tenant_day: Nano
+    tenant_month: Nano
+
+
+class Time(_Section):
+    """query: wall clock of the whole query. cell: of one cell. idle: how long one LM request may go unanswered."""
+
+    query: Millis
+    cell: Millis
+    idle: Millis
+
+
+class Counts(_Section):
+    iterations: AtLeastOne
+    sub_calls: Count
+    depth: Annotated[int, Field(ge=0, le=1, strict=True)]
+    in_flight: AtLeastOne
+    retries: Count
+
+
+class SandboxLimits(_Section):
+    """output: bytes a cell may print. shown: characters of it that the root LM sees."""
+
+    least_isolation: Literal["namespace", "container", "gvisor", "microvm"]
+    cpu: Millicores
+    memory: Bytes
+    pids: AtLeastOne
+    tmp: Bytes
+    files: Annotated[int, Field(ge=32, strict=True)]
+    output: Bytes
+    shown: AtLeastOne
+
+
+class Tenant(_Section):
+    queries_at_once: AtLeastOne
+
+
+class Audit(_Section):
+    """payloads: keep prompts, code and outputs, or only their hashes. verify_context: hash it again after the answer."""
+
+    payloads: Literal["hash", "keep"]
+    verify_context: Annotated[bool, Field(strict=True)]
+
+
+class Content(_Section):
+    question_chars: AtLeastOne
+    answer_chars: AtLeastOne
+
+
+class Policy(_Section):
+    models: Models
+    money: Money
+    time: Time
+    counts: Counts
+    sandbox: SandboxLimits
+    tenant: Tenant
+    audit: Audit
+    content: Content
+
+    def sha256(self) -> str:
+        """Hex SHA-256 of the canonical JSON (RFC 8785) of the policy."""
+        return hashlib.sha256(rfc8785.dumps(self.model_dump(mode="json"))).hexdigest()

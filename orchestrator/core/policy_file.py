@@ -1,0 +1,71 @@
+"""Reads a policy file: YAML in, a `Policy` or errors that name the line out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from orchestrator.core.errors import PolicyError
+from orchestrator.core.policy import Policy
+
+_PLAIN = {
+    "extra_forbidden": "is not a key of policies; policies/README.md lists them",
+    "missing": "is missing",
+    "too_short": "must not be empty",
+}
+
+
+def parse_policy(text: str, name: str) -> Policy:
+    """The policy in `text`. Raises PolicyError: one line for each fault, `name:line: key: what is wrong`."""
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise PolicyError(f"{name}:{line}: not YAML: {error.problem}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise PolicyError(f"{name}: not YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(root, yaml.MappingNode):
+        raise PolicyError(f"{name}:1: a policy is a mapping of sections; see policies/default.yaml")
+    faults = _duplicates(root, name)
+    try:
+        policy = Policy.model_validate(values)
+    except ValidationError as error:
+        for fault in error.errors(include_url=False, include_context=False, include_input=False):
+            where = tuple(part for part in fault["loc"] if isinstance(part, str))
+            message = _PLAIN.get(fault["type"]) or fault["msg"].removeprefix("Value error, ")
+            faults.append(f"{name}:{_line(root, where)}: {'.'.join(where)}: {message}")
+        raise PolicyError("\n".join(dict.fromkeys(faults))) from None
+    if faults:
+        raise PolicyError("\n".join(faults))
+    return policy
+
+
+def _duplicates(node: Any, name: str) -> list[str]:
+    # YAML keeps the last of two equal keys: a limit could be hidden by one further down.
+    faults: list[str] = []
+    seen: set[str] = set()
+    for key, value in node.value:
+        if key.value in seen:
+            faults.append(f"{name}:{key.start_mark.line + 1}: {key.value}: is there twice")
+        seen.add(key.value)
+        if isinstance(value, yaml.MappingNode):
+            faults += _duplicates(value, name)
+    return faults
+
+
+def _line(node: Any, where: tuple[str, ...]) -> int:
+    """The line of the deepest key of `where` that is in the file."""
+    line = 1
+    for part in where:
+        found = next((pair for pair in node.value if pair[0].value == part), None) if _is_map(node) else None
+        if found is None:
+            break
+        line, node = found[0].start_mark.line + 1, found[1]
+    return int(line)
+
+
+def _is_map(node: Any) -> bool:
+    return isinstance(node, yaml.MappingNode)

@@ -1,0 +1,58 @@
+"""Quantities as people write them in policies, as exact integers: bytes, milliseconds, millicores, nano-USD."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from decimal import ROUND_CEILING, Decimal
+
+NANO = 10**9
+
+_SIZES = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "kB": 10**3, "MB": 10**6, "GB": 10**9}
+_TIMES = {"ms": 1, "s": 1000, "min": 60_000, "h": 3_600_000}
+_CORES = {"core": 1000, "cores": 1000}
+_MONEY = {"USD": NANO}
+_QUANTITY = re.compile(r"^\s*(\d{1,15}(?:\.\d{1,9})?)\s*([A-Za-z]+)\s*$", re.ASCII)
+
+
+def _parse(text: object, units: Mapping[str, int], example: str) -> int:
+    match = _QUANTITY.match(text) if isinstance(text, str) else None
+    if not match or match[2] not in units:
+        raise ValueError(f"needs a number and a unit out of {', '.join(units)}, such as {example!r}")
+    exact = Decimal(match[1]) * units[match[2]]
+    if exact != int(exact):
+        raise ValueError(f"is finer than this quantity can be; write something such as {example!r}")
+    return int(exact)
+
+
+def parse_bytes(text: object) -> int:
+    """'512 MiB' -> bytes. Raises ValueError."""
+    return _parse(text, _SIZES, "512 MiB")
+
+
+def parse_ms(text: object) -> int:
+    """'90 s' -> milliseconds. Raises ValueError."""
+    return _parse(text, _TIMES, "90 s")
+
+
+def parse_millicores(text: object) -> int:
+    """'1.5 cores' -> thousandths of a core. Raises ValueError."""
+    return _parse(text, _CORES, "1 core")
+
+
+def parse_usd(text: object) -> int:
+    """'0.25 USD' -> nano-USD. Raises ValueError."""
+    return _parse(text, _MONEY, "0.25 USD")
+
+
+def nano(amount: Decimal) -> int:
+    """USD as nano-USD, rounded up: what is charged is never below the price."""
+    return int((amount * NANO).to_integral_value(ROUND_CEILING))
+
+
+def usd(amount: int) -> str:
+    """nano-USD as exact text in USD with at least two decimals: 1500000000 -> '1.50'."""
+    sign, amount = ("-", -amount) if amount < 0 else ("", amount)
+    whole, rest = divmod(amount, NANO)
+    decimals = f"{rest:09d}".rstrip("0").ljust(2, "0")
+    return f"{sign}{whole}.{decimals}"

@@ -1,0 +1,120 @@
+"""Any server that speaks OpenAI's chat completions, through the `openai` SDK. One attempt per `ask`, no retries here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.core.errors import OutcomeUnknown, ProviderBusy, ProviderError, ProviderRefused
+from orchestrator.lm.base import LM, Reply, Request, Usage
+
+if TYPE_CHECKING:
+    import openai
+    from openai.types.chat import ChatCompletion
+
+_BUSY = (408, 409, 429)
+
+
+class OpenAILM(LM):
+    """base_url: None for OpenAI's own. api_key: sent to that server and nowhere else. extra: further body fields."""
+
+    def __init__(self, base_url: str | None, api_key: str, extra: dict[str, Any] | None = None) -> None:
+        self._base_url = base_url
+        self._api_key = api_key
+        self._extra = extra
+        self._client: openai.AsyncOpenAI | None = None
+
+    def _connect(self) -> openai.AsyncOpenAI:
+        import openai  # half a second: only when something is asked
+
+        if self._client is None:
+            self._client = openai.AsyncOpenAI(api_key=self._api_key, base_url=self._base_url, max_retries=0)
+        return self._client
+
+    async def ask(self, request: Request) -> Reply:
+        client = self._connect()
+        import openai
+
+        # OpenAI's newer models refuse max_tokens; other servers may not know its successor.
+        cap = "max_completion_tokens" if self._base_url is None else "max_tokens"
+        body: dict[str, Any] = {cap: request.max_output_tokens, "n": 1, **(self._extra or {})}
+        try:
+            completion = await client.chat.completions.create(
+                model=request.model,
+                messages=list(request.messages),  # pyright: ignore[reportArgumentType]  a TypedDict of the same shape
+                timeout=request.timeout_s,
+                extra_body=body,
+            )
+        except openai.APIError as error:
+            raise self._translate(error, request) from None
+        except ValueError:  # a body that is not JSON, though its status was 200
+            raise OutcomeUnknown("the provider sent something that is not a chat completion") from None
+        return _reply(completion)
+
+    def _translate(self, error: openai.APIError, request: Request) -> ProviderError:
+        import openai
+
+        where = self._base_url or "OpenAI"
+        if isinstance(error, openai.APITimeoutError):
+            return OutcomeUnknown(f"{where} did not answer within {request.timeout_s:.0f} s")
+        if isinstance(error, openai.APIStatusError):
+            return self._from_status(error, where, request.model)
+        if isinstance(error, openai.APIConnectionError):
+            if _never_sent(error):
+                return ProviderBusy(f"cannot connect to {where}")
+            return OutcomeUnknown(f"the connection to {where} broke before the answer was whole")
+        return OutcomeUnknown(f"{where} sent something that is not a chat completion")
+
+    def _from_status(self, error: openai.APIStatusError, where: str, model: str) -> ProviderError:
+        status = error.status_code
+        said = " ".join(str(error.message).split())[:300]
+        said = said.replace(self._api_key, "***") if self._api_key else said
+        if status == 401 or status == 403:
+            return ProviderRefused(f"{where} refused the API key ({status}): check the key and what it may use")
+        if status == 404:
+            return ProviderRefused(f"{where} has no model {model!r}, or no chat completions there (404)")
+        if status in _BUSY or status >= 500:
+            return ProviderBusy(f"{where} is busy or failing ({status}): {said}", retry_after=_retry_after(error))
+        return ProviderRefused(f"{where} refused the request ({status}): {said}")
+
+    async def aclose(self) -> None:
+        if self._client is not None:
+            await self._client.close()
+            self._client = None
+
+
+def _never_sent(error: BaseException) -> bool:
+    """Whether the connection failed before a request could go out."""
+    import httpx2
+
+    cause = error.__cause__
+    return isinstance(cause, (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout, httpx2.UnsupportedProtocol))
+
+
+def _retry_after(error: openai.APIStatusError) -> float | None:
+    """Seconds, from a Retry-After of that form (RFC 9110, 10.2.3); a date, or anything else, is left to our own pace."""
+    text = error.response.headers.get("retry-after", "")
+    try:
+        seconds = float(text)
+    except ValueError:
+        return None
+    return seconds if 0 <= seconds < 86_400 else None
+
+
+def _reply(completion: ChatCompletion) -> Reply:
+    """Checked by hand: the SDK builds its objects without validating what the server sent."""
+    choices: Any = getattr(completion, "choices", None)
+    if not isinstance(choices, list) or not choices:
+        raise OutcomeUnknown("the provider sent a completion without a choice")
+    choice: Any = choices[0]
+    text = getattr(getattr(choice, "message", None), "content", None)
+    if text is None:
+        text = ""
+    if not isinstance(text, str):
+        raise OutcomeUnknown("the provider sent a completion whose content is not text")
+    reported: Any = getattr(completion, "usage", None)
+    tokens = [getattr(reported, name, None) for name in ("prompt_tokens", "completion_tokens")]
+    whole = [count for count in tokens if type(count) is int and 0 <= count < 10**12]
+    usage = Usage(whole[0], whole[1]) if len(whole) == 2 else None
+    # A lone surrogate in JSON passes the SDK and is not text.
+    clean = text if text.isascii() else text.encode("utf-8", "replace").decode()
+    return Reply(clean, str(getattr(choice, "finish_reason", None) or "stop"), usage)

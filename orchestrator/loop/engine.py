@@ -1,0 +1,173 @@
+"""The loop: ask the root LM, run its cells, show it what came out, until there is an answer or a limit.
+
+Read top to bottom. Everything that touches the world (LM, sandbox, journal) is handed in as a callable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from orchestrator.core.errors import BudgetExhausted, CountExceeded, LimitError
+from orchestrator.core.events import Event
+from orchestrator.lm.base import Message, Reply
+from orchestrator.loop import prompts
+from orchestrator.loop.parse import parse
+from orchestrator.loop.prompts import RootLimits
+from orchestrator.sandbox.sandbox import CellResult
+
+MAX_CONTINUATIONS = 3
+MAX_CELLS = 8  # of one reply; a model that writes more has stopped looking at what comes out
+
+Status = Literal["answered", "limit", "refused", "failed", "cancelled"]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a query ended. answer: the text, or None. reason: empty when answered, else one exact line."""
+
+    status: Status
+    answer: str | None
+    reason: str
+
+
+class Ask(Protocol):
+    async def __call__(self, messages: list[Message], output_tokens: int, *, last: bool) -> Reply: ...
+
+
+@dataclass(slots=True)
+class Loop:
+    """One query's loop.
+
+    ask           asks the root LM; last=True may use the money set aside for the last word
+    run_cell      runs code in the sandbox; raises SandboxDied when there is none any more
+    record        journals an event
+    accept        what is wrong with an answer (schema, size), or None
+    """
+
+    limits: RootLimits
+    iterations: int
+    ask: Ask
+    run_cell: Callable[[str], Awaitable[CellResult]]
+    record: Callable[[Event], Awaitable[None]]
+    accept: Callable[[str], str | None]
+    cells: int = 0
+    turns: int = 0
+    partial: str | None = None  # the best there is so far, should a limit strike
+
+    async def run(self, messages: list[Message]) -> Outcome:
+        """From the opening messages to the end. Raises what `ask` and `run_cell` raise, but for limits."""
+        try:
+            while self.turns < self.iterations:
+                self.turns += 1
+                answer = await self._turn(messages)
+                if answer is not None:
+                    return Outcome("answered", answer, "")
+            limit: LimitError = CountExceeded(f"all {self.iterations} turns are used", limit=str(self.iterations))
+        except LimitError as error:
+            limit = error
+        await self.record(Event("limit.hit", "root", {"kind": limit.kind, "detail": str(limit), "limit": limit.limit}))
+        return await self._last_word(messages, limit)
+
+    async def _turn(self, messages: list[Message]) -> str | None:
+        """One reply and what follows from it; the accepted answer, if it brought one."""
+        text = await self._reply(messages)
+        messages.append({"role": "assistant", "content": text})
+        step = parse(text)
+        said: list[str] = []
+        answer, failed = None, False
+        for code in step.cells[:MAX_CELLS]:
+            result = await self.run_cell(code)
+            self.cells += 1
+            said.append(self._report(result))
+            failed = result.status != "ok"
+            answer = result.answer if result.answer is not None else answer
+            if failed or result.answer is not None:
+                break
+        if len(step.cells) > MAX_CELLS:
+            said.append(f"[only the first {MAX_CELLS} blocks were run]")
+        if answer is None and step.final is not None:
+            if step.cells:
+                said.append(prompts.too_early())
+            else:
+                answer = step.final
+        if answer is None and step.final_var is not None and not failed:
+            answer = await self._variable(step.final_var, said)
+        if answer is not None:
+            fault = self.accept(answer)
+            if fault is None:
+                return answer
+            said.append(prompts.not_accepted(fault))
+        self.partial = answer or self.partial
+        told = prompts.observation(said) if said else prompts.no_code(self.limits.style)
+        messages.append({"role": "user", "content": told})
+        return None
+
+    async def _reply(self, messages: list[Message]) -> str:
+        """The root LM's whole reply: one that was cut at the output limit is continued, not mis-read."""
+        text = ""
+        for _ in range(1 + MAX_CONTINUATIONS):
+            going_on: list[Message] = []
+            if text:
+                going_on = [{"role": "assistant", "content": text}, {"role": "user", "content": prompts.go_on()}]
+            asked = prompts.fit([*messages, *going_on], self.limits.prompt_bytes)
+            reply = await self.ask(asked, self.limits.output_tokens, last=False)
+            text += reply.text
+            if reply.finish_reason != "length":
+                break
+        return text
+
+    async def _variable(self, name: str, said: list[str]) -> str | None:
+        result = await self.run_cell(f"FINAL_VAR({name!r})")
+        self.cells += 1
+        if result.answer is None:
+            said.append(self._report(result))
+        return result.answer
+
+    def _report(self, result: CellResult) -> str:
+        output = "".join(text for _, text in result.output)
+        return prompts.cell_report(
+            self.cells, output, result.status, result.detail, result.names, result.dropped, self.limits.shown_chars
+        )
+
+    async def _last_word(self, messages: list[Message], limit: LimitError) -> Outcome:
+        """Ask once more, out of the reserve; failing that, whatever partial answer there is."""
+        reason = f"{limit.kind}: {limit}"
+        if not isinstance(limit, (CountExceeded, BudgetExhausted)):
+            return Outcome("limit", self.partial, reason)
+        asked = prompts.last_word(messages, str(limit))
+        try:
+            reply = await self.ask(asked, prompts.LAST_WORD_TOKENS, last=True)
+        except LimitError:
+            return Outcome("limit", self.partial, reason)
+        step = parse(reply.text)
+        answer = step.final
+        if answer is None and step.final_var is not None:
+            answer = await self._variable(step.final_var, [])
+        if answer is None and not step.cells:
+            answer = reply.text.strip() or None
+        return Outcome("limit", answer or self.partial, reason)
+
+
+def schema_check(schema: Mapping[str, object] | None, most: int) -> Callable[[str], str | None]:
+    """What `Loop.accept` asks: is the answer at most `most` characters and, given a JSON Schema, JSON that fits it?"""
+    import json
+
+    import jsonschema
+
+    validator = jsonschema.validators.validator_for(schema)(schema) if schema is not None else None
+
+    def accept(answer: str) -> str | None:
+        if len(answer) > most:
+            return f"it has {len(answer):,} characters, and {most:,} are permitted"
+        if validator is None:
+            return None
+        try:
+            value = json.loads(answer)
+        except ValueError as error:
+            return f"it has to be JSON alone, and is not ({error})"
+        error = jsonschema.exceptions.best_match(validator.iter_errors(value))
+        return f"it does not fit the schema: {error.message[:500]} at {error.json_path}" if error else None
+
+    return accept

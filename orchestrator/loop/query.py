@@ -1,0 +1,411 @@
+"""One query from opening to closing: its purse, its sandbox, its loop, and a journal that says how it ended.
+
+Whatever happens in between (answer, limit, error, cancellation), the sandbox is gone, every hold is settled and the
+chain is closed when `run_query` returns or raises.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import anyio
+import anyio.to_thread
+
+from orchestrator.core.context import Context
+from orchestrator.core.errors import AirlockError, BudgetExhausted, CountExceeded, LimitError, NotPermitted
+from orchestrator.core.events import Event
+from orchestrator.core.policy import Policy
+from orchestrator.core.units import usd
+from orchestrator.guest.context import form
+from orchestrator.lm.base import Message, Reply
+from orchestrator.loop import prompts
+from orchestrator.loop.engine import Loop, Outcome, Status
+from orchestrator.loop.prompts import RootLimits
+from orchestrator.proxy.proxy import Account, ModelUsage, Proxy
+from orchestrator.sandbox.base import Backend, SandboxSpec, Slot
+from orchestrator.sandbox.sandbox import Call, CellResult, Sandbox, open_sandbox
+from orchestrator.sandbox.slots import Slots
+from orchestrator.store import journal, ledger
+from orchestrator.store.db import Database
+from orchestrator.store.journal import QueryKey
+from orchestrator.store.ledger import Scope
+
+ROOT = "root"
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What is asked. code: run as one cell instead of a root LM's loop (`airlock exec`). policy: the effective one.
+
+    model is empty when there is no root LM; sub_models is empty when there is nobody to ask.
+    """
+
+    tenant: str
+    question: str
+    context: Context
+    model: str
+    sub_models: Sequence[str]
+    limits: RootLimits
+    policy: Policy
+    accept: Callable[[str], str | None]
+    code: str | None = None
+    observe: Callable[[Event], None] = lambda _event: None
+    on_output: Callable[[str, str], None] | None = None
+    on_account: Callable[[Account], None] = lambda _account: None
+
+
+@dataclass(slots=True)
+class Closed:
+    """How a query ended, for whoever asked. cost in nano-USD; cell is the one cell of `exec`."""
+
+    query_id: str
+    outcome: Outcome
+    error: AirlockError | None = None
+    cost: int = 0
+    usage: dict[str, ModelUsage] = field(default_factory=dict[str, ModelUsage])
+    turns: int = 0
+    sub_calls: int = 0
+    duration_s: float = 0.0
+    journal_head: str = ""
+    cell: CellResult | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Machinery:
+    """What a query runs on; the parts that `wiring` chose."""
+
+    db: Database
+    proxy: Proxy
+    backend: Backend
+    slots: Slots
+    verify: Callable[[Context], bool]
+
+
+async def run_query(order: Order, machinery: Machinery) -> Closed:
+    """Run it. Raises only StoreError, when the end cannot be recorded; every other end is in the result."""
+    return await _Query(order, machinery).run()
+
+
+class _Query:
+    def __init__(self, order: Order, machinery: Machinery) -> None:
+        self._order = order
+        self._m = machinery
+        policy = order.policy
+        now = datetime.now(UTC)
+        query_id = now.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(5)
+        self._key = QueryKey(query_id, order.tenant, policy.sha256(), keep=policy.audit.payloads == "keep")
+        self._scopes = [
+            Scope(f"query:{query_id}", policy.money.query),
+            Scope(f"tenant-day:{order.tenant}:{now:%Y-%m-%d}", policy.money.tenant_day),
+            Scope(f"tenant-month:{order.tenant}:{now:%Y-%m}", policy.money.tenant_month),
+        ]
+        self._started = time.monotonic()
+        self._account = Account(
+            key=self._key,
+            node=ROOT,
+            policy=policy,
+            scopes=self._scopes,
+            deadline=self._started + policy.time.query / 1000,
+            sub_models=order.sub_models,
+            in_flight=anyio.Semaphore(policy.counts.in_flight),
+            recorded=order.observe,
+        )
+        self._reserve: str | None = f"{query_id}:last-word"
+        self._loop: Loop | None = None
+        self._cells = 0
+        self._cell: CellResult | None = None
+
+    async def run(self) -> Closed:
+        opened = self._opened()
+        await self._m.db.write(lambda tx: self._open(tx, opened))
+        self._order.observe(opened)
+        self._order.on_account(self._account)
+        error: AirlockError | None = None
+        outcome = Outcome("cancelled", None, "cancelled")
+        try:
+            outcome = await self._bounded()
+        except AirlockError as caught:
+            error = caught
+            status: Status = "refused" if isinstance(caught, LimitError) else "failed"
+            outcome = Outcome(status, self._loop.partial if self._loop else None, f"{caught.kind}: {caught}")
+        finally:
+            # Also on cancellation and on errors of our own: the purse is settled and the chain closed.
+            with anyio.CancelScope(shield=True):
+                closed = await self._close(outcome)
+        closed.error = error
+        return closed
+
+    # Opening
+
+    def _opened(self) -> Event:
+        order, context = self._order, self._order.context
+        body = {
+            "model": order.model or None,
+            "sub_models": list(order.sub_models),
+            "backend": self._m.backend.name,
+            "isolation": self._m.backend.isolation.name,
+            "context": {
+                "id": context.id,
+                "sha256": context.sha256,
+                "kind": context.kind,
+                "bytes": context.bytes,
+                "chars": context.chars,
+            },
+            "limit_usd": usd(order.policy.money.query),
+            "policy": order.policy.model_dump(mode="json"),
+            "pid": os.getpid(),
+        }
+        return Event("query.opened", ROOT, body, {"question": order.question})
+
+    def _open(self, tx: journal.Connection, opened: Event) -> None:
+        ledger.open_scopes(tx, self._scopes)
+        journal.open_query(tx, self._key, self._m.db.owner, opened)
+
+    async def _admit(self) -> None:
+        """Refuse what cannot come to a good end, before anything is started. Raises LimitError, RequestError."""
+        order, policy = self._order, self._order.policy
+        if len(order.question) > policy.content.question_chars:
+            most = policy.content.question_chars
+            raise CountExceeded(f"the question has {len(order.question):,} characters; {most:,} are permitted")
+        most = policy.tenant.queries_at_once
+        if await anyio.to_thread.run_sync(self._m.db.read, self._count_open) > most:
+            raise CountExceeded(f"{most} queries of this tenant are running already; wait for one to end", limit=str(most))
+        for role, names in (("root", [order.model] if order.model else []), ("sub", list(order.sub_models))):
+            for name in names:
+                if not policy.models.permits(role, name):  # pyright: ignore[reportArgumentType]
+                    raise NotPermitted(f"the policy does not permit model {name!r} for {role} calls")
+
+    def _count_open(self, tx: journal.Connection) -> int:
+        return journal.open_queries(tx, self._order.tenant)
+
+    async def _set_aside(self, messages: Sequence[Message]) -> None:
+        """Hold the price of the last word; refuse a budget that does not also pay for one turn. Raises BudgetExhausted."""
+        order, proxy = self._order, self._m.proxy
+        words = proxy.bound(order.model, prompts.LAST_WORD_BYTES, prompts.LAST_WORD_TOKENS)
+        size = sum(len(message["content"].encode("utf-8", "replace")) + 16 for message in messages)
+        least = words + proxy.bound(order.model, size, order.policy.models.output_floor)
+        limit = order.policy.money.query
+        if least > limit:
+            raise BudgetExhausted(
+                f"the budget of {usd(limit)} USD is smaller than one turn and a last word of {order.model} can cost "
+                f"({usd(least)} USD): raise --budget, or take a cheaper model",
+                limit=f"{usd(limit)} USD",
+                asked=f"{usd(least)} USD",
+                left=f"{usd(limit)} USD",
+            )
+
+        def work(tx: journal.Connection) -> None:
+            ledger.reserve(tx, str(self._reserve), self._key.id, ROOT, words, self._scopes)
+
+        try:
+            await self._m.db.write(work)
+        except ledger.NotEnough as short:
+            self._reserve = None
+            raise short.error from None
+
+    # Running
+
+    async def _bounded(self) -> Outcome:
+        await self._admit()
+        messages = self._messages()
+        if self._order.code is None:
+            await self._set_aside(messages)
+        else:
+            self._reserve = None
+        with anyio.move_on_after(self._account.remaining_s()):
+            return await self._in_sandbox(messages)
+        text = f"time-exceeded: the query's {self._order.policy.time.query / 1000:g} s are over"
+        body = {"kind": "time-exceeded", "detail": text, "limit": f"{self._order.policy.time.query} ms"}
+        await self._record(Event("limit.hit", ROOT, body))
+        return Outcome("limit", self._loop.partial if self._loop else None, text)
+
+    def _messages(self) -> list[Message]:
+        order, policy = self._order, self._order.policy
+        context = order.context
+        lazy = ""
+        if form(context.kind, context.bytes, context.chars, policy.sandbox.memory) == "lazy":
+            lazy = "text" if context.kind in ("text", "json") else "list"
+        return prompts.opening(
+            order.question,
+            context.shape,
+            lazy,
+            order.limits,
+            iterations=policy.counts.iterations,
+            sub_calls=policy.counts.sub_calls if policy.counts.depth else 0,
+            in_flight=policy.counts.in_flight,
+            sub_prompt_bytes=policy.models.prompt,
+        )
+
+    def _spec(self, slot: Slot) -> SandboxSpec:
+        limits = self._order.policy.sandbox
+        return SandboxSpec(
+            slot=slot,
+            memory_bytes=limits.memory,
+            cpus=limits.cpu / 1000,
+            pids=limits.pids,
+            tmp_bytes=limits.tmp,
+            files=limits.files,
+            output_bytes=limits.output,
+            answer_chars=self._order.policy.content.answer_chars,
+            calls_in_flight=self._order.policy.counts.in_flight,
+            context_bytes=self._order.context.bytes,
+        )
+
+    async def _in_sandbox(self, messages: list[Message]) -> Outcome:
+        async with open_sandbox(self._m.backend, self._m.slots, self._spec) as sandbox:
+            try:
+                started = {"backend": self._m.backend.name, "isolation": self._m.backend.isolation.name}
+                await self._record(Event("sandbox.started", ROOT, {**started, "python": sandbox.python, "image": None}))
+                sandbox.attach(self._order.context)
+                if self._order.code is not None:
+                    return await self._one_cell(sandbox, self._order.code)
+                return await self._with_root(sandbox, messages)
+            finally:
+                with anyio.CancelScope(shield=True):
+                    await sandbox.close()
+                    await self._ended(sandbox)
+
+    async def _ended(self, sandbox: Sandbox) -> None:
+        used = await sandbox.usage()
+        cpu = None if used.cpu_s is None else int(used.cpu_s * 1000)
+        body = {"cpu_ms": cpu, "peak_memory_bytes": used.peak_memory_bytes, "oom": used.oom}
+        await self._record(Event("sandbox.ended", ROOT, body))
+
+    async def _one_cell(self, sandbox: Sandbox, code: str) -> Outcome:
+        self._cell = await self._run_cell(sandbox, code)
+        if self._cell.status == "timeout":
+            return Outcome("limit", self._cell.answer, f"time-exceeded: {self._cell.detail}")
+        return Outcome("answered", self._cell.answer, self._cell.detail)
+
+    async def _with_root(self, sandbox: Sandbox, messages: list[Message]) -> Outcome:
+        async def run_cell(code: str) -> CellResult:
+            return await self._run_cell(sandbox, code)
+
+        self._loop = Loop(
+            limits=self._order.limits,
+            iterations=self._order.policy.counts.iterations,
+            ask=self._ask,
+            run_cell=run_cell,
+            record=self._record,
+            accept=self._order.accept,
+        )
+        return await self._loop.run(messages)
+
+    async def _ask(self, messages: list[Message], output_tokens: int, *, last: bool) -> Reply:
+        release = None
+        if last:
+            release, self._reserve = self._reserve, None
+        return await self._m.proxy.ask(self._account, "root", self._order.model, messages, output_tokens, release)
+
+    async def _run_cell(self, sandbox: Sandbox, code: str) -> CellResult:
+        self._cells += 1
+        await self._record(Event("cell.started", ROOT, {"cell": self._cells}, {"code": code}))
+        timeout = min(self._order.policy.time.cell / 1000, self._account.remaining_s())
+        result = await sandbox.run(code, timeout, self._on_call, self._order.on_output)
+        body = {
+            "cell": self._cells,
+            "status": result.status,
+            "detail": result.detail[:500],
+            "names": list(result.names),
+            "dropped_bytes": result.dropped,
+            "duration_ms": int(result.duration_s * 1000),
+            "answered": result.answer is not None,
+        }
+        shown = {"stdout": result.text("out"), "stderr": result.text("err")}
+        await self._record(Event("cell.ended", ROOT, body, {name: text for name, text in shown.items() if text}))
+        return result
+
+    async def _on_call(self, call: Call) -> str | dict[str, Any]:
+        if call.op == "budget":
+            return self._m.proxy.budget(self._account)
+        permitted = self._order.policy.counts.depth >= 1 and bool(self._order.sub_models)
+        if call.op == "llm_query" and permitted:
+            return await self._m.proxy.sub_call(self._account, call.prompt, call.model)
+        text = f"{call.op} is not permitted by policy"
+        if call.op == "llm_query" and not self._order.sub_models:
+            text = "there is no model for sub-calls: name one with --model or --sub-model"
+        error = NotPermitted(text, limit=f"depth {self._order.policy.counts.depth}", asked=call.op)
+        await self._record(Event("call.refused", ROOT, {"role": "sub", "kind": error.kind, "detail": text}))
+        raise error
+
+    async def _record(self, event: Event) -> None:
+        await self._m.db.write(lambda tx: journal.append(tx, self._key, event))
+        self._order.observe(event)
+
+    # Closing
+
+    async def _close(self, outcome: Outcome) -> Closed:
+        if self._order.policy.audit.verify_context:
+            whole = await anyio.to_thread.run_sync(self._m.verify, self._order.context)
+            await self._record(Event("context.verified", ROOT, {"sha256": self._order.context.sha256, "unchanged": whole}))
+        duration = time.monotonic() - self._started
+        body = {
+            "status": outcome.status,
+            "reason": outcome.reason[:1000],
+            "cost_usd": usd(self._account.spent),
+            "sub_calls": self._account.sub_calls,
+            "turns": self._loop.turns if self._loop else 0,
+            "duration_ms": int(duration * 1000),
+        }
+        answer = {} if outcome.answer is None else {"answer": outcome.answer}
+        event = Event("query.closed", ROOT, body, answer)
+
+        def work(tx: journal.Connection) -> str:
+            for reservation, _node, _amount in ledger.open_reservations(tx, self._key.id):
+                ledger.void(tx, reservation)  # the last word's alone: every call settles its own
+            return journal.close_query(tx, self._key, outcome.status, event).hash
+
+        head = await self._m.db.write(work)
+        self._order.observe(event)
+        return Closed(
+            query_id=self._key.id,
+            outcome=outcome,
+            cost=self._account.spent,
+            usage=self._account.usage,
+            turns=body["turns"],
+            sub_calls=self._account.sub_calls,
+            duration_s=duration,
+            journal_head=head,
+            cell=self._cell,
+        )
+
+
+def recover(db: Database) -> int:
+    """Close the queries whose orchestrator died: what was held for calls is charged in full, for they may have been
+    answered. Returns how many there were."""
+    dead = db.dead_owners()
+    if not dead:
+        return 0
+
+    def work(tx: journal.Connection) -> int:
+        keys = journal.abandoned(tx, dead)
+        for key in keys:
+            _close_abandoned(tx, key)
+        return len(keys)
+
+    closed = db.write_sync(work)
+    for owner in dead:
+        db.forget_owner(owner)
+    return closed
+
+
+def _close_abandoned(tx: journal.Connection, key: QueryKey) -> None:
+    for reservation, node, amount in ledger.open_reservations(tx, key.id):
+        if reservation.endswith(":last-word"):
+            ledger.void(tx, reservation)
+            continue
+        ledger.settle(tx, reservation, amount)
+        call = reservation.split(":")[1]
+        body = {"call": call, "outcome": "unknown", "detail": "the orchestrator died", "cost_usd": usd(amount)}
+        journal.append(tx, key, Event("call.result", node, {**body, "usage": None}))
+    spent, _held = ledger.balance(tx, f"query:{key.id}")
+    reason = "orchestrator-died: the process that ran this query ended without closing it"
+    body = {"status": "failed", "reason": reason, "cost_usd": usd(spent)}
+    journal.close_query(tx, key, "failed", Event("query.closed", ROOT, body))

@@ -1,0 +1,95 @@
+"""The only reader of the environment and of `airlock.toml`. Secrets are masked in every representation."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import Any, Literal
+
+import platformdirs
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+
+from orchestrator.core.errors import ModelError, RequestError
+
+DEFAULT_KEY_VARIABLE = "OPENAI_API_KEY"
+_PACKAGE = Path(__file__).parent
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSettings(_Strict):
+    """What the operator says of one model. base_url and api_key_env fall back to the defaults of the file."""
+
+    base_url: str | None = None
+    api_key_env: str | None = None
+    prompt_bytes: int | None = Field(default=None, gt=1024)
+    output_tokens: int | None = Field(default=None, gt=0)
+    style: Literal["standard", "small"] | None = None
+    extra: dict[str, Any] = {}
+
+
+class Config(_Strict):
+    """`airlock.toml`. prices: model -> [input, output] in USD per million tokens."""
+
+    model: str | None = None
+    sub_model: str | None = None
+    base_url: str | None = None
+    api_key_env: str = DEFAULT_KEY_VARIABLE
+    models: dict[str, ModelSettings] = {}
+    prices: dict[str, tuple[Decimal, Decimal]] = {}
+
+
+def home() -> Path:
+    """The data folder: AIRLOCK_HOME, else the XDG data folder of this user."""
+    set_home = os.environ.get("AIRLOCK_HOME")
+    return Path(set_home).absolute() if set_home else platformdirs.user_data_path("airlock", appauthor=False)
+
+
+def load_config(folder: Path) -> Config:
+    """`airlock.toml` in the data folder, else in the current folder, else defaults. Raises RequestError."""
+    for path in (folder / "airlock.toml", Path("airlock.toml")):
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            continue
+        except (OSError, UnicodeDecodeError) as error:
+            raise RequestError(f"cannot read {path}: {error}") from None
+        try:
+            return Config.model_validate(tomllib.loads(text))
+        except tomllib.TOMLDecodeError as error:
+            raise RequestError(f"{path}: not TOML: {error}") from None
+        except ValidationError as error:
+            fault = error.errors()[0]
+            where = ".".join(map(str, fault["loc"]))
+            raise RequestError(f"{path}: {where}: {fault['msg']}") from None
+    return Config()
+
+
+def api_key(variable: str, *, needed: bool) -> SecretStr:
+    """The key in an environment variable. Raises ModelError when it is needed and not there."""
+    key = os.environ.get(variable, "")
+    if not key and needed:
+        raise ModelError(f"there is no API key: set {variable}, or name another variable with --api-key-env")
+    return SecretStr(key or "none")
+
+
+def parse_price(text: str) -> tuple[str, tuple[Decimal, Decimal]]:
+    """'MODEL=IN,OUT' -> (model, (input, output)). Raises RequestError."""
+    model, _, prices = text.rpartition("=")
+    try:
+        per_input, per_output = (Decimal(part.strip()) for part in prices.split(","))
+    except (ValueError, InvalidOperation):
+        per_input = per_output = Decimal(-1)
+    if not model or not (per_input.is_finite() and per_output.is_finite()) or min(per_input, per_output) < 0:
+        raise RequestError(f"--price takes MODEL=IN,OUT in USD per million tokens, such as mine=0.5,1.5; not {text!r}")
+    return model, (per_input, per_output)
+
+
+def data_folder(name: str) -> Path:
+    """`policies` as shipped: inside the package when installed, beside it in a checkout."""
+    inside = _PACKAGE / name
+    return inside if inside.is_dir() else _PACKAGE.parent / name

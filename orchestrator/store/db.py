@@ -1,0 +1,251 @@
+"""One database for ledger and journal, so that money and record change in the same transaction.
+
+SQLite in WAL mode with synchronous=FULL: a commit that returned survives a power cut. Writes of concurrent tasks are
+committed in groups: whoever finds no commit under way leads the next one, with everything that has queued up.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import anyio
+import anyio.to_thread
+import sqlalchemy as sa
+from sqlalchemy.exc import SQLAlchemyError
+
+from orchestrator.core.errors import StoreError
+
+T = TypeVar("T")
+BUSY_S = 30  # how long a writer waits for another process's transaction
+
+metadata = sa.MetaData()
+queries = sa.Table(
+    "queries",
+    metadata,
+    sa.Column("id", sa.String(40), primary_key=True),
+    sa.Column("tenant", sa.String(64), nullable=False),
+    sa.Column("owner", sa.String(40), nullable=False),
+    sa.Column("policy", sa.String(64), nullable=False),
+    sa.Column("opened_at", sa.String(32), nullable=False),
+    sa.Column("status", sa.String(16), nullable=False),  # open, or how it was closed
+    sa.Index("queries_by_status", "status", "tenant"),
+)
+records = sa.Table(
+    "records",
+    metadata,
+    sa.Column("query", sa.String(40), primary_key=True),
+    sa.Column("seq", sa.Integer, primary_key=True),
+    sa.Column("record", sa.LargeBinary, nullable=False),
+    sa.Column("hash", sa.String(64), nullable=False),
+)
+payloads = sa.Table(
+    "payloads",
+    metadata,
+    sa.Column("query", sa.String(40), primary_key=True),
+    sa.Column("seq", sa.Integer, primary_key=True),
+    sa.Column("name", sa.String(32), primary_key=True),
+    sa.Column("salt", sa.LargeBinary, nullable=False),
+    sa.Column("data", sa.LargeBinary, nullable=False),
+)
+scopes = sa.Table(
+    "scopes",
+    metadata,
+    sa.Column("id", sa.String(128), primary_key=True),
+    sa.Column("spent", sa.BigInteger, nullable=False),
+    sa.Column("held", sa.BigInteger, nullable=False),
+)
+reservations = sa.Table(
+    "reservations",
+    metadata,
+    sa.Column("id", sa.String(80), primary_key=True),
+    sa.Column("query", sa.String(40), nullable=False),
+    sa.Column("node", sa.String(64), nullable=False),
+    sa.Column("amount", sa.BigInteger, nullable=False),
+    sa.Column("settled", sa.BigInteger),
+    sa.Column("state", sa.String(8), nullable=False),  # open, settled, void
+    sa.Column("scopes", sa.JSON, nullable=False),
+    sa.Index("reservations_by_query", "query", "state"),
+)
+
+
+def now() -> str:
+    """RFC 3339, UTC, milliseconds."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+@dataclass(slots=True)
+class _Job:
+    work: Callable[[sa.Connection], Any]
+    done: anyio.Event = field(default_factory=anyio.Event)
+    result: Any = None
+    error: BaseException | None = None
+
+
+class Database:
+    """The database below `home`. One process may have several; several processes may share one `home`.
+
+    owner names this object in rows it is answerable for; a lock on its file tells other processes that it lives.
+    """
+
+    def __init__(self, home: Path) -> None:
+        self.owner = secrets.token_hex(10)
+        self._owners = home / "owners"
+        self._jobs: list[_Job] = []
+        self._leading = False
+        try:
+            self._owners.mkdir(parents=True, exist_ok=True, mode=0o700)
+            home.chmod(0o700)
+            self._lock = os.open(self._owners / self.owner, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            self._engine = _engine(home / "airlock.db")
+            self._migrate(home)
+            self._writer = self._engine.connect()
+        except OSError as error:
+            raise StoreError(f"cannot use the data folder {home}: {error.strerror}") from None
+        except SQLAlchemyError as error:
+            raise _store_error(error) from None
+
+    def _migrate(self, home: Path) -> None:
+        from orchestrator.store.migrations import HEAD, upgrade
+
+        with self._engine.connect() as connection:
+            if sa.inspect(connection).has_table("alembic_version"):
+                table = sa.table("alembic_version", sa.column("version_num"))
+                if connection.scalar(sa.select(table.c.version_num)) == HEAD:
+                    return
+        handle = os.open(home / "migrate.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            upgrade(self._engine)
+        finally:
+            os.close(handle)
+
+    async def write(self, work: Callable[[sa.Connection], T]) -> T:
+        """Run `work` in a transaction, committed when this returns. An exception of `work` undoes its part alone.
+
+        Raises StoreError when the database cannot be written. Once begun it is not cancelled.
+        """
+        job = _Job(work)
+        self._jobs.append(job)
+        with anyio.CancelScope(shield=True):
+            if not self._leading:
+                await self._lead()
+            await job.done.wait()
+        if job.error:
+            raise job.error
+        return job.result
+
+    async def _lead(self) -> None:
+        self._leading = True
+        try:
+            while self._jobs:
+                batch, self._jobs = self._jobs, []
+                await anyio.to_thread.run_sync(self._commit, batch)
+                for job in batch:
+                    job.done.set()
+        finally:
+            self._leading = False
+
+    def _commit(self, batch: list[_Job]) -> None:
+        try:
+            with self._writer.begin():
+                for job in batch:
+                    self._run(job)
+        except SQLAlchemyError as error:
+            for job in batch:
+                job.error = job.error or _store_error(error)
+        except BaseException as error:
+            for job in batch:
+                job.error = error
+
+    def _run(self, job: _Job) -> None:
+        part = self._writer.begin_nested()
+        try:
+            job.result = job.work(self._writer)
+        except SQLAlchemyError:
+            raise
+        except Exception as error:  # the caller's: handed back to it, and only its part is undone
+            part.rollback()
+            job.error = error
+        else:
+            part.commit()
+
+    def write_sync(self, work: Callable[[sa.Connection], T]) -> T:
+        """`write` for code that runs before or after the event loop does."""
+        job = _Job(work)
+        self._commit([job])
+        if job.error:
+            raise job.error
+        return job.result
+
+    def read(self, work: Callable[[sa.Connection], T]) -> T:
+        """Run `work` on a snapshot. Raises StoreError."""
+        try:
+            with self._engine.connect().execution_options(readonly=True) as connection:
+                return work(connection)
+        except SQLAlchemyError as error:
+            raise _store_error(error) from None
+
+    def dead_owners(self) -> list[str]:
+        """Owners whose process has ended without `close`."""
+        return [path.name for path in self._owners.iterdir() if path.name != self.owner and _is_dead(path)]
+
+    def forget_owner(self, owner: str) -> None:
+        (self._owners / owner).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Idempotent."""
+        if self._lock >= 0:
+            self._writer.close()
+            self._engine.dispose()
+            self.forget_owner(self.owner)
+            os.close(self._lock)
+            self._lock = -1
+
+
+def _is_dead(path: Path) -> bool:
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    else:
+        # Made but not locked yet is a new owner, not a dead one.
+        return time.time() - path.stat().st_mtime > 1.0
+    finally:
+        os.close(handle)
+
+
+def _engine(path: Path) -> sa.Engine:
+    engine = sa.create_engine(
+        sa.URL.create("sqlite", database=str(path)), connect_args={"check_same_thread": False, "timeout": BUSY_S}
+    )
+
+    @sa.event.listens_for(engine, "connect")
+    def configure(connection: Any, _record: object) -> None:  # pyright: ignore[reportUnusedFunction]
+        connection.isolation_level = None  # transactions begin below, and nowhere else
+        for pragma in ("journal_mode=WAL", "synchronous=FULL", "wal_autocheckpoint=1000"):
+            connection.execute(f"PRAGMA {pragma}")
+
+    @sa.event.listens_for(engine, "begin")
+    def begin(connection: sa.Connection) -> None:  # pyright: ignore[reportUnusedFunction]
+        readonly = connection.get_execution_options().get("readonly")
+        connection.exec_driver_sql("BEGIN" if readonly else "BEGIN IMMEDIATE")
+
+    return engine
+
+
+def _store_error(error: SQLAlchemyError) -> StoreError:
+    cause = getattr(error, "orig", None) or error
+    return StoreError(f"ledger and journal cannot be used: {str(cause).splitlines()[0]}")

@@ -1,0 +1,115 @@
+"""The journal: each query's records as a hash chain, payloads kept apart. Everything else reads it.
+
+Appending happens inside a transaction of `Database.write`, together with the ledger's change of the same step.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+
+from orchestrator.core.events import GENESIS, Event, Sealed, chain_fault, commitment, seal
+from orchestrator.store.db import now, payloads, queries, records
+
+_head = (
+    sa.select(records.c.seq, records.c.hash)
+    .where(records.c.query == sa.bindparam("q"))
+    .order_by(records.c.seq.desc())
+    .limit(1)
+)
+SALT_BYTES = 16
+Connection = sa.Connection  # the transaction that callers hand through, named here so that they need no SQLAlchemy
+
+
+@dataclass(frozen=True, slots=True)
+class QueryKey:
+    """Whose record it is: the fields that every record of a query repeats. keep: store payloads, or only commitments."""
+
+    id: str
+    tenant: str
+    policy: str
+    keep: bool
+
+
+def append(tx: sa.Connection, key: QueryKey, event: Event) -> Sealed:
+    """Add `event` to the query's chain."""
+    head = tx.execute(_head, {"q": key.id}).first()
+    seq, prev = (head.seq + 1, head.hash) if head else (0, GENESIS)
+    commitments: dict[str, Any] = {}
+    rows: list[dict[str, Any]] = []
+    for name, text in event.payloads.items():
+        data, salt = text.encode("utf-8", "replace"), secrets.token_bytes(SALT_BYTES)
+        commitments[name] = {"commitment": commitment(salt, data), "bytes": len(data)}
+        rows.append({"query": key.id, "seq": seq, "name": name, "salt": salt, "data": data})
+    sealed = seal(
+        event,
+        query=key.id,
+        tenant=key.tenant,
+        policy=key.policy,
+        seq=seq,
+        at=now(),
+        prev=prev,
+        payloads=commitments,
+    )
+    tx.execute(sa.insert(records), {"query": key.id, "seq": seq, "record": sealed.record, "hash": sealed.hash})
+    if rows and key.keep:
+        tx.execute(sa.insert(payloads), rows)
+    return sealed
+
+
+def open_query(tx: sa.Connection, key: QueryKey, owner: str, event: Event) -> Sealed:
+    """Begin a query's chain with its `query.opened`."""
+    row = {"id": key.id, "tenant": key.tenant, "owner": owner, "policy": key.policy, "opened_at": now(), "status": "open"}
+    tx.execute(sa.insert(queries), row)
+    return append(tx, key, event)
+
+
+def close_query(tx: sa.Connection, key: QueryKey, status: str, event: Event) -> Sealed:
+    """End a query's chain with its `query.closed`, which commits how many records there are."""
+    head = tx.execute(_head, {"q": key.id}).first()
+    length = head.seq + 2 if head else 1
+    tx.execute(sa.update(queries).where(queries.c.id == key.id).values(status=status))
+    body = {**event.body, "records": length}
+    return append(tx, key, Event(event.type, event.node, body, event.payloads))
+
+
+def open_queries(tx: sa.Connection, tenant: str) -> int:
+    """How many queries of the tenant are open."""
+    count = sa.select(sa.func.count()).select_from(queries)
+    return tx.execute(count.where(queries.c.status == "open", queries.c.tenant == tenant)).scalar_one()
+
+
+def abandoned(tx: sa.Connection, owners: list[str]) -> list[QueryKey]:
+    """The open queries of these owners."""
+    rows = tx.execute(sa.select(queries).where(queries.c.status == "open", queries.c.owner.in_(owners)))
+    return [QueryKey(row.id, row.tenant, row.policy, keep=True) for row in rows]
+
+
+def find_query(tx: sa.Connection, text: str) -> list[str]:
+    """Ids of queries that begin with `text`, newest first, ten at most; `last` finds the newest of all."""
+    find = sa.select(queries.c.id).order_by(queries.c.opened_at.desc()).limit(10)
+    if text != "last":
+        find = find.where(queries.c.id.startswith(text, autoescape=True))
+    return list(tx.execute(find.limit(1) if text == "last" else find).scalars())
+
+
+def chain(tx: sa.Connection, query: str) -> list[tuple[bytes, str]]:
+    """(canonical record, its hash) in order."""
+    rows = tx.execute(sa.select(records.c.record, records.c.hash).where(records.c.query == query).order_by(records.c.seq))
+    return [(row.record, row.hash) for row in rows]
+
+
+def kept_payloads(tx: sa.Connection, query: str) -> Iterator[tuple[int, str, bytes, bytes]]:
+    """(seq, name, salt, data) of the query's payloads that are kept."""
+    for row in tx.execute(sa.select(payloads).where(payloads.c.query == query)):
+        yield row.seq, row.name, row.salt, row.data
+
+
+def fault(tx: sa.Connection, query: str) -> str | None:
+    """What is wrong with the query's chain or its payloads, or None."""
+    links = chain(tx, query)
+    return chain_fault(links)

@@ -1,0 +1,135 @@
+"""Money: reserve before a request, settle once after it. Integer nano-USD; `spent + held <= limit` at every instant.
+
+All functions work inside a transaction of `Database.write`, together with the journal's record of the same step. The
+guard is one UPDATE a scope whose WHERE clause is the limit: whatever the concurrency, the row decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+from sqlalchemy.dialects.sqlite import insert
+
+from orchestrator.core.errors import BudgetExhausted, BudgetInFlight, StoreError
+from orchestrator.core.units import usd
+from orchestrator.store.db import reservations, scopes
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """A purse: `query:ID`, `tenant-day:NAME:DATE` or `tenant-month:NAME:MONTH`, with its limit in nano-USD."""
+
+    id: str
+    limit: int
+
+    @property
+    def title(self) -> str:
+        return self.id.split(":")[0]
+
+
+class NotEnough(Exception):  # noqa: N818
+    """Some scope cannot hold the amount. free: nano-USD that every scope still has room for."""
+
+    def __init__(self, error: BudgetExhausted | BudgetInFlight, free: int) -> None:
+        super().__init__(str(error))
+        self.error = error
+        self.free = free
+
+
+_hold = (
+    sa.update(scopes)
+    .where(scopes.c.id == sa.bindparam("scope"))
+    .where(scopes.c.spent + scopes.c.held + sa.bindparam("amount") <= sa.bindparam("limit"))
+    .values(held=scopes.c.held + sa.bindparam("amount"))
+)
+_release = (
+    sa.update(scopes)
+    .where(scopes.c.id == sa.bindparam("scope"))
+    .values(held=scopes.c.held - sa.bindparam("amount"), spent=scopes.c.spent + sa.bindparam("used"))
+)
+_end = (
+    sa.update(reservations)
+    .where(reservations.c.id == sa.bindparam("reservation"), reservations.c.state == "open")
+    .values(state=sa.bindparam("becomes"), settled=sa.bindparam("used"))
+)
+_find = sa.select(reservations.c.amount, reservations.c.scopes).where(
+    reservations.c.id == sa.bindparam("reservation"), reservations.c.state == "open"
+)
+
+
+def open_scopes(tx: sa.Connection, purses: Sequence[Scope]) -> None:
+    """Make sure that the scopes' rows are there."""
+    rows = [{"id": scope.id, "spent": 0, "held": 0} for scope in purses]
+    tx.execute(insert(scopes).on_conflict_do_nothing(), rows)
+
+
+def reserve(tx: sa.Connection, reservation: str, query: str, node: str, amount: int, purses: Sequence[Scope]) -> None:
+    """Hold `amount` on every scope, or raise NotEnough (the caller's transaction part is then undone)."""
+    for scope in purses:
+        done = tx.execute(_hold, {"scope": scope.id, "amount": amount, "limit": scope.limit})
+        if done.rowcount != 1:
+            raise _refusal(tx, scope, amount, purses)
+    tx.execute(
+        sa.insert(reservations),
+        {
+            "id": reservation,
+            "query": query,
+            "node": node,
+            "amount": amount,
+            "state": "open",
+            "scopes": [scope.id for scope in purses],
+        },
+    )
+
+
+def settle(tx: sa.Connection, reservation: str, used: int) -> None:
+    """End a reservation: `used` (at most what was reserved) is spent, the rest is free again. Once only."""
+    _close(tx, reservation, used, "settled")
+
+
+def void(tx: sa.Connection, reservation: str) -> None:
+    """End a reservation of which nothing was used. Once only."""
+    _close(tx, reservation, 0, "void")
+
+
+def _close(tx: sa.Connection, reservation: str, used: int, state: str) -> None:
+    row = tx.execute(_find, {"reservation": reservation}).first()
+    if row is None:
+        raise StoreError(f"reservation {reservation} is not open")
+    if not 0 <= used <= row.amount:
+        raise StoreError(f"reservation {reservation} of {row.amount} cannot be settled to {used}")
+    for scope in row.scopes:
+        tx.execute(_release, {"scope": scope, "amount": row.amount, "used": used})
+    tx.execute(_end, {"reservation": reservation, "becomes": state, "used": used})
+
+
+def open_reservations(tx: sa.Connection, query: str) -> list[tuple[str, str, int]]:
+    """(id, node, amount) of the query's reservations that are still open."""
+    rows = tx.execute(
+        sa.select(reservations.c.id, reservations.c.node, reservations.c.amount).where(
+            reservations.c.query == query, reservations.c.state == "open"
+        )
+    )
+    return [(row.id, row.node, row.amount) for row in rows]
+
+
+def balance(tx: sa.Connection, scope: str) -> tuple[int, int]:
+    """(spent, held) of a scope; zeros when it was never used."""
+    row = tx.execute(sa.select(scopes.c.spent, scopes.c.held).where(scopes.c.id == scope)).first()
+    return (row.spent, row.held) if row else (0, 0)
+
+
+def _refusal(tx: sa.Connection, blocking: Scope, amount: int, purses: Sequence[Scope]) -> NotEnough:
+    spent, held = balance(tx, blocking.id)
+    free = min(scope.limit - sum(balance(tx, scope.id)) for scope in purses)
+    left = blocking.limit - spent - held
+    fields = {"limit": f"{usd(blocking.limit)} USD", "asked": f"{usd(amount)} USD", "left": f"{usd(left)} USD"}
+    kind = BudgetExhausted if spent + amount > blocking.limit else BudgetInFlight
+    error = kind(
+        f"this call could cost {fields['asked']}, and the {blocking.title} budget of {fields['limit']} "
+        f"has {fields['left']} left" + (f" ({usd(held)} USD held by calls in flight)" if held else ""),
+        **fields,
+    )
+    return NotEnough(error, max(0, free))
