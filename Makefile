@@ -1,0 +1,42 @@
+# Airlock's commands; `make` alone lists them. Everything runs from .venv, which `setup` makes and keeps up to date.
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test bench lint lock clean
+MAKEFLAGS += --no-print-directory
+
+# A Python that is active in the caller's shell must not leak into ours.
+unexport PYTHONHOME PYTHONPATH VIRTUAL_ENV
+export PYRIGHT_PYTHON_IGNORE_WARNINGS = 1
+
+bin := .venv/bin
+step := @bash deploy/step.sh
+
+help: ## list the commands
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 18
+
+setup: ## make .venv with airlock in it, and install the system packages that lack (PYTHON=... picks the interpreter)
+	@bash deploy/setup.sh
+
+demo: setup ## find a needle in ten million characters with a local model (SCRIPTED=1: no model, a few seconds)
+	@bash deploy/demo.sh
+
+test: ## set up, lint, run all tests
+	@bash deploy/setup.sh tests
+	@$(MAKE) lint
+	@AIRLOCK_REQUIRE_BACKENDS=bubblewrap $(bin)/python -m pytest tests --ignore=tests/benchmarks \
+		|| { echo "test: step 'pytest' failed" >&2; exit 1; }
+
+bench: setup ## measure, and compare with the peers
+	@$(bin)/python -m tests.benchmarks
+
+lint: setup ## style, types and the direction of imports
+	$(step) 'ruff check' $(bin)/ruff check --output-format concise .
+	$(step) 'ruff format' $(bin)/ruff format --check .
+	$(step) 'pyright' $(bin)/pyright
+	$(step) 'import-linter' $(bin)/lint-imports
+
+lock: ## bring requirements.lock in line with pyproject.toml (UPGRADE=1: the newest of everything)
+	@bash deploy/lock.sh
+
+clean: ## remove .venv, caches and build products; the data folder stays
+	@rm -rf .venv .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist bench-results
+	@find . -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

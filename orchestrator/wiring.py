@@ -1,0 +1,230 @@
+"""The composition root: the only file that names concrete classes. What it builds, `AsyncRLM` and the CLI use."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+from orchestrator import settings
+from orchestrator.core.context import Context
+from orchestrator.core.errors import ModelError, PolicyError, RequestError
+from orchestrator.core.events import Event
+from orchestrator.core.policy import Policy
+from orchestrator.core.policy_file import parse_policy
+from orchestrator.lm.base import LM
+from orchestrator.loop.engine import schema_check
+from orchestrator.loop.prompts import RootLimits
+from orchestrator.loop.query import Closed, Machinery, Order, recover, run_query
+from orchestrator.proxy.prices import Prices
+from orchestrator.proxy.proxy import Account, Proxy
+from orchestrator.sandbox.base import Backend
+from orchestrator.sandbox.registry import make_backend
+from orchestrator.sandbox.slots import Slots
+from orchestrator.store.contexts import ContextStore
+from orchestrator.store.db import Database
+
+TENANT = "default"
+LOCAL_PROMPT_BYTES = 14 * 1024  # of a window of 8,192 tokens, at 2.5 bytes a token, less the output
+LOCAL_OUTPUT_TOKENS = 1024
+LOCAL_SHOWN_CHARS = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """What a user chose, on the command line or in `RLM(...)`; None where nothing was said. Narrows the policy only."""
+
+    model: str | None = None
+    sub_model: str | None = None
+    base_url: str | None = None
+    api_key: str | None = None
+    api_key_env: str | None = None
+    prices: Mapping[str, tuple[Decimal, Decimal]] = field(default_factory=dict[str, tuple[Decimal, Decimal]])
+    backend: str = "auto"
+    policy: str = "default"
+    budget: int | None = None
+    timeout_ms: int | None = None
+    depth: int | None = None
+    iterations: int | None = None
+    answer_schema: Mapping[str, Any] | None = None
+
+
+@dataclass(slots=True)
+class Watch:
+    """Who follows a query while it runs."""
+
+    event: Callable[[Event], None] = lambda _event: None
+    output: Callable[[str, str], None] | None = None
+    account: Callable[[Account], None] = lambda _account: None
+
+
+class Platform:
+    """Store, ledger, models and sandboxes of one data folder, for one process. Use `open_platform`."""
+
+    def __init__(self, home: Path, choices: Choices) -> None:
+        self.home = home
+        self.choices = choices
+        self.config = settings.load_config(home)
+        self.policy = effective_policy(choices)
+        self.backend: Backend = make_backend(
+            choices.backend,
+            least=self.policy.sandbox.least_isolation,
+            cache=home / "cache",
+            seccomp=settings.data_folder("policies") / "seccomp.json",
+        )
+        self.model = choices.model or self.config.model or ""
+        self.sub_model = choices.sub_model or self.config.sub_model or self.model
+        self.db = Database(home)
+        recover(self.db)
+        self.slots = Slots(home)
+        self.slots.clear_dead()
+        self.contexts = ContextStore(home / "contexts")
+        self._lms: dict[str, LM] = {}
+        prices = {**self.config.prices, **choices.prices}
+        self._machinery = Machinery(
+            self.db, Proxy(self.db, Prices(prices), self.find_model), self.backend, self.slots, self.contexts.verify
+        )
+
+    async def run(self, question: str, context: Context, *, code: str | None = None, watch: Watch | None = None) -> Closed:
+        """One query, or with `code` one cell. Raises RequestError before anything is opened, StoreError at its end."""
+        watch = watch or Watch()
+        if code is None:
+            if not self.model:
+                raise ModelError(NO_MODEL)
+            if not question.strip():
+                raise RequestError("the question is empty: say what you want to know of the context")
+        for name in {self.model, self.sub_model} - {""}:
+            self.find_model(name)  # a wrong name or a missing key is told before a query is opened
+        order = Order(
+            tenant=TENANT,
+            question=question,
+            context=context,
+            model="" if code is not None else self.model,
+            sub_models=list(dict.fromkeys(name for name in (self.sub_model, self.model) if name)),
+            limits=self._root_limits(),
+            policy=self.policy,
+            accept=schema_check(self.choices.answer_schema, self.policy.content.answer_chars),
+            code=code,
+            observe=watch.event,
+            on_output=watch.output,
+            on_account=watch.account,
+        )
+        return await run_query(order, self._machinery)
+
+    def find_model(self, name: str) -> tuple[LM, str]:
+        """The LM that a model's name stands for, and the provider's name for the model. Raises ModelError."""
+        if name not in self._lms:
+            self._lms[name] = self._make_lm(name)
+        return self._lms[name], name
+
+    def _make_lm(self, name: str) -> LM:
+        kind, _, rest = name.partition(":")
+        if kind == "scripted":
+            from orchestrator.lm.scripted import ScriptedLM
+
+            return ScriptedLM(Path(rest))
+        if kind == "local":
+            from orchestrator.lm import weights
+            from orchestrator.lm.local import LocalLM
+
+            own = "/" in rest or rest.endswith(".gguf")
+            return LocalLM(Path(rest) if own else weights.path_of(self.home / "models", rest))
+        from orchestrator.lm.openai import OpenAILM
+
+        own = self.config.models.get(name, settings.ModelSettings())
+        base_url = own.base_url or self.choices.base_url or self.config.base_url
+        variable = own.api_key_env or self.choices.api_key_env or self.config.api_key_env
+        key = self.choices.api_key
+        if key is None:
+            # A server of one's own needs no key unless one is named.
+            needed = base_url is None or self.choices.api_key_env is not None or own.api_key_env is not None
+            key = settings.api_key(variable, needed=needed).get_secret_value()
+        return OpenAILM(base_url, key, own.extra)
+
+    def _root_limits(self) -> RootLimits:
+        own = self.config.models.get(self.model, settings.ModelSettings())
+        policy = self.policy
+        local = self.model.startswith("local:")
+        prompt = own.prompt_bytes or (LOCAL_PROMPT_BYTES if local else policy.models.prompt)
+        output = own.output_tokens or (LOCAL_OUTPUT_TOKENS if local else policy.models.output_tokens)
+        shown = LOCAL_SHOWN_CHARS if local else policy.sandbox.shown
+        return RootLimits(
+            prompt_bytes=min(prompt, policy.models.prompt),
+            output_tokens=min(output, policy.models.output_tokens),
+            shown_chars=min(shown, policy.sandbox.shown),
+            style=own.style or ("small" if local else "standard"),
+        )
+
+    async def aclose(self) -> None:
+        for lm in self._lms.values():
+            await lm.aclose()
+        self.db.close()
+
+
+@asynccontextmanager
+async def open_platform(choices: Choices, home: Path | None = None) -> AsyncGenerator[Platform]:
+    """Raises RequestError (policy, configuration), LimitError (isolation), StoreError."""
+    import anyio
+
+    platform = Platform(home or settings.home(), choices)
+    try:
+        yield platform
+    finally:
+        with anyio.CancelScope(shield=True):
+            await platform.aclose()
+
+
+def load_policy(name: str) -> Policy:
+    """A policy by name (default, strict, development) or by path. Raises PolicyError."""
+    shipped = settings.data_folder("policies") / f"{name}.yaml"
+    path = shipped if name.isalnum() and shipped.exists() else Path(name)
+    try:
+        return parse_policy(path.read_text(encoding="utf-8"), str(path.name))
+    except (OSError, UnicodeDecodeError) as error:
+        names = ", ".join(sorted(found.stem for found in shipped.parent.glob("*.yaml")))
+        why = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise PolicyError(f"cannot read policy {name!r} ({why}): give a file, or one of {names}") from None
+
+
+def effective_policy(choices: Choices) -> Policy:
+    """The policy as narrowed by the request."""
+    policy = load_policy(choices.policy)
+    money, time, counts = policy.money, policy.time, policy.counts
+    if choices.depth is not None and choices.depth > counts.depth:
+        raise PolicyError(f"--depth {choices.depth}: policy {choices.policy} permits a depth of {counts.depth}")
+    narrower = policy.model_copy(
+        update={
+            "money": money.model_copy(update=_said(query=choices.budget)),
+            "time": time.model_copy(update=_said(query=choices.timeout_ms)),
+            "counts": counts.model_copy(update=_said(depth=choices.depth, iterations=choices.iterations)),
+        }
+    )
+    return policy.narrowed(narrower)
+
+
+def _said(**values: int | None) -> dict[str, int]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def load_schema(path: Path) -> Mapping[str, Any]:
+    """A JSON Schema from a file. Raises RequestError."""
+    import jsonschema
+
+    try:
+        schema = json.loads(path.read_text(encoding="utf-8"))
+        jsonschema.validators.validator_for(schema).check_schema(schema)
+    except (OSError, ValueError) as error:
+        raise RequestError(f"cannot read the answer schema {path}: {error}") from None
+    except jsonschema.SchemaError as error:
+        raise RequestError(f"{path} is not a JSON Schema: {error.message}") from None
+    return schema
+
+
+NO_MODEL = """no model is configured. The choices are:
+  --model local:qwen2.5-coder-1.5b     on this machine, free; fetch it first with `airlock models pull`
+  --model NAME [--base-url URL]        any OpenAI-compatible server; its key in OPENAI_API_KEY or --api-key-env NAME"""
+
