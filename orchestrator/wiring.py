@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ from orchestrator.proxy.prices import Prices
 from orchestrator.proxy.proxy import Account, Proxy
 from orchestrator.sandbox.base import Backend
 from orchestrator.sandbox.registry import make_backend
+from orchestrator.sandbox.sandbox import open_sandbox
 from orchestrator.sandbox.slots import Slots
+from orchestrator.store import journal
 from orchestrator.store.contexts import ContextStore
 from orchestrator.store.db import Database
 
@@ -60,6 +63,7 @@ class Watch:
     event: Callable[[Event], None] = lambda _event: None
     output: Callable[[str, str], None] | None = None
     account: Callable[[Account], None] = lambda _account: None
+    closed: Callable[[Closed], None] = lambda _closed: None
 
 
 class Platform:
@@ -86,17 +90,18 @@ class Platform:
         self._lms: dict[str, LM] = {}
         prices = {**self.config.prices, **choices.prices}
         self._machinery = Machinery(
-            self.db, Proxy(self.db, Prices(prices), self.find_model), self.backend, self.slots, self.contexts.verify
+            db=self.db,
+            proxy=Proxy(self.db, Prices(prices), self.find_model),
+            backend=self.backend,
+            open_sandbox=partial(open_sandbox, self.backend, self.slots),
+            verify=self.contexts.verify,
         )
 
     async def run(self, question: str, context: Context, *, code: str | None = None, watch: Watch | None = None) -> Closed:
         """One query, or with `code` one cell. Raises RequestError before anything is opened, StoreError at its end."""
         watch = watch or Watch()
         if code is None:
-            if not self.model:
-                raise ModelError(NO_MODEL)
-            if not question.strip():
-                raise RequestError("the question is empty: say what you want to know of the context")
+            self.require_question(question)
         for name in {self.model, self.sub_model} - {""}:
             self.find_model(name)  # a wrong name or a missing key is told before a query is opened
         order = Order(
@@ -112,8 +117,16 @@ class Platform:
             observe=watch.event,
             on_output=watch.output,
             on_account=watch.account,
+            on_closed=watch.closed,
         )
         return await run_query(order, self._machinery)
+
+    def require_question(self, question: str) -> None:
+        """Raises ModelError without a model to ask, RequestError without a question."""
+        if not question.strip():
+            raise RequestError("the question is empty: say what you want to know of the context")
+        if not self.model:
+            raise ModelError(NO_MODEL)
 
     def find_model(self, name: str) -> tuple[LM, str]:
         """The LM that a model's name stands for, and the provider's name for the model. Raises ModelError."""
@@ -222,6 +235,33 @@ def load_schema(path: Path) -> Mapping[str, Any]:
     except jsonschema.SchemaError as error:
         raise RequestError(f"{path} is not a JSON Schema: {error.message}") from None
     return schema
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A query as the journal has it. payloads: (seq, name) -> text. fault: what is wrong with the chain, or None."""
+
+    chain: list[tuple[bytes, str]]
+    payloads: Mapping[tuple[int, str], str]
+    fault: str | None
+
+
+def read_run(home: Path, text: str) -> Run:
+    """The query whose id begins with `text`, or the newest for `last`. Raises RequestError, StoreError."""
+    if not (home / "airlock.db").exists():
+        raise RequestError(f"there is no journal in {home}: nothing has been run with this data folder")
+    db = Database(home)
+    try:
+        found = db.read(lambda tx: journal.find_query(tx, text))
+        if len(found) != 1:
+            several = f"{len(found)} queries begin with {text!r}: {', '.join(found)}"
+            raise RequestError(several if found else f"there is no query {text!r} in the journal")
+        kept = db.read(lambda tx: list(journal.kept_payloads(tx, found[0])))
+        chain = db.read(lambda tx: journal.chain(tx, found[0]))
+        payloads = {(seq, name): data.decode("utf-8", "replace") for seq, name, _salt, data in kept}
+        return Run(chain, payloads, journal.fault(chain, kept))
+    finally:
+        db.close()
 
 
 NO_MODEL = """no model is configured. The choices are:

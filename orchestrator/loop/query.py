@@ -9,6 +9,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -28,8 +29,7 @@ from orchestrator.loop.engine import Loop, Outcome, Status
 from orchestrator.loop.prompts import RootLimits
 from orchestrator.proxy.proxy import Account, ModelUsage, Proxy
 from orchestrator.sandbox.base import Backend, SandboxSpec, Slot
-from orchestrator.sandbox.sandbox import Call, CellResult, Sandbox, open_sandbox
-from orchestrator.sandbox.slots import Slots
+from orchestrator.sandbox.sandbox import Call, CellResult, Sandbox
 from orchestrator.store import journal, ledger
 from orchestrator.store.db import Database
 from orchestrator.store.journal import QueryKey
@@ -57,6 +57,7 @@ class Order:
     observe: Callable[[Event], None] = lambda _event: None
     on_output: Callable[[str, str], None] | None = None
     on_account: Callable[[Account], None] = lambda _account: None
+    on_closed: Callable[[Closed], None] = lambda _closed: None
 
 
 @dataclass(slots=True)
@@ -82,12 +83,15 @@ class Machinery:
     db: Database
     proxy: Proxy
     backend: Backend
-    slots: Slots
+    open_sandbox: Callable[[Callable[[Slot], SandboxSpec]], AbstractAsyncContextManager[Sandbox]]
     verify: Callable[[Context], bool]
 
 
 async def run_query(order: Order, machinery: Machinery) -> Closed:
-    """Run it. Raises only StoreError, when the end cannot be recorded; every other end is in the result."""
+    """Run it. Raises only StoreError, when the end cannot be recorded; every other end is in the result.
+
+    When it is cancelled, it closes the query as `cancelled`, tells `on_closed`, and lets the cancellation go on.
+    """
     return await _Query(order, machinery).run()
 
 
@@ -137,7 +141,8 @@ class _Query:
             # Also on cancellation and on errors of our own: the purse is settled and the chain closed.
             with anyio.CancelScope(shield=True):
                 closed = await self._close(outcome)
-        closed.error = error
+                closed.error = error
+                self._order.on_closed(closed)
         return closed
 
     # Opening
@@ -256,7 +261,7 @@ class _Query:
         )
 
     async def _in_sandbox(self, messages: list[Message]) -> Outcome:
-        async with open_sandbox(self._m.backend, self._m.slots, self._spec) as sandbox:
+        async with self._m.open_sandbox(self._spec) as sandbox:
             try:
                 started = {"backend": self._m.backend.name, "isolation": self._m.backend.isolation.name}
                 await self._record(Event("sandbox.started", ROOT, {**started, "python": sandbox.python, "image": None}))

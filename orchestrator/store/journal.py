@@ -5,6 +5,7 @@ Appending happens inside a transaction of `Database.write`, together with the le
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -109,7 +110,12 @@ def kept_payloads(tx: sa.Connection, query: str) -> Iterator[tuple[int, str, byt
         yield row.seq, row.name, row.salt, row.data
 
 
-def fault(tx: sa.Connection, query: str) -> str | None:
-    """What is wrong with the query's chain or its payloads, or None."""
-    links = chain(tx, query)
-    return chain_fault(links)
+def fault(links: list[tuple[bytes, str]], kept: list[tuple[int, str, bytes, bytes]]) -> str | None:
+    """What is wrong with a chain, or with the payloads that are kept of it; None when all is well."""
+    if broken := chain_fault(links):
+        return broken
+    for seq, name, salt, data in kept:
+        committed = json.loads(links[seq][0])["payloads"].get(name) if seq < len(links) else None
+        if committed is None or committed["commitment"] != commitment(salt, data):
+            return f"payload {name} of record {seq} is not what was recorded"
+    return None

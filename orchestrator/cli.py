@@ -1,0 +1,358 @@
+"""The command line: `airlock run | exec | models | doctor | policy | audit`.
+
+The answer alone goes to standard output, progress to standard error. Errors are one line; exit codes are in `_EXIT`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import anyio
+import anyio.to_thread
+import click
+
+from orchestrator import settings
+from orchestrator.core.errors import AirlockError, RequestError
+from orchestrator.core.units import nano, usd
+from orchestrator.wiring import Choices, Platform, Watch, load_policy, load_schema, open_platform, read_run
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_EXIT = """\
+Exit codes: 0 answered; 1 the cell raised an exception (exec); 2 usage or input; 3 stopped by a limit or refused by
+policy; 4 sandbox, or another part of this machine; 5 provider; 130 interrupted."""
+_STATUS_EXIT = {"answered": 0, "limit": 3, "refused": 3, "cancelled": 130}
+_CELL_EXIT = {"ok": 0, "error": 1, "timeout": 3, "killed": 4}
+
+
+class _Money(click.ParamType):
+    name = "USD"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        from decimal import Decimal, InvalidOperation
+
+        try:
+            amount = Decimal(str(value))
+        except InvalidOperation:
+            amount = Decimal(-1)
+        if not amount.is_finite() or amount < 0 or amount > 1_000_000_000:
+            self.fail(f"{value!r} is not an amount in USD, such as 0.25", param, ctx)
+        return nano(amount)
+
+
+def _query_options(function: F) -> F:
+    options = [
+        click.option("--context", metavar="PATH", required=True, help="Text, .json, .jsonl, a folder, or - for standard input."),
+        click.option("--encoding", type=click.Choice(["utf-8", "latin-1", "replace"]), default="utf-8", show_default=True),
+        click.option("--model", help="NAME, local:NAME, local:/path/to.gguf or scripted:FILE."),
+        click.option("--sub-model", help="The model that sub-calls ask; default: --model."),
+        click.option("--base-url", help="An OpenAI-compatible server; default: OpenAI's."),
+        click.option("--api-key-env", metavar="NAME", help="The environment variable that holds the key."),
+        click.option("--price", "prices", multiple=True, metavar="MODEL=IN,OUT", help="USD per million tokens."),
+        click.option("--backend", default="auto", show_default=True, help="How the sandbox is isolated."),
+        click.option("--policy", default="default", show_default=True, help="A policy's name or file."),
+        click.option("--budget", type=_Money(), help="The most the query may cost, in USD."),
+        click.option("--timeout", type=click.FloatRange(min=0.001, max=10**6), help="The most it may take, in seconds."),
+        click.option("--depth", type=click.IntRange(min=0), help="0: no sub-calls."),
+        click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the answer."),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+@click.group(epilog=_EXIT, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="airlock", message="airlock %(version)s")
+def app() -> None:
+    """Recursive Language Model queries over untrusted context: isolated, bounded, on record."""
+
+
+@app.command()
+@click.argument("question")
+@click.option("--answer-schema", type=click.Path(path_type=Path), metavar="FILE", help="A JSON Schema for the answer.")
+@_query_options
+def run(question: str, answer_schema: Path | None, **options: Any) -> int:
+    """Answer QUESTION over a context."""
+    schema = load_schema(answer_schema) if answer_schema else None
+    return anyio.run(_run, question, options, schema)
+
+
+@app.command(name="exec")
+@click.argument("file", type=click.Path(path_type=Path))
+@_query_options
+def exec_(file: Path, **options: Any) -> int:
+    """Run FILE as one cell, without a root LM; its sub-calls go to --model."""
+    try:
+        code = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise RequestError(f"cannot read {file}: {why}") from None
+    return anyio.run(_exec, code, options)
+
+
+def _choices(options: dict[str, Any], schema: Any = None) -> Choices:
+    timeout = options["timeout"]
+    return Choices(
+        model=options["model"],
+        sub_model=options["sub_model"],
+        base_url=options["base_url"],
+        api_key_env=options["api_key_env"],
+        prices=dict(settings.parse_price(text) for text in options["prices"]),
+        backend=options["backend"],
+        policy=options["policy"],
+        budget=options["budget"],
+        timeout_ms=None if timeout is None else max(1, int(timeout * 1000)),
+        depth=options["depth"],
+        answer_schema=schema,
+    )
+
+
+async def _run(question: str, options: dict[str, Any], schema: Any) -> int:
+    from orchestrator.console import make_view, safe_for
+
+    view = make_view()
+    watch = Watch(event=view.event, output=view.output, account=view.account)
+    async with open_platform(_choices(options, schema)) as platform:
+        platform.require_question(question)
+        with view:
+            closed = await _watched(platform, options, partial(platform.run, question), watch)
+        if closed is None:
+            click.echo("airlock: interrupted before the query began", err=True)
+            return 130
+        backend = platform.backend
+    answer, outcome = closed.outcome.answer, closed.outcome
+    if options["as_json"]:
+        usage = {
+            name: {"calls": u.calls, "input_tokens": u.input_tokens, "output_tokens": u.output_tokens, "cost_usd": usd(u.cost)}
+            for name, u in closed.usage.items()
+        }
+        report = {
+            "query_id": closed.query_id,
+            "status": outcome.status,
+            "answer": answer,
+            "reason": outcome.reason,
+            "cost_usd": usd(closed.cost),
+            "usage": usage,
+            "iterations": closed.turns,
+            "sub_calls": closed.sub_calls,
+            "duration_s": round(closed.duration_s, 3),
+            "backend": backend.name,
+            "isolation": backend.isolation.name,
+            "journal_head": closed.journal_head,
+        }
+        click.echo(json.dumps(report))
+    elif answer is not None:
+        click.echo(safe_for(sys.stdout, answer))
+    if outcome.status != "answered":
+        click.echo(safe_for(sys.stderr, f"airlock: {outcome.status}: {outcome.reason}"), err=True)
+    return closed.error.exit_code if closed.error else _STATUS_EXIT[outcome.status]
+
+
+async def _exec(code: str, options: dict[str, Any]) -> int:
+    from orchestrator.console import safe_for
+
+    def output(stream: str, text: str) -> None:
+        if not options["as_json"]:
+            target = sys.stdout if stream == "out" else sys.stderr
+            target.write(safe_for(target, text))
+            target.flush()
+
+    async with open_platform(_choices(options)) as platform:
+        run_cell = partial(platform.run, "", code=code)
+        closed = await _watched(platform, options, run_cell, Watch(output=output))
+    if closed is None:
+        return 130
+    cell = closed.cell
+    status = cell.status if cell else "killed"
+    reason = closed.outcome.reason
+    if options["as_json"]:
+        report = {
+            "status": status,
+            "reason": reason,
+            "stdout": cell.text("out") if cell else "",
+            "stderr": cell.text("err") if cell else "",
+            "answer": closed.outcome.answer,
+            "duration_s": round(cell.duration_s if cell else closed.duration_s, 3),
+        }
+        click.echo(json.dumps(report))
+    elif closed.outcome.answer is not None:
+        click.echo(safe_for(sys.stdout, closed.outcome.answer))
+    if status in ("timeout", "killed"):
+        click.echo(safe_for(sys.stderr, f"airlock: {status}: {reason}"), err=True)
+    if closed.error:
+        return closed.error.exit_code
+    return 130 if closed.outcome.status == "cancelled" else _CELL_EXIT[status]
+
+
+async def _watched(platform: Platform, options: dict[str, Any], start: Callable[..., Any], watch: Watch) -> Any:
+    """Ingest the context and run the query; Ctrl-C and SIGTERM end it in good order. None if it never began."""
+    result: list[Any] = []
+    watch.closed = result.append
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(_cancel_on_signal, tasks.cancel_scope)
+        ingest = partial(_ingest, platform, options["context"], options["encoding"])
+        context = await anyio.to_thread.run_sync(ingest, abandon_on_cancel=True)
+        await start(context=context, watch=watch)
+        tasks.cancel_scope.cancel()
+    return result[0] if result else None
+
+
+def _ingest(platform: Platform, path: str, encoding: Any) -> Any:
+    if path == "-":
+        return platform.contexts.ingest_stream(sys.stdin.buffer, encoding=encoding)
+    return platform.contexts.ingest(Path(path), encoding=encoding)
+
+
+async def _cancel_on_signal(scope: anyio.CancelScope) -> None:
+    with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async for _ in signals:
+            scope.cancel()
+            return
+
+
+@app.group()
+def models() -> None:
+    """Models on this machine."""
+
+
+@models.command(name="pull")
+@click.argument("name", default="qwen2.5-coder-1.5b")
+def models_pull(name: str) -> None:
+    """Fetch the weights of a model (resumable, checked by hash)."""
+    from orchestrator.lm import weights
+
+    if name not in weights.KNOWN:
+        raise RequestError(f"there is no model {name!r} to pull; there are: {', '.join(weights.KNOWN)}")
+    folder = settings.home() / "models"
+    if name in weights.installed(folder):
+        click.echo(f"{name} is there already: {weights.path_of(folder, name)}", err=True)
+        return
+    path = _pull_with_progress(folder, weights.KNOWN[name])
+    click.echo(f"{name} is ready: --model local:{name}  ({path})", err=True)
+
+
+def _pull_with_progress(folder: Path, known: Any) -> Path:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    from orchestrator.lm import weights
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    folder.mkdir(parents=True, exist_ok=True)
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(known.name, total=known.size)
+        return weights.pull(folder, lambda done, total: progress.update(task, completed=done, total=total), weights=known)
+
+
+@models.command(name="list")
+def models_list() -> None:
+    """What is on this machine, and what can be pulled."""
+    from orchestrator.lm import weights
+
+    folder = settings.home() / "models"
+    installed = weights.installed(folder)
+    for name, path in installed.items():
+        click.echo(f"local:{name}\t{path.stat().st_size / 2**20:,.0f} MiB\t{path}")
+    for name, known in weights.KNOWN.items():
+        if name not in installed:
+            click.echo(f"{name}\t{known.size / 2**20:,.0f} MiB\tnot here: airlock models pull {name}")
+
+
+@app.command()
+@click.option("--backend", default="auto", show_default=True)
+@click.option("--json", "as_json", is_flag=True)
+def doctor(backend: str, as_json: bool) -> int:
+    """Say what works on this machine, what does not, and why."""
+    from orchestrator.doctor import examine
+
+    findings = anyio.run(examine, settings.home(), backend)
+    usable = all(finding.ok for finding in findings if finding.needed)
+    if as_json:
+        rows = [{"name": f.name, "ok": f.ok, "needed": f.needed, "text": f.text} for f in findings]
+        click.echo(json.dumps({"usable": usable, "findings": rows}))
+    else:
+        for finding in findings:
+            mark = "ok  " if finding.ok else "FAIL" if finding.needed else "lack"
+            click.echo(f"{mark}  {finding.name}: {finding.text}")
+        click.echo("usable" if usable else "not usable", err=True)
+    return 0 if usable else 4
+
+
+@app.group()
+def policy() -> None:
+    """Policies: what a query may do."""
+
+
+@policy.command(name="check")
+@click.argument("file")
+def policy_check(file: str) -> None:
+    """Check a policy FILE; every fault is told with its line."""
+    click.echo(f"{file}: valid, SHA-256 {load_policy(file).sha256()}")
+
+
+@policy.command(name="show")
+@click.option("--policy", "name", default="default", show_default=True)
+def policy_show(name: str) -> None:
+    """Print a policy as it is in force."""
+    import yaml
+
+    shown = load_policy(name)
+    click.echo(f"# {name}, SHA-256 {shown.sha256()}")
+    click.echo(yaml.safe_dump(shown.model_dump(mode="json"), sort_keys=False), nl=False)
+
+
+@app.group()
+def audit() -> None:
+    """The journal."""
+
+
+@audit.command(name="show")
+@click.argument("query", default="last")
+def audit_show(query: str) -> int:
+    """Print a QUERY's run: code, output, sub-calls, cost. An id, its beginning, or `last`."""
+    from orchestrator.console import safe_for, show_run
+
+    run_read = read_run(settings.home(), query)
+    for line in show_run(run_read.chain, run_read.payloads, run_read.fault):
+        click.echo(safe_for(sys.stdout, line))
+    return 4 if run_read.fault else 0
+
+
+def main() -> None:
+    """The entry point `airlock`."""
+    try:
+        code = app.main(prog_name="airlock", standalone_mode=False)
+    except click.exceptions.Abort:
+        code = 130
+    except click.ClickException as error:
+        click.echo(f"airlock: {error.format_message()}", err=True)
+        code = 2
+    except BaseExceptionGroup as group:
+        error = _first(group)
+        if not isinstance(error, AirlockError):
+            raise
+        click.echo(f"airlock: {error}", err=True)
+        code = error.exit_code
+    except AirlockError as error:
+        click.echo(f"airlock: {error}", err=True)
+        code = error.exit_code
+    except BrokenPipeError:  # the reader of standard output has gone; say nothing more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    sys.exit(code)
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    error = group.exceptions[0]
+    return _first(error) if isinstance(error, BaseExceptionGroup) else error
+
+
+if __name__ == "__main__":
+    main()

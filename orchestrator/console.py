@@ -1,0 +1,259 @@
+"""What people see of a query: a live view on a terminal, plain lines elsewhere, and a run read back from the journal.
+
+Code, output and answers are hostile text. On a terminal every control character, and every character that reorders
+text, is shown as an escape instead of being obeyed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from typing import Any, TextIO
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.syntax import Syntax
+from rich.table import Table
+from rich.text import Text
+
+from orchestrator.core.events import Event
+from orchestrator.core.units import usd
+from orchestrator.proxy.proxy import Account
+
+_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
+_CODE_LINES, _OUTPUT_LINES = 16, 8
+
+
+def printable(text: str) -> str:
+    """`text` with what a terminal would obey made visible."""
+    return _UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def safe_for(stream: TextIO, text: str) -> str:
+    """`text` as it may go to `stream`: untouched into files and pipes, harmless on terminals."""
+    return printable(text) if stream.isatty() else text
+
+
+class PlainView:
+    """One line for each thing that happens, to standard error."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+
+    def __enter__(self) -> PlainView:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.stderr.flush()
+
+    def account(self, account: Account) -> None:
+        self._say(f"query {account.key.id}, budget {usd(account.scopes[0].limit)} USD")
+
+    def event(self, event: Event) -> None:
+        if line := _one_line(event):
+            self._say(line)
+
+    def output(self, stream: str, text: str) -> None:
+        """A cell's output is not repeated here; `airlock audit show` has it."""
+
+    def _say(self, line: str) -> None:
+        print(f"[{time.monotonic() - self._started:7.2f} s] {printable(line)}", file=sys.stderr)
+
+
+class LiveView:
+    """Turn, code, output, sub-calls in flight, money and time left; redrawn as things happen."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True)
+        self._live = Live(get_renderable=self._draw, console=self._console, refresh_per_second=8, transient=False)
+        self._account: Account | None = None
+        self._code = ""
+        self._tail: deque[str] = deque(maxlen=_OUTPUT_LINES)
+        self._open_line = ""
+        self._turn = self._cell = 0
+        self._doing = "starting"
+        self._started = time.monotonic()
+
+    def __enter__(self) -> LiveView:
+        self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def account(self, account: Account) -> None:
+        self._account = account
+
+    def event(self, event: Event) -> None:
+        body = event.body
+        if event.type == "call.intent" and body["role"] == "root":
+            self._turn += 1
+            self._doing = f"{body['model']} is thinking"
+        elif event.type == "call.result" and body["outcome"] != "answered":
+            self._doing = f"call {body['call']}: {body['detail']}"
+        elif event.type == "cell.started":
+            self._cell, self._code = body["cell"], event.payloads["code"]
+            self._tail.clear()
+            self._open_line = ""
+            self._doing = f"cell {self._cell} is running"
+        elif event.type == "cell.ended":
+            self._doing = f"cell {body['cell']} ended: {body['status']} after {body['duration_ms']} ms"
+        elif line := _one_line(event):
+            self._doing = line
+        self._live.refresh()
+
+    def output(self, stream: str, text: str) -> None:
+        *lines, self._open_line = (self._open_line + text)[-10_000:].split("\n")
+        self._tail.extend(lines)
+
+    def _draw(self) -> RenderableType:
+        parts: list[RenderableType] = [self._head()]
+        if self._code:
+            lines = printable(self._code).splitlines()
+            shown = "\n".join(lines[:_CODE_LINES]) + ("\n..." if len(lines) > _CODE_LINES else "")
+            code = Syntax(shown, "python", theme="ansi_dark", background_color="default", word_wrap=True)
+            parts.append(Panel(code, title=f"cell {self._cell}", title_align="left", border_style="dim"))
+        tail = [*self._tail, *([self._open_line] if self._open_line else [])][-_OUTPUT_LINES:]
+        if tail:
+            width = max(20, self._console.width - 6)
+            text = Text("\n".join(printable(line)[:width] for line in tail))
+            parts.append(Panel(text, title="output", title_align="left", border_style="dim"))
+        return Group(*parts)
+
+    def _head(self) -> RenderableType:
+        account = self._account
+        if account is None:
+            return Text("airlock: starting")
+        policy, elapsed = account.policy, time.monotonic() - self._started
+        limit, total = account.scopes[0].limit, policy.time.query / 1000
+        table = Table.grid(padding=(0, 2))
+        turns = f"turn {self._turn} of {policy.counts.iterations}"
+        calls = f"{account.sub_calls} sub-calls, {account.running} calls in flight"
+        table.add_row(Text(account.key.id, style="bold"), Text(turns), Text(calls))
+        table.add_row(
+            Text(f"{usd(account.spent)} of {usd(limit)} USD"),
+            ProgressBar(total=max(1, limit), completed=account.spent, width=20),
+            Text(printable(self._doing)[:70], style="cyan"),
+        )
+        table.add_row(
+            Text(f"{elapsed:.0f} of {total:.0f} s"), ProgressBar(total=total, completed=min(elapsed, total), width=20)
+        )
+        return table
+
+
+def make_view() -> LiveView | PlainView:
+    return LiveView() if sys.stderr.isatty() else PlainView()
+
+
+def _one_line(event: Event) -> str:
+    body: Mapping[str, Any] = event.body
+    match event.type:
+        case "sandbox.started":
+            return f"sandbox ready: {body['backend']} ({body['isolation']}), Python {body['python']}"
+        case "call.intent":
+            if body["role"] == "sub":
+                return ""
+            return f"asking {body['model']} (may cost up to {body['bound_usd']} USD)"
+        case "call.result":
+            if body["outcome"] == "answered":
+                return "" if ".c" in body["call"] and body["cost_usd"] == "0.00" else f"cost {body['cost_usd']} USD"
+            return f"call {body['call']} {body['outcome']}: {body['detail']}"
+        case "call.refused":
+            return f"sub-call refused: {body['detail']}"
+        case "cell.started":
+            return f"cell {body['cell']}: {event.payloads['code'].count(chr(10)) + 1} lines"
+        case "cell.ended":
+            detail = f" ({body['detail']})" if body["detail"] else ""
+            return f"cell {body['cell']} {body['status']} after {body['duration_ms']} ms{detail}"
+        case "limit.hit":
+            return f"limit: {body['detail']}"
+        case "query.closed":
+            return f"{body['status']}: {body['turns']} turns, {body['sub_calls']} sub-calls, {body['cost_usd']} USD"
+        case _:
+            return ""
+
+
+def show_run(chain: list[tuple[bytes, str]], payloads: Mapping[tuple[int, str], str], fault: str | None) -> Iterator[str]:
+    """A query's journal as a person would read it, line by line: code, output, sub-calls, cost."""
+    for record, _digest in chain:
+        fields: dict[str, Any] = json.loads(record)
+        body, seq = fields["body"], fields["seq"]
+
+        def payload(name: str, fields: dict[str, Any] = fields, seq: int = seq) -> str:
+            kept = payloads.get((seq, name))
+            if kept is not None:
+                return kept
+            return f"(not kept: {fields['payloads'][name]['bytes']:,} bytes)" if name in fields["payloads"] else ""
+
+        yield from _show_record(fields, body, payload)
+    head = chain[-1][1] if chain else "none"
+    yield f"journal: {len(chain)} records, head {head}: " + (f"BROKEN: {fault}" if fault else "the chain is whole")
+
+
+def _show_record(fields: dict[str, Any], body: dict[str, Any], payload: Any) -> Iterator[str]:
+    at = fields["at"][11:23]
+    match fields["type"]:
+        case "query.opened":
+            context = body["context"]
+            yield f"query {fields['query']} of tenant {fields['tenant']}, opened {fields['at']}"
+            yield f"  question: {payload('question')}"
+            yield f"  context:  {context['kind']}, {context['chars']:,} characters, sha256 {context['sha256']}"
+            yield f"  model:    {body['model']}; sub-calls: {', '.join(body['sub_models']) or 'none'}"
+            yield f"  sandbox:  {body['backend']} ({body['isolation']}); budget {body['limit_usd']} USD"
+            yield f"  policy:   {fields['policy']}"
+        case "call.intent":
+            what = "turn" if body["role"] == "root" else "sub-call"
+            yield f"{at} {what} {body['call']} to {body['model']}, at most {body['bound_usd']} USD"
+            if body["role"] == "sub":
+                yield from _indented(_prompt_text(payload("prompt")), "> ")
+        case "call.result":
+            usage = body["usage"]
+            tokens = f", {usage['input_tokens']:,} tokens in, {usage['output_tokens']:,} out" if usage else ""
+            yield f"{at} {body['call']} {body['outcome']} ({body['detail']}){tokens}, {body['cost_usd']} USD"
+            yield from _indented(payload("completion"), "< ")
+        case "call.refused":
+            yield f"{at} sub-call refused: {body['detail']}"
+        case "cell.started":
+            yield f"{at} cell {body['cell']}"
+            yield from _indented(payload("code"), "| ")
+        case "cell.ended":
+            yield f"{at} cell {body['cell']} {body['status']} after {body['duration_ms']} ms {body['detail']}".rstrip()
+            yield from _indented(payload("stdout"), "  ")
+            yield from _indented(payload("stderr"), "! ")
+        case "limit.hit":
+            yield f"{at} limit: {body['detail']}"
+        case "sandbox.started":
+            yield f"{at} sandbox started, Python {body['python']}"
+        case "sandbox.ended":
+            cpu = "unknown" if body["cpu_ms"] is None else f"{body['cpu_ms']} ms"
+            peak = body["peak_memory_bytes"]
+            memory = "unknown" if peak is None else f"{peak / 2**20:.0f} MiB"
+            yield f"{at} sandbox ended: CPU {cpu}, peak memory {memory}"
+        case "context.verified":
+            yield f"{at} context {'unchanged' if body['unchanged'] else 'CHANGED'}"
+        case _:
+            yield f"{at} closed: {body['status']} {body['reason']}".rstrip() + f"; cost {body['cost_usd']} USD"
+            if "answer" in fields["payloads"]:
+                yield "answer:"
+                yield from _indented(payload("answer"), "  ")
+
+
+def _prompt_text(text: str) -> str:
+    try:
+        return str(json.loads(text)[-1]["content"])
+    except (ValueError, LookupError, TypeError):
+        return text
+
+
+def _indented(text: str, mark: str, most: int = 40) -> Iterator[str]:
+    lines = text.splitlines()
+    for line in lines[:most]:
+        yield f"    {mark}{line[:500]}"
+    if len(lines) > most:
+        yield f"    {mark}... [{len(lines) - most:,} more lines]"
