@@ -1,9 +1,9 @@
 """Airlock: Recursive Language Model queries over untrusted context, isolated, bounded and on record.
 
-    from orchestrator import RLM
+from orchestrator import RLM
 
-    with RLM(model="gpt-5-mini") as rlm:
-        print(rlm.completion("What is the magic number?", Path("haystack.txt")).response)
+with RLM(model="gpt-5-mini") as rlm:
+    print(rlm.completion("What is the magic number?", Path("haystack.txt")).response)
 """
 
 from orchestrator.core.errors import (

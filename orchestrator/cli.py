@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from decimal import Decimal, InvalidOperation
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +21,7 @@ import click
 
 from orchestrator import settings
 from orchestrator.core.errors import AirlockError, RequestError
-from orchestrator.core.units import nano, usd
+from orchestrator.core.units import nano, parse_price, usd
 from orchestrator.wiring import Choices, Platform, Watch, load_policy, load_schema, open_platform, read_run
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -32,12 +33,10 @@ _STATUS_EXIT = {"answered": 0, "limit": 3, "refused": 3, "cancelled": 130}
 _CELL_EXIT = {"ok": 0, "error": 1, "timeout": 3, "killed": 4}
 
 
-class _Money(click.ParamType):
+class _Money(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]  generic in the stubs alone
     name = "USD"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        from decimal import Decimal, InvalidOperation
-
         try:
             amount = Decimal(str(value))
         except InvalidOperation:
@@ -49,8 +48,12 @@ class _Money(click.ParamType):
 
 def _query_options(function: F) -> F:
     options = [
-        click.option("--context", metavar="PATH", required=True, help="Text, .json, .jsonl, a folder, or - for standard input."),
-        click.option("--encoding", type=click.Choice(["utf-8", "latin-1", "replace"]), default="utf-8", show_default=True),
+        click.option(
+            "--context", metavar="PATH", required=True, help="Text, .json, .jsonl, a folder, or - for standard input."
+        ),
+        click.option(
+            "--encoding", type=click.Choice(["utf-8", "latin-1", "replace"]), default="utf-8", show_default=True
+        ),
         click.option("--model", help="NAME, local:NAME, local:/path/to.gguf or scripted:FILE."),
         click.option("--sub-model", help="The model that sub-calls ask; default: --model."),
         click.option("--base-url", help="An OpenAI-compatible server; default: OpenAI's."),
@@ -59,7 +62,9 @@ def _query_options(function: F) -> F:
         click.option("--backend", default="auto", show_default=True, help="How the sandbox is isolated."),
         click.option("--policy", default="default", show_default=True, help="A policy's name or file."),
         click.option("--budget", type=_Money(), help="The most the query may cost, in USD."),
-        click.option("--timeout", type=click.FloatRange(min=0.001, max=10**6), help="The most it may take, in seconds."),
+        click.option(
+            "--timeout", type=click.FloatRange(min=0.001, max=10**6), help="The most it may take, in seconds."
+        ),
         click.option("--depth", type=click.IntRange(min=0), help="0: no sub-calls."),
         click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the answer."),
     ]
@@ -104,7 +109,7 @@ def _choices(options: dict[str, Any], schema: Any = None) -> Choices:
         sub_model=options["sub_model"],
         base_url=options["base_url"],
         api_key_env=options["api_key_env"],
-        prices=dict(settings.parse_price(text) for text in options["prices"]),
+        prices=dict(_price(text) for text in options["prices"]),
         backend=options["backend"],
         policy=options["policy"],
         budget=options["budget"],
@@ -112,6 +117,13 @@ def _choices(options: dict[str, Any], schema: Any = None) -> Choices:
         depth=options["depth"],
         answer_schema=schema,
     )
+
+
+def _price(text: str) -> tuple[str, tuple[Decimal, Decimal]]:
+    try:
+        return parse_price(text)
+    except ValueError as error:
+        raise RequestError(f"--price {error}") from None
 
 
 async def _run(question: str, options: dict[str, Any], schema: Any) -> int:
@@ -130,7 +142,12 @@ async def _run(question: str, options: dict[str, Any], schema: Any) -> int:
     answer, outcome = closed.outcome.answer, closed.outcome
     if options["as_json"]:
         usage = {
-            name: {"calls": u.calls, "input_tokens": u.input_tokens, "output_tokens": u.output_tokens, "cost_usd": usd(u.cost)}
+            name: {
+                "calls": u.calls,
+                "input_tokens": u.input_tokens,
+                "output_tokens": u.output_tokens,
+                "cost_usd": usd(u.cost),
+            }
             for name, u in closed.usage.items()
         }
         report = {
@@ -244,11 +261,19 @@ def _pull_with_progress(folder: Path, known: Any) -> Path:
 
     from orchestrator.lm import weights
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     folder.mkdir(parents=True, exist_ok=True)
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(known.name, total=known.size)
-        return weights.pull(folder, lambda done, total: progress.update(task, completed=done, total=total), weights=known)
+        return weights.pull(
+            folder, lambda done, total: progress.update(task, completed=done, total=total), weights=known
+        )
 
 
 @models.command(name="list")
@@ -349,9 +374,10 @@ def main() -> None:
     sys.exit(code)
 
 
-def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    error = group.exceptions[0]
-    return _first(error) if isinstance(error, BaseExceptionGroup) else error
+def _first(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    return error  # pyright: ignore[reportUnknownVariableType]
 
 
 if __name__ == "__main__":

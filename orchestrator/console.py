@@ -179,7 +179,9 @@ def _one_line(event: Event) -> str:
             return ""
 
 
-def show_run(chain: list[tuple[bytes, str]], payloads: Mapping[tuple[int, str], str], fault: str | None) -> Iterator[str]:
+def show_run(
+    chain: list[tuple[bytes, str]], payloads: Mapping[tuple[int, str], str], fault: str | None
+) -> Iterator[str]:
     """A query's journal as a person would read it, line by line: code, output, sub-calls, cost."""
     for record, _digest in chain:
         fields: dict[str, Any] = json.loads(record)
@@ -200,13 +202,7 @@ def _show_record(fields: dict[str, Any], body: dict[str, Any], payload: Any) -> 
     at = fields["at"][11:23]
     match fields["type"]:
         case "query.opened":
-            context = body["context"]
-            yield f"query {fields['query']} of tenant {fields['tenant']}, opened {fields['at']}"
-            yield f"  question: {payload('question')}"
-            yield f"  context:  {context['kind']}, {context['chars']:,} characters, sha256 {context['sha256']}"
-            yield f"  model:    {body['model']}; sub-calls: {', '.join(body['sub_models']) or 'none'}"
-            yield f"  sandbox:  {body['backend']} ({body['isolation']}); budget {body['limit_usd']} USD"
-            yield f"  policy:   {fields['policy']}"
+            yield from _show_opening(fields, payload("question"))
         case "call.intent":
             what = "turn" if body["role"] == "root" else "sub-call"
             yield f"{at} {what} {body['call']} to {body['model']}, at most {body['bound_usd']} USD"
@@ -231,10 +227,7 @@ def _show_record(fields: dict[str, Any], body: dict[str, Any], payload: Any) -> 
         case "sandbox.started":
             yield f"{at} sandbox started, Python {body['python']}"
         case "sandbox.ended":
-            cpu = "unknown" if body["cpu_ms"] is None else f"{body['cpu_ms']} ms"
-            peak = body["peak_memory_bytes"]
-            memory = "unknown" if peak is None else f"{peak / 2**20:.0f} MiB"
-            yield f"{at} sandbox ended: CPU {cpu}, peak memory {memory}"
+            yield f"{at} sandbox ended: {_show_usage(body)}"
         case "context.verified":
             yield f"{at} context {'unchanged' if body['unchanged'] else 'CHANGED'}"
         case _:
@@ -242,6 +235,23 @@ def _show_record(fields: dict[str, Any], body: dict[str, Any], payload: Any) -> 
             if "answer" in fields["payloads"]:
                 yield "answer:"
                 yield from _indented(payload("answer"), "  ")
+
+
+def _show_opening(fields: dict[str, Any], question: str) -> Iterator[str]:
+    body, context = fields["body"], fields["body"]["context"]
+    yield f"query {fields['query']} of tenant {fields['tenant']}, opened {fields['at']}"
+    yield f"  question: {question}"
+    yield f"  context:  {context['kind']}, {context['chars']:,} characters, sha256 {context['sha256']}"
+    yield f"  model:    {body['model']}; sub-calls: {', '.join(body['sub_models']) or 'none'}"
+    yield f"  sandbox:  {body['backend']} ({body['isolation']}); budget {body['limit_usd']} USD"
+    yield f"  policy:   {fields['policy']}"
+
+
+def _show_usage(body: dict[str, Any]) -> str:
+    cpu, peak = body["cpu_ms"], body["peak_memory_bytes"]
+    return f"CPU {'unknown' if cpu is None else f'{cpu} ms'}, peak memory " + (
+        "unknown" if peak is None else f"{peak / 2**20:.0f} MiB"
+    )
 
 
 def _prompt_text(text: str) -> str:

@@ -52,7 +52,8 @@ async def examine(home: Path, backend_name: str) -> list[Finding]:
 
 def _system() -> Finding:
     user = "root" if os.geteuid() == 0 else f"user id {os.geteuid()}"
-    text = f"Python {platform.python_version()} on {platform.system()} {platform.release()}, {platform.machine()}, as {user}"
+    machine = f"{platform.system()} {platform.release()}, {platform.machine()}"
+    text = f"Python {platform.python_version()} on {machine}, as {user}"
     return Finding("system", sys.platform == "linux", True, text)
 
 
@@ -89,7 +90,8 @@ async def _sandbox(backend: Backend, home: Path, policy: Policy) -> list[Finding
             trip = await _round_trip(sandbox)
     except AirlockError as error:
         return [Finding(f"sandbox {backend.name}", False, True, str(error))]
-    text = f"isolation {backend.isolation.name}, Python {sandbox.python}, first cell after {first:.0f} ms, then {trip:.1f} ms"
+    text = f"isolation {backend.isolation.name}, Python {sandbox.python}"
+    text += f", first cell after {first:.0f} ms, then {trip:.1f} ms"
     held = result.status == "ok" and "POSSIBLE" not in result.text("out")
     seen = "; ".join(result.text("out").splitlines()) or result.detail
     return [Finding(f"sandbox {backend.name}", True, True, text), Finding("containment", held, True, seen)]

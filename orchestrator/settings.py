@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 import tomllib
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
 
 import platformdirs
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
-
-from orchestrator.core.errors import ModelError, RequestError
 
 DEFAULT_KEY_VARIABLE = "OPENAI_API_KEY"
 _PACKAGE = Path(__file__).parent
@@ -50,43 +48,29 @@ def home() -> Path:
 
 
 def load_config(folder: Path) -> Config:
-    """`airlock.toml` in the data folder, else in the current folder, else defaults. Raises RequestError."""
+    """`airlock.toml` in the data folder, else in the current folder, else defaults. Raises ValueError."""
     for path in (folder / "airlock.toml", Path("airlock.toml")):
         try:
             text = path.read_text(encoding="utf-8")
         except FileNotFoundError:
             continue
         except (OSError, UnicodeDecodeError) as error:
-            raise RequestError(f"cannot read {path}: {error}") from None
+            raise ValueError(f"cannot read {path}: {error}") from None
         try:
             return Config.model_validate(tomllib.loads(text))
         except tomllib.TOMLDecodeError as error:
-            raise RequestError(f"{path}: not TOML: {error}") from None
+            raise ValueError(f"{path}: not TOML: {error}") from None
         except ValidationError as error:
             fault = error.errors()[0]
             where = ".".join(map(str, fault["loc"]))
-            raise RequestError(f"{path}: {where}: {fault['msg']}") from None
+            raise ValueError(f"{path}: {where}: {fault['msg']}") from None
     return Config()
 
 
-def api_key(variable: str, *, needed: bool) -> SecretStr:
-    """The key in an environment variable. Raises ModelError when it is needed and not there."""
-    key = os.environ.get(variable, "")
-    if not key and needed:
-        raise ModelError(f"there is no API key: set {variable}, or name another variable with --api-key-env")
-    return SecretStr(key or "none")
-
-
-def parse_price(text: str) -> tuple[str, tuple[Decimal, Decimal]]:
-    """'MODEL=IN,OUT' -> (model, (input, output)). Raises RequestError."""
-    model, _, prices = text.rpartition("=")
-    try:
-        per_input, per_output = (Decimal(part.strip()) for part in prices.split(","))
-    except (ValueError, InvalidOperation):
-        per_input = per_output = Decimal(-1)
-    if not model or not (per_input.is_finite() and per_output.is_finite()) or min(per_input, per_output) < 0:
-        raise RequestError(f"--price takes MODEL=IN,OUT in USD per million tokens, such as mine=0.5,1.5; not {text!r}")
-    return model, (per_input, per_output)
+def api_key(variable: str) -> SecretStr | None:
+    """The key in an environment variable, if there is one."""
+    key = os.environ.get(variable)
+    return SecretStr(key) if key else None
 
 
 def data_folder(name: str) -> Path:

@@ -32,6 +32,7 @@ from orchestrator.store.contexts import ContextStore
 from orchestrator.store.db import Database
 
 TENANT = "default"
+NO_KEY = "none"  # the SDK insists on one; servers that need none ignore it
 LOCAL_PROMPT_BYTES = 14 * 1024  # of a window of 8,192 tokens, at 2.5 bytes a token, less the output
 LOCAL_OUTPUT_TOKENS = 1024
 LOCAL_SHOWN_CHARS = 2000
@@ -72,7 +73,7 @@ class Platform:
     def __init__(self, home: Path, choices: Choices) -> None:
         self.home = home
         self.choices = choices
-        self.config = settings.load_config(home)
+        self.config = _config(home)
         self.policy = effective_policy(choices)
         self.backend: Backend = make_backend(
             choices.backend,
@@ -97,7 +98,9 @@ class Platform:
             verify=self.contexts.verify,
         )
 
-    async def run(self, question: str, context: Context, *, code: str | None = None, watch: Watch | None = None) -> Closed:
+    async def run(
+        self, question: str, context: Context, *, code: str | None = None, watch: Watch | None = None
+    ) -> Closed:
         """One query, or with `code` one cell. Raises RequestError before anything is opened, StoreError at its end."""
         watch = watch or Watch()
         if code is None:
@@ -153,9 +156,13 @@ class Platform:
         variable = own.api_key_env or self.choices.api_key_env or self.config.api_key_env
         key = self.choices.api_key
         if key is None:
+            secret = settings.api_key(variable)
             # A server of one's own needs no key unless one is named.
-            needed = base_url is None or self.choices.api_key_env is not None or own.api_key_env is not None
-            key = settings.api_key(variable, needed=needed).get_secret_value()
+            if secret is None and (base_url is None or self.choices.api_key_env or own.api_key_env):
+                raise ModelError(
+                    f"there is no API key for {name}: set {variable}, or name a variable with --api-key-env"
+                )
+            key = secret.get_secret_value() if secret else NO_KEY
         return OpenAILM(base_url, key, own.extra)
 
     def _root_limits(self) -> RootLimits:
@@ -189,6 +196,13 @@ async def open_platform(choices: Choices, home: Path | None = None) -> AsyncGene
     finally:
         with anyio.CancelScope(shield=True):
             await platform.aclose()
+
+
+def _config(home: Path) -> settings.Config:
+    try:
+        return settings.load_config(home)
+    except ValueError as error:
+        raise RequestError(str(error)) from None
 
 
 def load_policy(name: str) -> Policy:
@@ -225,14 +239,15 @@ def _said(**values: int | None) -> dict[str, int]:
 
 def load_schema(path: Path) -> Mapping[str, Any]:
     """A JSON Schema from a file. Raises RequestError."""
-    import jsonschema
+    from jsonschema.exceptions import SchemaError
+    from jsonschema.validators import validator_for
 
     try:
         schema = json.loads(path.read_text(encoding="utf-8"))
-        jsonschema.validators.validator_for(schema).check_schema(schema)
+        validator_for(schema).check_schema(schema)
     except (OSError, ValueError) as error:
         raise RequestError(f"cannot read the answer schema {path}: {error}") from None
-    except jsonschema.SchemaError as error:
+    except SchemaError as error:
         raise RequestError(f"{path} is not a JSON Schema: {error.message}") from None
     return schema
 
@@ -267,4 +282,3 @@ def read_run(home: Path, text: str) -> Run:
 NO_MODEL = """no model is configured. The choices are:
   --model local:qwen2.5-coder-1.5b     on this machine, free; fetch it first with `airlock models pull`
   --model NAME [--base-url URL]        any OpenAI-compatible server; its key in OPENAI_API_KEY or --api-key-env NAME"""
-

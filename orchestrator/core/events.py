@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import rfc8785
 
@@ -86,8 +86,8 @@ def _has_float(value: Any) -> bool:
     if isinstance(value, float):
         return True
     if isinstance(value, dict):
-        return any(_has_float(item) for item in value.values())
-    return isinstance(value, list) and any(_has_float(item) for item in value)
+        return any(_has_float(item) for item in cast("dict[str, Any]", value).values())
+    return isinstance(value, list) and any(_has_float(item) for item in cast("list[Any]", value))
 
 
 def chain_fault(records: list[tuple[bytes, str]]) -> str | None:

@@ -35,7 +35,11 @@ AtLeastOne = Annotated[int, Field(ge=1, strict=True)]
 
 def _one_list(value: object) -> object:
     # A file has one list of patterns; narrowing adds further lists, all of which must be passed.
-    return (value,) if isinstance(value, list) and all(isinstance(item, str) for item in cast("list[Any]", value)) else value
+    if isinstance(value, list):
+        items = cast("list[object]", value)
+        if all(isinstance(item, str) for item in items):
+            return (items,)
+    return cast(object, value)
 
 
 Patterns = Annotated[tuple[str, ...], Field(min_length=1)]
@@ -48,7 +52,9 @@ class _Section(BaseModel):
     def narrowed(self, other: Self) -> Self:
         """Field by field, the stricter of the two."""
         return self.model_copy(
-            update={name: _stricter(name, getattr(self, name), getattr(other, name)) for name in type(self).model_fields}
+            update={
+                name: _stricter(name, getattr(self, name), getattr(other, name)) for name in type(self).model_fields
+            }
         )
 
 
@@ -120,7 +126,7 @@ class Tenant(_Section):
 
 
 class Audit(_Section):
-    """payloads: keep prompts, code and outputs, or only their hashes. verify_context: hash it again after the answer."""
+    """payloads: keep prompts, code and outputs, or only hashes of them. verify_context: hash it again at the end."""
 
     payloads: Literal["hash", "keep"]
     verify_context: Annotated[bool, Field(strict=True)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from decimal import ROUND_CEILING, Decimal
+from decimal import ROUND_CEILING, Decimal, InvalidOperation
 
 NANO = 10**9
 
@@ -43,6 +43,18 @@ def parse_millicores(text: object) -> int:
 def parse_usd(text: object) -> int:
     """'0.25 USD' -> nano-USD. Raises ValueError."""
     return _parse(text, _MONEY, "0.25 USD")
+
+
+def parse_price(text: str) -> tuple[str, tuple[Decimal, Decimal]]:
+    """'MODEL=IN,OUT' -> (model, (input, output)) in USD per million tokens. Raises ValueError."""
+    model, _, prices = text.rpartition("=")
+    try:
+        per_input, per_output = (Decimal(part.strip()) for part in prices.split(","))
+    except (ValueError, InvalidOperation):
+        per_input = per_output = Decimal(-1)
+    if not model or not (per_input.is_finite() and per_output.is_finite()) or min(per_input, per_output) < 0:
+        raise ValueError(f"takes MODEL=IN,OUT in USD per million tokens, such as mine=0.5,1.5; not {text!r}")
+    return model, (per_input, per_output)
 
 
 def nano(amount: Decimal) -> int:

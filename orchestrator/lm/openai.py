@@ -1,8 +1,8 @@
-"""Any server that speaks OpenAI's chat completions, through the `openai` SDK. One attempt per `ask`, no retries here."""
+"""Any server that speaks OpenAI's chat completions, through the `openai` SDK. One attempt an `ask`, no retries."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from orchestrator.core.errors import OutcomeUnknown, ProviderBusy, ProviderError, ProviderRefused
 from orchestrator.lm.base import LM, Reply, Request, Usage
@@ -87,11 +87,13 @@ def _never_sent(error: BaseException) -> bool:
     import httpx2
 
     cause = error.__cause__
-    return isinstance(cause, (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout, httpx2.UnsupportedProtocol))
+    return isinstance(
+        cause, (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout, httpx2.UnsupportedProtocol)
+    )
 
 
 def _retry_after(error: openai.APIStatusError) -> float | None:
-    """Seconds, from a Retry-After of that form (RFC 9110, 10.2.3); a date, or anything else, is left to our own pace."""
+    """Seconds, from a Retry-After of that form (RFC 9110, 10.2.3); with a date, or nothing, we keep our own pace."""
     text = error.response.headers.get("retry-after", "")
     try:
         seconds = float(text)
@@ -105,7 +107,7 @@ def _reply(completion: ChatCompletion) -> Reply:
     choices: Any = getattr(completion, "choices", None)
     if not isinstance(choices, list) or not choices:
         raise OutcomeUnknown("the provider sent a completion without a choice")
-    choice: Any = choices[0]
+    choice: Any = cast("list[Any]", choices)[0]
     text = getattr(getattr(choice, "message", None), "content", None)
     if text is None:
         text = ""

@@ -1,8 +1,9 @@
 """A model that says what a file tells it to: for tests, documentation and `make demo SCRIPTED=1`.
 
 The file is YAML. `root` is the list of replies to a conversation, one a turn, the last one repeated; a conversation is
-known by its system message. `sub` answers all other requests: a list of `{match: REGEX, reply: TEXT}`, first match wins;
-`\\1` and `\\g<name>` in the reply are taken from the match. Both may carry `delay_s`. Usage is counted in characters / 4.
+known by its system message. `sub` answers all other requests: a list of `{match: REGEX, reply: TEXT}`, the first match
+wins; `\\1` and `\\g<name>` in the reply are taken from the match. `delay_s` comes before every reply. A token of usage is
+four characters.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from orchestrator.core.errors import BudgetExhausted, CountExceeded, LimitError
 from orchestrator.core.events import Event
@@ -154,9 +154,10 @@ def schema_check(schema: Mapping[str, object] | None, most: int) -> Callable[[st
     """What `Loop.accept` asks: is the answer at most `most` characters and, given a JSON Schema, JSON that fits it?"""
     import json
 
-    import jsonschema
+    from jsonschema.exceptions import best_match  # pyright: ignore[reportUnknownVariableType]
+    from jsonschema.validators import validator_for
 
-    validator = jsonschema.validators.validator_for(schema)(schema) if schema is not None else None
+    validator: Any = validator_for(schema)(schema) if schema is not None else None
 
     def accept(answer: str) -> str | None:
         if len(answer) > most:
@@ -167,7 +168,7 @@ def schema_check(schema: Mapping[str, object] | None, most: int) -> Callable[[st
             value = json.loads(answer)
         except ValueError as error:
             return f"it has to be JSON alone, and is not ({error})"
-        error = jsonschema.exceptions.best_match(validator.iter_errors(value))
+        error: Any = best_match(validator.iter_errors(value))
         return f"it does not fit the schema: {error.message[:500]} at {error.json_path}" if error else None
 
     return accept

@@ -74,7 +74,7 @@ def _final(prose: str) -> tuple[str | None, str | None]:
 
 
 def _inside(text: str) -> str:
-    """Up to the closing parenthesis that balances the opening one; to the end when there is none, or it is in a quote."""
+    """Up to the closing parenthesis that balances the opening one; to the end when there is none."""
     depth = 1
     for position, character in enumerate(text):
         if character == "(":

@@ -130,20 +130,18 @@ class _Query:
         self._order.observe(opened)
         self._order.on_account(self._account)
         error: AirlockError | None = None
-        outcome = Outcome("cancelled", None, "cancelled")
         try:
             outcome = await self._bounded()
         except AirlockError as caught:
             error = caught
             status: Status = "refused" if isinstance(caught, LimitError) else "failed"
             outcome = Outcome(status, self._loop.partial if self._loop else None, f"{caught.kind}: {caught}")
-        finally:
-            # Also on cancellation and on errors of our own: the purse is settled and the chain closed.
-            with anyio.CancelScope(shield=True):
-                closed = await self._close(outcome)
-                closed.error = error
-                self._order.on_closed(closed)
-        return closed
+        except BaseException as stopped:  # cancelled, or a fault of our own: the chain is closed all the same
+            cancelled = isinstance(stopped, anyio.get_cancelled_exc_class())
+            how: Status = "cancelled" if cancelled else "failed"
+            await self._close(Outcome(how, None, how if cancelled else f"internal: {type(stopped).__name__}"), None)
+            raise
+        return await self._close(outcome, error)
 
     # Opening
 
@@ -178,7 +176,9 @@ class _Query:
             raise CountExceeded(f"the question has {len(order.question):,} characters; {most:,} are permitted")
         most = policy.tenant.queries_at_once
         if await anyio.to_thread.run_sync(self._m.db.read, self._count_open) > most:
-            raise CountExceeded(f"{most} queries of this tenant are running already; wait for one to end", limit=str(most))
+            raise CountExceeded(
+                f"{most} queries of this tenant are running already; wait for one to end", limit=str(most)
+            )
         for role, names in (("root", [order.model] if order.model else []), ("sub", list(order.sub_models))):
             for name in names:
                 if not policy.models.permits(role, name):  # pyright: ignore[reportArgumentType]
@@ -188,7 +188,7 @@ class _Query:
         return journal.open_queries(tx, self._order.tenant)
 
     async def _set_aside(self, messages: Sequence[Message]) -> None:
-        """Hold the price of the last word; refuse a budget that does not also pay for one turn. Raises BudgetExhausted."""
+        """Hold the price of the last word. Raises BudgetExhausted when the budget does not also pay for a turn."""
         order, proxy = self._order, self._m.proxy
         words = proxy.bound(order.model, prompts.LAST_WORD_BYTES, prompts.LAST_WORD_TOKENS)
         size = sum(len(message["content"].encode("utf-8", "replace")) + 16 for message in messages)
@@ -343,17 +343,28 @@ class _Query:
 
     # Closing
 
-    async def _close(self, outcome: Outcome) -> Closed:
+    async def _close(self, outcome: Outcome, error: AirlockError | None) -> Closed:
+        with anyio.CancelScope(shield=True):
+            closed = await self._settle_and_close(outcome)
+            closed.error = error
+            self._order.on_closed(closed)
+            return closed
+        raise AssertionError("a shielded scope is not cancelled")
+
+    async def _settle_and_close(self, outcome: Outcome) -> Closed:
         if self._order.policy.audit.verify_context:
             whole = await anyio.to_thread.run_sync(self._m.verify, self._order.context)
-            await self._record(Event("context.verified", ROOT, {"sha256": self._order.context.sha256, "unchanged": whole}))
+            await self._record(
+                Event("context.verified", ROOT, {"sha256": self._order.context.sha256, "unchanged": whole})
+            )
         duration = time.monotonic() - self._started
+        turns = self._loop.turns if self._loop else 0
         body = {
             "status": outcome.status,
             "reason": outcome.reason[:1000],
             "cost_usd": usd(self._account.spent),
             "sub_calls": self._account.sub_calls,
-            "turns": self._loop.turns if self._loop else 0,
+            "turns": turns,
             "duration_ms": int(duration * 1000),
         }
         answer = {} if outcome.answer is None else {"answer": outcome.answer}
@@ -371,7 +382,7 @@ class _Query:
             outcome=outcome,
             cost=self._account.spent,
             usage=self._account.usage,
-            turns=body["turns"],
+            turns=turns,
             sub_calls=self._account.sub_calls,
             duration_s=duration,
             journal_head=head,

@@ -15,7 +15,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import anyio
 import tenacity
@@ -150,7 +150,7 @@ class Proxy:
         attempts = 0
         retrying = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception_type(ProviderBusy),
-            stop=tenacity.stop_after_attempt(1 + account.policy.counts.retries) | _stop_at(account),
+            stop=_stop(account),
             wait=_wait,
             sleep=anyio.sleep,
             reraise=True,
@@ -191,6 +191,7 @@ class Proxy:
         try:
             reply = await plan.lm.ask(request)
             outcome, detail = "answered", reply.finish_reason
+            return reply
         except OutcomeUnknown as error:
             detail = str(error)
             raise
@@ -201,7 +202,6 @@ class Proxy:
             account.running -= 1
             with anyio.CancelScope(shield=True):
                 await self._settle(account, plan, reservation, bound, outcome, detail, reply)
-        return reply
 
     async def _reserve(
         self, account: Account, plan: _Plan, output_tokens: int, reservation: str, number: int, release: str | None
@@ -263,12 +263,20 @@ class Proxy:
         return best
 
     async def _settle(
-        self, account: Account, plan: _Plan, reservation: str, bound: int, outcome: str, detail: str, reply: Reply | None
+        self,
+        account: Account,
+        plan: _Plan,
+        reservation: str,
+        bound: int,
+        outcome: str,
+        detail: str,
+        reply: Reply | None,
     ) -> None:
         usage = reply.usage if reply else None
         price = self._prices.cost(plan.name, usage) if usage else bound
         cost = 0 if outcome == "void" else min(price, bound)
-        body = {"call": plan.call, "outcome": outcome, "detail": detail[:500], "cost_usd": usd(cost), "usage": None}
+        body: dict[str, Any] = {"call": plan.call, "outcome": outcome, "detail": detail[:500], "cost_usd": usd(cost)}
+        body["usage"] = None
         if usage:
             body["usage"] = {"input_tokens": usage.input_tokens, "output_tokens": usage.output_tokens}
         if price > bound:
@@ -335,11 +343,15 @@ def _wait(state: tenacity.RetryCallState) -> float:
     return tenacity.wait_random_exponential(multiplier=0.5, max=LONGEST_WAIT_S)(state)
 
 
-def _stop_at(account: Account) -> Callable[[tenacity.RetryCallState], bool]:
-    """Stop retrying when the wait would outlast the query, or is longer than anybody should hold a sandbox for."""
+def _stop(account: Account) -> Callable[[tenacity.RetryCallState], bool]:
+    """Stop after the policy's retries, or when the wait would outlast the query or is too long to hold a sandbox for."""
 
     def stop(state: tenacity.RetryCallState) -> bool:
         wait = _wait(state)
-        return wait > account.remaining_s() or wait > 4 * LONGEST_WAIT_S
+        return (
+            state.attempt_number > account.policy.counts.retries
+            or wait > account.remaining_s()
+            or wait > 4 * LONGEST_WAIT_S
+        )
 
     return stop

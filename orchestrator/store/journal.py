@@ -28,7 +28,7 @@ Connection = sa.Connection  # the transaction that callers hand through, named h
 
 @dataclass(frozen=True, slots=True)
 class QueryKey:
-    """Whose record it is: the fields that every record of a query repeats. keep: store payloads, or only commitments."""
+    """Whose record it is: what every record of a query repeats. keep: store payloads, or only their commitments."""
 
     id: str
     tenant: str
@@ -64,7 +64,14 @@ def append(tx: sa.Connection, key: QueryKey, event: Event) -> Sealed:
 
 def open_query(tx: sa.Connection, key: QueryKey, owner: str, event: Event) -> Sealed:
     """Begin a query's chain with its `query.opened`."""
-    row = {"id": key.id, "tenant": key.tenant, "owner": owner, "policy": key.policy, "opened_at": now(), "status": "open"}
+    row = {
+        "id": key.id,
+        "tenant": key.tenant,
+        "owner": owner,
+        "policy": key.policy,
+        "opened_at": now(),
+        "status": "open",
+    }
     tx.execute(sa.insert(queries), row)
     return append(tx, key, event)
 
@@ -100,7 +107,9 @@ def find_query(tx: sa.Connection, text: str) -> list[str]:
 
 def chain(tx: sa.Connection, query: str) -> list[tuple[bytes, str]]:
     """(canonical record, its hash) in order."""
-    rows = tx.execute(sa.select(records.c.record, records.c.hash).where(records.c.query == query).order_by(records.c.seq))
+    rows = tx.execute(
+        sa.select(records.c.record, records.c.hash).where(records.c.query == query).order_by(records.c.seq)
+    )
     return [(row.record, row.hash) for row in rows]
 
 

@@ -29,7 +29,7 @@ class Scope:
         return self.id.split(":")[0]
 
 
-class NotEnough(Exception):  # noqa: N818
+class NotEnough(Exception):
     """Some scope cannot hold the amount. free: nano-USD that every scope still has room for."""
 
     def __init__(self, error: BudgetExhausted | BudgetInFlight, free: int) -> None:

@@ -1,0 +1,76 @@
+"""Files under way: written and hashed in a folder of their own, then put in place under their SHA-256, or gone."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Self
+
+_BUFFER = 1 << 20
+
+
+@contextmanager
+def drafts(folder: Path) -> Generator[Path]:
+    """The folder, made if need be. Its lock is shared by all who write drafts: whoever gets it alone may clear it.
+
+    So what a killed process left behind goes with the next use, and never a draft that is under way.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for left in folder.iterdir():
+                left.unlink()
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        yield folder
+    finally:
+        os.close(lock)
+
+
+class Draft:
+    """One file under way. stream: may be read from its start; only `write` may change it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.size = 0
+        self._hash = hashlib.sha256()
+        handle, path = tempfile.mkstemp(dir=folder)
+        self._path = Path(path)
+        self.stream = os.fdopen(handle, "w+b", buffering=_BUFFER)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self.stream.close()
+        finally:
+            self._path.unlink(missing_ok=True)
+
+    def write(self, data: bytes) -> None:
+        self.stream.write(data)
+        self._hash.update(data)
+        self.size += len(data)
+
+    def place(self, folder: Path) -> str:
+        """Put the file in the folder, durably and read-only, and return its name.
+
+        A file of this name is replaced: it should be the same, and if the disk damaged it, it is whole again. Hard
+        links to the old one stay as they are.
+        """
+        self.stream.flush()
+        os.fchmod(self.stream.fileno(), 0o444)
+        os.fsync(self.stream.fileno())
+        name = self._hash.hexdigest()
+        self._path.replace(folder / name)
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+        return name
