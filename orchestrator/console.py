@@ -215,13 +215,8 @@ def _show_record(fields: dict[str, Any], body: dict[str, Any], payload: Any) -> 
             yield from _indented(payload("completion"), "< ")
         case "call.refused":
             yield f"{at} sub-call refused: {body['detail']}"
-        case "cell.started":
-            yield f"{at} cell {body['cell']}"
-            yield from _indented(payload("code"), "| ")
-        case "cell.ended":
-            yield f"{at} cell {body['cell']} {body['status']} after {body['duration_ms']} ms {body['detail']}".rstrip()
-            yield from _indented(payload("stdout"), "  ")
-            yield from _indented(payload("stderr"), "! ")
+        case "cell.started" | "cell.ended":
+            yield from _show_cell(fields, payload)
         case "limit.hit":
             yield f"{at} limit: {body['detail']}"
         case "sandbox.started":
@@ -235,6 +230,17 @@ def _show_record(fields: dict[str, Any], body: dict[str, Any], payload: Any) -> 
             if "answer" in fields["payloads"]:
                 yield "answer:"
                 yield from _indented(payload("answer"), "  ")
+
+
+def _show_cell(fields: dict[str, Any], payload: Any) -> Iterator[str]:
+    at, body = fields["at"][11:23], fields["body"]
+    if fields["type"] == "cell.started":
+        yield f"{at} cell {body['cell']}"
+        yield from _indented(payload("code"), "| ")
+        return
+    yield f"{at} cell {body['cell']} {body['status']} after {body['duration_ms']} ms {body['detail']}".rstrip()
+    yield from _indented(payload("stdout"), "  ")
+    yield from _indented(payload("stderr"), "! ")
 
 
 def _show_opening(fields: dict[str, Any], question: str) -> Iterator[str]:

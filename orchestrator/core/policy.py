@@ -39,7 +39,7 @@ def _one_list(value: object) -> object:
         items = cast("list[object]", value)
         if all(isinstance(item, str) for item in items):
             return (items,)
-    return cast(object, value)
+    return cast("object", value)
 
 
 Patterns = Annotated[tuple[str, ...], Field(min_length=1)]

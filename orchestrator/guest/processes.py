@@ -19,7 +19,9 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 from . import wire
 
 SNAPSHOT_S = 30.0  # for forking a worker of any size
+ENDING_S = 0.2  # from the closing of a dying process's descriptors to its end
 PID_MAX = 4194304  # PID_MAX_LIMIT of Linux on 64 bits
+WRAP_S = 0.2  # too short for a guest to use up all process ids, of which there are 32768 at least
 OURS = 4  # processes that are not the guest's: supervisor, snapshot, the next snapshot, the probe
 _CREDENTIALS = struct.Struct("3i")
 _PR_SET_DUMPABLE = 4
@@ -56,7 +58,7 @@ class Workers:
 
     def __init__(self, serve: Callable[[Tuple[int, int, int]], None]) -> None:
         self._serve = serve
-        self._swept = os.getpid()
+        self._swept, self._swept_at = os.getpid(), time.monotonic()
         self._replace = False
         self.making_until = 0.0
         self.making: Optional[Generation] = None
@@ -67,12 +69,11 @@ class Workers:
     def go(self) -> None:
         _signal(self.runner.pid, signal.SIGCONT)
 
-    def cell_ended(self, threads: int) -> None:
+    def cell_ended(self) -> None:
         """End what the cell left running, then have a snapshot made; `making` is set until it is."""
         self.fresh = False
         # Threads cannot be ended from outside. A fork has none but its own, so it takes the runner's place.
-        self._replace = threads > 1
-        self._sweep()
+        self._replace = self._sweep()
         self._make_snapshot()
 
     def snapshot_made(self) -> None:
@@ -117,6 +118,18 @@ class Workers:
     def kill_runner(self) -> None:
         _signal(self.runner.pid, signal.SIGKILL)
 
+    def runner_ends(self) -> bool:
+        """Whether the runner, which closed its descriptors, did so by ending. Waits ENDING_S at most."""
+        until = time.monotonic() + ENDING_S
+        while time.monotonic() < until:
+            try:
+                if os.waitid(os.P_PID, self.runner.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                    return True
+            except ChildProcessError:
+                return False
+            time.sleep(0.001)
+        return False
+
     def reap(self) -> Optional[int]:
         """Collect the dead; the runner's wait status when it is among them."""
         while True:
@@ -157,19 +170,28 @@ class Workers:
         _signal(generation.pid, signal.SIGKILL)
         generation.close()
 
-    def _sweep(self) -> None:
-        """Stop every process but this one, at one instant, then kill all that are not ours."""
+    def _sweep(self) -> bool:
+        """Stop every process but this one, at one instant, then kill all that are not ours.
+
+        Whether the runner has threads that it did not have at the last sweep, by the kernel's word.
+        """
+        threads = False
         _signal(-1, signal.SIGSTOP)
         keep = {generation.pid for generation in (self.runner, self.snapshot) if generation}
         probe = os.fork()
         if not probe:
             os._exit(0)
         os.waitpid(probe, 0)
-        wrapped = probe < self._swept
-        for pid in range(2, PID_MAX) if wrapped else range(self._swept + 1, probe):
-            if pid not in keep and _exists(pid) and not _is_thread(pid, self.runner.pid):
-                _signal(pid, signal.SIGKILL)
-        self._swept = probe
+        now = time.monotonic()
+        first = self._swept + 1 if now - self._swept_at < WRAP_S else 2
+        for pid in range(2, PID_MAX) if probe < self._swept else range(first, probe):
+            if pid not in keep and _exists(pid):
+                if _is_thread(pid, self.runner.pid):
+                    threads = True
+                else:
+                    _signal(pid, signal.SIGKILL)
+        self._swept, self._swept_at = probe, now
+        return threads
 
 
 def harden() -> None:

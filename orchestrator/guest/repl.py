@@ -5,13 +5,12 @@ from __future__ import annotations
 import builtins
 import os
 import sys
-import threading
 from typing import Any, Dict, List, Optional, Sequence
 
+from . import wire
 from .calls import EXCEPTIONS, Calls
 from .link import Link, Shield
 
-MAX_NAMES = 64
 _HIDDEN_PREFIX = "_"
 
 
@@ -58,15 +57,14 @@ class Repl:
             answer = self._take_answer()
         except BaseException as error:
             status, detail = "error", _describe(error)
-        names = sorted(n for n in self.namespace if isinstance(n, str) and n not in before and self._is_users(n))
+        names = sorted(n for n in list(self.namespace) if isinstance(n, str) and n not in before and self._is_users(n))
         self._restore()
         return {
             "type": "end",
             "status": status,
-            "detail": _text(detail)[:2000],
+            "detail": _text(detail)[: wire.MAX_DETAIL],
             "answer": answer,
-            "names": [_text(name)[:256] for name in names[:MAX_NAMES]],
-            "threads": threading.active_count(),
+            "names": [_text(name)[:256] for name in names[: wire.MAX_NAMES]],
         }
 
     # The names of the REPL

@@ -115,7 +115,7 @@ class Supervisor:
         elif self._cell:
             for name, fd in (("out", runner.out), ("err", runner.err)):
                 if fd in ready and not self._take_output(name, fd):
-                    self._kill_runner("closed its output")
+                    self._lost_runner("closed its output")
             if runner.ctl.fileno() in ready:
                 self._read_worker()
 
@@ -218,7 +218,7 @@ class Supervisor:
         except OSError:
             lines = None
         if lines is None or len(runner.buffer) > wire.MAX_LINE:
-            self._kill_runner("closed, or flooded, the agent's socket")
+            self._lost_runner("closed, or flooded, the agent's socket")
             return
         for line in lines:
             try:
@@ -235,12 +235,17 @@ class Supervisor:
         self._fault = self._fault or "%s and was killed" % fault
         self._workers.kill_runner()
 
+    def _lost_runner(self, fault: str) -> None:
+        # The descriptors of a process that dies close a moment before it can be reaped: then `reap` knows the cause.
+        if not self._workers.runner_ends():
+            self._kill_runner(fault)
+
     def _cell_ended(self, cell: Cell, end: Dict[str, Any]) -> None:
         status = "timeout" if cell.why else end["status"] if end["status"] in STATUSES else "error"
-        detail = "interrupted by %s" % cell.why if cell.why else end["detail"]
+        detail = "interrupted by %s" % cell.why if cell.why else end["detail"][: wire.MAX_DETAIL]
         self._take_rest()
-        self._done(cell, status, detail, end["answer"], end["names"])
-        self._workers.cell_ended(end["threads"])
+        self._done(cell, status, detail, end["answer"], end["names"][: wire.MAX_NAMES])
+        self._workers.cell_ended()
         for fd in (self._workers.runner.out, self._workers.runner.err):
             _drain(fd)
 
@@ -256,6 +261,8 @@ class Supervisor:
         self._done(cell, "timeout" if cell.why else "killed", "the cell %s; %s" % (why, kept), None, [])
 
     def _done(self, cell: Cell, status: str, detail: str, answer: Optional[str], names: List[str]) -> None:
+        for name, decoder in cell.decoders.items():
+            self._keep(cell, name, decoder.decode(b"", True))
         self._flush(cell)
         self._cell = None
         done: Dict[str, Any] = {"type": "done", "cell": cell.number, "status": status, "detail": detail}
@@ -346,6 +353,8 @@ def _cause_of_death(status: int) -> str:
 def main() -> None:
     # The launcher may have left descriptors open; nothing but the channel is wanted, here or in a worker.
     os.closerange(3, 4096)
+    # The kernel keeps from process 1 every signal it has no handler for; Python has one for this.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if os.getpid() != 1:
         sys.exit("the guest agent only runs as process 1 of a process id namespace of its own")
     channel_in, channel_out = os.dup(0), os.dup(1)

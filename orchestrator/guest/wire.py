@@ -14,6 +14,8 @@ VERSION = 1
 MAX_LINE = 16 * 1024 * 1024  # bytes, newline included
 MAX_ID = 2**53
 OUTPUT_CHUNK = 32 * 1024  # characters of text in one output frame, at most
+MAX_DETAIL = 2000  # characters that say how a cell ended
+MAX_NAMES = 64  # new variables that are told
 
 Frame = Dict[str, Any]
 _TEXT = (str, type(None))
@@ -45,7 +47,7 @@ TO_HOST: Table = {
 # Between supervisor and worker, inside the sandbox: what the worker says when a cell is over, or a snapshot is taken.
 TO_SUPERVISOR: Table = {
     "call": TO_HOST["call"],
-    "end": {"status": (str,), "detail": (str,), "answer": _TEXT, "names": _LIST, "threads": (int,)},
+    "end": {"status": (str,), "detail": (str,), "answer": _TEXT, "names": _LIST},
     "snapshot": {},
 }
 

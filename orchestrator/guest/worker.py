@@ -52,7 +52,6 @@ class Worker:
         except KeyboardInterrupt:  # in the few instructions between the cell's end and disarm()
             self._shield.disarm()
             end = {"type": "end", "status": "timeout", "detail": "interrupted", "answer": None, "names": []}
-            end["threads"] = 1
         self._link.send(end)
 
     def _snapshot(self) -> None:

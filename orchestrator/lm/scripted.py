@@ -2,8 +2,8 @@
 
 The file is YAML. `root` is the list of replies to a conversation, one a turn, the last one repeated; a conversation is
 known by its system message. `sub` answers all other requests: a list of `{match: REGEX, reply: TEXT}`, the first match
-wins; `\\1` and `\\g<name>` in the reply are taken from the match. `delay_s` comes before every reply. A token of usage is
-four characters.
+wins; `\\1` and `\\g<name>` in the reply are taken from the match. `delay_s` comes before every reply. Four characters
+count as a token.
 """
 
 from __future__ import annotations

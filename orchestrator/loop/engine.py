@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 from orchestrator.core.errors import BudgetExhausted, CountExceeded, LimitError
 from orchestrator.core.events import Event
@@ -168,7 +168,7 @@ def schema_check(schema: Mapping[str, object] | None, most: int) -> Callable[[st
             value = json.loads(answer)
         except ValueError as error:
             return f"it has to be JSON alone, and is not ({error})"
-        error: Any = best_match(validator.iter_errors(value))
+        error = cast("Any", best_match)(validator.iter_errors(value))
         return f"it does not fit the schema: {error.message[:500]} at {error.json_path}" if error else None
 
     return accept

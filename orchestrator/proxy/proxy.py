@@ -344,7 +344,7 @@ def _wait(state: tenacity.RetryCallState) -> float:
 
 
 def _stop(account: Account) -> Callable[[tenacity.RetryCallState], bool]:
-    """Stop after the policy's retries, or when the wait would outlast the query or is too long to hold a sandbox for."""
+    """Stop after the policy's retries, or when the wait would outlast the query, or is too long to hold a sandbox."""
 
     def stop(state: tenacity.RetryCallState) -> bool:
         wait = _wait(state)

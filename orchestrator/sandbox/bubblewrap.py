@@ -75,7 +75,8 @@ class Bubblewrap(Backend):
         process, words, info, ours = self._spawn(spec)
         guest = BubblewrapGuest(process, words, cgroup)
         try:
-            with anyio.fail_after(10):
+            # Not to be cancelled: without the id of process 1 there is no ending it for certain.
+            with anyio.fail_after(10, shield=True):
                 guest.adopt(await _read_info(info))
             guest.stream = await SocketStream.from_socket(ours)
         except BaseException as error:

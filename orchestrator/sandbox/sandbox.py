@@ -95,6 +95,7 @@ class Sandbox:
         dead then. Sub-calls in flight when the cell ends are cancelled.
         """
         self._cells += 1
+        self._newest_call = 0  # a snapshot that takes over does not know the ids that the dead cell used
         started = time.monotonic()
         result = CellResult("killed", "")
         frame = {"type": "run", "id": self._cells, "code": code, "timeout_s": timeout_s}
@@ -143,6 +144,8 @@ class Sandbox:
             elif kind == "done" and frame["cell"] == self._cells and frame["status"] in wire.CELL_STATUS:
                 if frame["answer"] is not None and len(frame["answer"]) > self._spec.answer_chars:
                     raise ProtocolViolation("the guest sent an answer larger than its cap")
+                if len(frame["detail"]) > wire.MAX_DETAIL or len(frame["names"]) > wire.MAX_NAMES:
+                    raise ProtocolViolation("the guest said more of a cell's end than it may")
                 return frame
             else:
                 raise ProtocolViolation(f"the guest sent a frame of type {kind} that does not fit the moment")

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import fcntl
 import os
+import select
 import shutil
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,15 +43,13 @@ class Slots:
             handle = self._lock(number)
             if handle is None:
                 continue
-            folder = self._folders / f"slot-{number}"
+            slot = Slot(number, self._folders / f"slot-{number}", UID_BASE + number if self._root else None)
             try:
-                shutil.rmtree(folder, ignore_errors=True)
-                folder.mkdir(mode=0o755)
-                yield Slot(number, folder, UID_BASE + number if self._root else None)
-            except OSError as error:
-                raise StoreError(f"cannot make a slot folder: {error.strerror}: {error.filename}") from None
+                _prepare(slot, handle)
+                yield slot
+                os.ftruncate(handle, 0)
             finally:
-                shutil.rmtree(folder, ignore_errors=True)
+                shutil.rmtree(slot.folder, ignore_errors=True)
                 os.close(handle)
             return
         raise SandboxUnusable(f"all {MOST} sandbox slots of this machine are taken; end some queries first")
@@ -74,3 +74,43 @@ class Slots:
             os.close(handle)
             return None
         return handle
+
+
+def _prepare(slot: Slot, handle: int) -> None:
+    """The lock file holds a mark from here until the slot is given back in order. Raises StoreError."""
+    try:
+        if slot.uid is not None and os.fstat(handle).st_size:
+            _end_processes(slot.uid)
+        os.pwrite(handle, b"taken\n", 0)
+        shutil.rmtree(slot.folder, ignore_errors=True)
+        slot.folder.mkdir(mode=0o755)
+    except OSError as error:
+        raise StoreError(f"cannot make a slot folder: {error.strerror}: {error.filename}") from None
+
+
+def _end_processes(uid: int) -> None:
+    """Kill what still runs under a slot's own user id, and wait for its end.
+
+    A guest ends with its orchestrator, but a bwrap whose parent is killed in the middle of its start waits for ever.
+    """
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdecimal():
+            continue
+        try:
+            process = os.pidfd_open(int(entry.name))
+        except OSError:  # it has ended since
+            continue
+        try:
+            if _uid_of(entry) == uid:
+                signal.pidfd_send_signal(process, signal.SIGKILL)
+                select.select([process], [], [], 5.0)
+        except OSError:
+            continue
+        finally:
+            os.close(process)
+
+
+def _uid_of(entry: Path) -> int:
+    """The real user id of a process; the owner of its folder is root where it is not dumpable."""
+    status = (entry / "status").read_text(encoding="utf-8", errors="replace")
+    return int(status.partition("\nUid:")[2].split(maxsplit=1)[0])

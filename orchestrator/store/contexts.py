@@ -148,18 +148,17 @@ class ContextStore:
 
     def _keep(self, kind: ContextKind, name: str, fill: Callable[[Draft], Facts]) -> Context:
         """Let `fill` write the data and say what it is, then put data and manifest in place, in this order."""
-        with _storing(self._root), drafts(self._root / "drafts") as folder:
-            for each in ("data", "manifests"):
-                (self._root / each).mkdir(mode=0o700, exist_ok=True)
-            with Draft(folder) as draft:
-                facts = fill(draft)
-                if not draft.size:
+        folders = [self._root / name for name in ("drafts", "data", "manifests")]
+        with _storing(self._root):
+            for folder in (self._root, *folders):
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with drafts(folders[0]), Draft(folders[0]) as data, Draft(folders[0]) as manifest:
+                facts = fill(data)
+                if not data.size:
                     raise ContextError(f"{name}: is empty; give a context that holds text")
-                facts |= {"kind": kind, "bytes": draft.size, "stride": self._stride}
-                facts["sha256"] = draft.place(self._root / "data")
-            with Draft(folder) as draft:
-                draft.write(json.dumps(facts, sort_keys=True, separators=(",", ":")).encode())
-                return self._context(draft.place(self._root / "manifests"), facts)
+                facts |= {"kind": kind, "bytes": data.size, "stride": self._stride, "sha256": data.place(folders[1])}
+                manifest.write(json.dumps(facts, sort_keys=True, separators=(",", ":")).encode())
+                return self._context(manifest.place(folders[2]), facts)
 
     def _context(self, context_id: str, facts: Facts) -> Context:
         if not _ID.fullmatch(facts["sha256"]):

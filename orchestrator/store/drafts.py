@@ -15,12 +15,11 @@ _BUFFER = 1 << 20
 
 
 @contextmanager
-def drafts(folder: Path) -> Generator[Path]:
-    """The folder, made if need be. Its lock is shared by all who write drafts: whoever gets it alone may clear it.
+def drafts(folder: Path) -> Generator[None]:
+    """While drafts are written in the folder. Its lock is shared by all who do: whoever gets it alone may clear it.
 
     So what a killed process left behind goes with the next use, and never a draft that is under way.
     """
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         with suppress(BlockingIOError):
@@ -28,7 +27,7 @@ def drafts(folder: Path) -> Generator[Path]:
             for left in folder.iterdir():
                 left.unlink()
         fcntl.flock(lock, fcntl.LOCK_SH)
-        yield folder
+        yield
     finally:
         os.close(lock)
 

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.guest.context import LazyList, LazyText, form, load
+from orchestrator.guest.context import LazyList, form, load
+from orchestrator.guest.lazytext import LazyText
 from orchestrator.store.contexts import ContextStore
 
 # Few characters, so that searches hit; line ends of every kind; 1 to 4 bytes; NUL.
@@ -28,9 +29,8 @@ def lazy(text: str, stride: int = 4, window: int = 5, overlap: int = 30, limit: 
     data = text.encode()
     index = [len(text[:at].encode()) for at in range(0, len(text), stride)]
     ascii_only = len(data) == len(text)
-    return LazyText(
-        b"<<" + data + b">>", 2, len(data), len(text), None if ascii_only else index, stride, limit, window, overlap
-    )
+    view = memoryview(b"<<" + data + b">>")[2:-2]
+    return LazyText(view, len(text), None if ascii_only else index, stride, limit, window, overlap)
 
 
 def outcome(call: Any) -> Any:
@@ -221,6 +221,8 @@ def test_a_large_json_dict_is_its_text(tmp_path: Path):
     assert isinstance(view, LazyText)
     assert json.loads(str(lazy(json.dumps(value)))) == value
     assert view.find('"key 499"') > 0
+    size = Path(folder, "data").stat().st_size
+    assert isinstance(load(folder, 39 * size), LazyText)  # as a text it would fit
 
 
 def test_documents(tmp_path: Path):
