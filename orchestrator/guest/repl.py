@@ -48,7 +48,7 @@ class Repl:
         except KeyboardInterrupt:
             status, detail = "timeout", "interrupted"
         except SystemExit as stop:
-            status, detail = "error", "SystemExit: %s" % (stop.code,)
+            status, detail = "error", "SystemExit: %s" % _text(stop.code)
         except BaseException as error:
             status, detail = "error", _describe(error)
         answer = None
@@ -202,7 +202,10 @@ def _describe(error: BaseException) -> str:
 
 
 def _text(value: object) -> str:
-    return str(value).encode("utf-8", "replace").decode()
+    try:
+        return str(value).encode("utf-8", "replace").decode()
+    except BaseException:  # a __str__ of the cell's own making
+        return type(value).__name__
 
 
 def _open_streams() -> None:
@@ -220,7 +223,14 @@ def _open_streams() -> None:
         setattr(sys, name, _streams[fd])
 
 
+def renew_streams() -> None:
+    """Open new streams for the next cell: threads that a fork does not have may have held the locks of these."""
+    _left.extend(_streams.values())  # not to be closed: that would wait for the lock
+    _streams.clear()
+
+
 _streams: Dict[int, Any] = {}
+_left: List[Any] = []
 
 
 def _flush() -> None:

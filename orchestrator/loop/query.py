@@ -233,7 +233,7 @@ class _Query:
         context = order.context
         lazy = ""
         if form(context.kind, context.bytes, context.chars, context.items, policy.sandbox.memory) == "lazy":
-            lazy = "text" if context.kind in ("text", "json") else "list"
+            lazy = "text" if context.items is None else "list"
         return prompts.opening(
             order.question,
             context.shape,
