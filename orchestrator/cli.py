@@ -13,7 +13,7 @@ from collections.abc import Callable
 from decimal import Decimal, InvalidOperation
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 import anyio.to_thread
@@ -22,7 +22,12 @@ import click
 from orchestrator import settings
 from orchestrator.core.errors import AirlockError, RequestError
 from orchestrator.core.units import nano, parse_price, usd
-from orchestrator.wiring import Choices, Platform, Watch, load_policy, load_schema, open_platform, read_run
+from orchestrator.named_policy import load_policy
+
+if TYPE_CHECKING:  # loaded by the commands that need them: it takes longer than `policy show` does in all
+    from orchestrator.console import PlainView
+    from orchestrator.live import LiveView
+    from orchestrator.wiring import Choices, Platform, Watch
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -85,6 +90,8 @@ def app() -> None:
 @_query_options
 def run(question: str, answer_schema: Path | None, **options: Any) -> int:
     """Answer QUESTION over a context."""
+    from orchestrator.wiring import load_schema
+
     schema = load_schema(answer_schema) if answer_schema else None
     return anyio.run(_run, question, options, schema)
 
@@ -103,6 +110,8 @@ def exec_(file: Path, **options: Any) -> int:
 
 
 def _choices(options: dict[str, Any], schema: Any = None) -> Choices:
+    from orchestrator.wiring import Choices
+
     timeout = options["timeout"]
     return Choices(
         model=options["model"],
@@ -127,9 +136,10 @@ def _price(text: str) -> tuple[str, tuple[Decimal, Decimal]]:
 
 
 async def _run(question: str, options: dict[str, Any], schema: Any) -> int:
-    from orchestrator.console import make_view, safe_for
+    from orchestrator.console import safe_for
+    from orchestrator.wiring import Watch, open_platform
 
-    view = make_view()
+    view = _make_view()
     watch = Watch(event=view.event, output=view.output, account=view.account)
     async with open_platform(_choices(options, schema)) as platform:
         platform.require_question(question)
@@ -172,10 +182,24 @@ async def _run(question: str, options: dict[str, Any], schema: Any) -> int:
     return closed.error.exit_code if closed.error else _STATUS_EXIT[outcome.status]
 
 
+def _make_view() -> LiveView | PlainView:
+    if sys.stderr.isatty():
+        from orchestrator.live import LiveView
+
+        return LiveView()
+    from orchestrator.console import PlainView
+
+    return PlainView()
+
+
 async def _exec(code: str, options: dict[str, Any]) -> int:
     from orchestrator.console import safe_for
+    from orchestrator.wiring import Watch, open_platform
+
+    seen: dict[str, list[str]] = {"out": [], "err": []}
 
     def output(stream: str, text: str) -> None:
+        seen[stream].append(text)
         if not options["as_json"]:
             target = sys.stdout if stream == "out" else sys.stderr
             target.write(safe_for(target, text))
@@ -187,14 +211,14 @@ async def _exec(code: str, options: dict[str, Any]) -> int:
     if closed is None:
         return 130
     cell = closed.cell
-    status = cell.status if cell else "killed"
+    status = cell.status if cell else "timeout" if closed.outcome.status == "limit" else "killed"
     reason = closed.outcome.reason
     if options["as_json"]:
         report = {
             "status": status,
             "reason": reason,
-            "stdout": cell.text("out") if cell else "",
-            "stderr": cell.text("err") if cell else "",
+            "stdout": "".join(seen["out"]),
+            "stderr": "".join(seen["err"]),
             "answer": closed.outcome.answer,
             "duration_s": round(cell.duration_s if cell else closed.duration_s, 3),
         }
@@ -343,6 +367,7 @@ def audit() -> None:
 def audit_show(query: str) -> int:
     """Print a QUERY's run: code, output, sub-calls, cost. An id, its beginning, or `last`."""
     from orchestrator.console import safe_for, show_run
+    from orchestrator.wiring import read_run
 
     run_read = read_run(settings.home(), query)
     for line in show_run(run_read.chain, run_read.payloads, run_read.fault):

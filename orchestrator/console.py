@@ -1,4 +1,4 @@
-"""What people see of a query: a live view on a terminal, plain lines elsewhere, and a run read back from the journal.
+"""What people see of a query: plain lines (on a terminal, see `live.py`), and a run read back from the journal.
 
 Code, output and answers are hostile text. On a terminal every control character, and every character that reorders
 text, is shown as an escape instead of being obeyed.
@@ -10,24 +10,16 @@ import json
 import re
 import sys
 import time
-from collections import deque
 from collections.abc import Iterator, Mapping
-from typing import Any, TextIO
-
-from rich.console import Console, Group, RenderableType
-from rich.live import Live
-from rich.panel import Panel
-from rich.progress_bar import ProgressBar
-from rich.syntax import Syntax
-from rich.table import Table
-from rich.text import Text
+from typing import TYPE_CHECKING, Any, TextIO
 
 from orchestrator.core.events import Event
 from orchestrator.core.units import usd
-from orchestrator.proxy.proxy import Account
+
+if TYPE_CHECKING:
+    from orchestrator.proxy.proxy import Account
 
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
-_CODE_LINES, _OUTPUT_LINES = 16, 8
 
 
 def printable(text: str) -> str:
@@ -56,7 +48,7 @@ class PlainView:
         self._say(f"query {account.key.id}, budget {usd(account.scopes[0].limit)} USD")
 
     def event(self, event: Event) -> None:
-        if line := _one_line(event):
+        if line := one_line(event):
             self._say(line)
 
     def output(self, stream: str, text: str) -> None:
@@ -66,92 +58,7 @@ class PlainView:
         print(f"[{time.monotonic() - self._started:7.2f} s] {printable(line)}", file=sys.stderr)
 
 
-class LiveView:
-    """Turn, code, output, sub-calls in flight, money and time left; redrawn as things happen."""
-
-    def __init__(self) -> None:
-        self._console = Console(stderr=True)
-        self._live = Live(get_renderable=self._draw, console=self._console, refresh_per_second=8, transient=False)
-        self._account: Account | None = None
-        self._code = ""
-        self._tail: deque[str] = deque(maxlen=_OUTPUT_LINES)
-        self._open_line = ""
-        self._turn = self._cell = 0
-        self._doing = "starting"
-        self._started = time.monotonic()
-
-    def __enter__(self) -> LiveView:
-        self._live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._live.stop()
-
-    def account(self, account: Account) -> None:
-        self._account = account
-
-    def event(self, event: Event) -> None:
-        body = event.body
-        if event.type == "call.intent" and body["role"] == "root":
-            self._turn += 1
-            self._doing = f"{body['model']} is thinking"
-        elif event.type == "call.result" and body["outcome"] != "answered":
-            self._doing = f"call {body['call']}: {body['detail']}"
-        elif event.type == "cell.started":
-            self._cell, self._code = body["cell"], event.payloads["code"]
-            self._tail.clear()
-            self._open_line = ""
-            self._doing = f"cell {self._cell} is running"
-        elif event.type == "cell.ended":
-            self._doing = f"cell {body['cell']} ended: {body['status']} after {body['duration_ms']} ms"
-        elif line := _one_line(event):
-            self._doing = line
-        self._live.refresh()
-
-    def output(self, stream: str, text: str) -> None:
-        *lines, self._open_line = (self._open_line + text)[-10_000:].split("\n")
-        self._tail.extend(lines)
-
-    def _draw(self) -> RenderableType:
-        parts: list[RenderableType] = [self._head()]
-        if self._code:
-            lines = printable(self._code).splitlines()
-            shown = "\n".join(lines[:_CODE_LINES]) + ("\n..." if len(lines) > _CODE_LINES else "")
-            code = Syntax(shown, "python", theme="ansi_dark", background_color="default", word_wrap=True)
-            parts.append(Panel(code, title=f"cell {self._cell}", title_align="left", border_style="dim"))
-        tail = [*self._tail, *([self._open_line] if self._open_line else [])][-_OUTPUT_LINES:]
-        if tail:
-            width = max(20, self._console.width - 6)
-            text = Text("\n".join(printable(line)[:width] for line in tail))
-            parts.append(Panel(text, title="output", title_align="left", border_style="dim"))
-        return Group(*parts)
-
-    def _head(self) -> RenderableType:
-        account = self._account
-        if account is None:
-            return Text("airlock: starting")
-        policy, elapsed = account.policy, time.monotonic() - self._started
-        limit, total = account.scopes[0].limit, policy.time.query / 1000
-        table = Table.grid(padding=(0, 2))
-        turns = f"turn {self._turn} of {policy.counts.iterations}"
-        calls = f"{account.sub_calls} sub-calls, {account.running} calls in flight"
-        table.add_row(Text(account.key.id, style="bold"), Text(turns), Text(calls))
-        table.add_row(
-            Text(f"{usd(account.spent)} of {usd(limit)} USD"),
-            ProgressBar(total=max(1, limit), completed=account.spent, width=20),
-            Text(printable(self._doing)[:70], style="cyan"),
-        )
-        table.add_row(
-            Text(f"{elapsed:.0f} of {total:.0f} s"), ProgressBar(total=total, completed=min(elapsed, total), width=20)
-        )
-        return table
-
-
-def make_view() -> LiveView | PlainView:
-    return LiveView() if sys.stderr.isatty() else PlainView()
-
-
-def _one_line(event: Event) -> str:
+def one_line(event: Event) -> str:
     body: Mapping[str, Any] = event.body
     match event.type:
         case "sandbox.started":

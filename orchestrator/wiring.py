@@ -16,11 +16,11 @@ from orchestrator.core.context import Context
 from orchestrator.core.errors import ModelError, PolicyError, RequestError
 from orchestrator.core.events import Event
 from orchestrator.core.policy import Policy
-from orchestrator.core.policy_file import parse_policy
 from orchestrator.lm.base import LM
 from orchestrator.loop.engine import schema_check
 from orchestrator.loop.prompts import RootLimits
 from orchestrator.loop.query import Closed, Machinery, Order, recover, run_query
+from orchestrator.named_policy import load_policy
 from orchestrator.proxy.prices import Prices
 from orchestrator.proxy.proxy import Account, Proxy
 from orchestrator.sandbox.base import Backend
@@ -34,8 +34,8 @@ from orchestrator.store.db import Database
 TENANT = "default"
 NO_KEY = "none"  # the SDK insists on one; servers that need none ignore it
 LOCAL_PROMPT_BYTES = 14 * 1024  # of a window of 8,192 tokens, at 2.5 bytes a token, less the output
-LOCAL_OUTPUT_TOKENS = 1024
-LOCAL_SHOWN_CHARS = 2000
+LOCAL_OUTPUT_TOKENS = 512
+LOCAL_SHOWN_CHARS = 1500
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,18 +203,6 @@ def _config(home: Path) -> settings.Config:
         return settings.load_config(home)
     except ValueError as error:
         raise RequestError(str(error)) from None
-
-
-def load_policy(name: str) -> Policy:
-    """A policy by name (default, strict, development) or by path. Raises PolicyError."""
-    shipped = settings.data_folder("policies") / f"{name}.yaml"
-    path = shipped if name.isalnum() and shipped.exists() else Path(name)
-    try:
-        return parse_policy(path.read_text(encoding="utf-8"), str(path.name))
-    except (OSError, UnicodeDecodeError) as error:
-        names = ", ".join(sorted(found.stem for found in shipped.parent.glob("*.yaml")))
-        why = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise PolicyError(f"cannot read policy {name!r} ({why}): give a file, or one of {names}") from None
 
 
 def effective_policy(choices: Choices) -> Policy:

@@ -87,19 +87,28 @@ def _has_float(value: Any) -> bool:
         return True
     if isinstance(value, dict):
         return any(_has_float(item) for item in cast("dict[str, Any]", value).values())
-    return isinstance(value, list) and any(_has_float(item) for item in cast("list[Any]", value))
+    return isinstance(value, (list, tuple)) and any(_has_float(item) for item in cast("list[Any]", value))
 
 
 def chain_fault(records: list[tuple[bytes, str]]) -> str | None:
-    """What is wrong with a query's chain of (record, hash), or None. A closed query also commits its length."""
+    """What is wrong with a query's chain of (record, hash), or None. A closed query also commits its length.
+
+    What a chain cannot show by itself: that its tail, closing record included, was cut off, and that all of its hashes
+    were made anew. For that its head has to be known from elsewhere.
+    """
     prev = GENESIS
     for number, (record, digest) in enumerate(records):
         if hashlib.sha256(record).hexdigest() != digest:
             return f"record {number} does not match its hash"
-        fields = json.loads(record)
-        if fields["seq"] != number or fields["prev"] != prev:
+        try:
+            fields = json.loads(record)
+            follows = fields["seq"] == number and fields["prev"] == prev
+            length = fields["body"]["records"] if fields["type"] == "query.closed" else None
+        except (ValueError, TypeError, LookupError, RecursionError):
+            return f"record {number} is not a record"
+        if not follows:
             return f"record {number} does not follow the one before it"
-        if fields["type"] == "query.closed" and (fields["body"]["records"] != number + 1 or number + 1 != len(records)):
+        if length is not None and not length == number + 1 == len(records):
             return "the closing record does not match the number of records"
         prev = digest
     return None

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Self, cast
 import rfc8785
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
-from orchestrator.core.units import parse_bytes, parse_millicores, parse_ms, parse_usd, usd
+from orchestrator.core.units import cores, parse_bytes, parse_millicores, parse_ms, parse_usd, usd
 
 ISOLATION = ("namespace", "container", "gvisor", "microvm")  # weakest first
 PAYLOADS = ("hash", "keep")  # what keeps least first
@@ -27,17 +27,18 @@ def _quantity(parse: Callable[[object], int], show: Callable[[int], str]) -> tup
 _positive = Field(gt=0)
 Bytes = Annotated[int, *_quantity(parse_bytes, lambda n: f"{n} B"), _positive]
 Millis = Annotated[int, *_quantity(parse_ms, lambda n: f"{n} ms"), _positive]
-Millicores = Annotated[int, *_quantity(parse_millicores, lambda n: f"{n / 1000:g} cores"), _positive]
+Millicores = Annotated[int, *_quantity(parse_millicores, cores), _positive]
 Nano = Annotated[int, *_quantity(parse_usd, lambda n: f"{usd(n)} USD"), Field(ge=0)]
-Count = Annotated[int, Field(ge=0, strict=True)]
-AtLeastOne = Annotated[int, Field(ge=1, strict=True)]
+_MOST = 2**53 - 1  # the largest integer of canonical JSON
+Count = Annotated[int, Field(ge=0, le=_MOST, strict=True)]
+AtLeastOne = Annotated[int, Field(ge=1, le=_MOST, strict=True)]
 
 
 def _one_list(value: object) -> object:
     # A file has one list of patterns; narrowing adds further lists, all of which must be passed.
     if isinstance(value, list):
         items = cast("list[object]", value)
-        if all(isinstance(item, str) for item in items):
+        if not any(isinstance(item, list) for item in items):
             return (items,)
     return cast("object", value)
 
@@ -68,7 +69,7 @@ def _stricter(name: str, mine: Any, theirs: Any) -> Any:
     if name == "verify_context":
         return mine or theirs
     if name in ("root", "sub"):  # allow-lists: a model has to pass both
-        return mine if mine == theirs else (*mine, *theirs)
+        return tuple(dict.fromkeys((*mine, *theirs)))
     return min(mine, theirs)
 
 
@@ -116,7 +117,7 @@ class SandboxLimits(_Section):
     memory: Bytes
     pids: AtLeastOne
     tmp: Bytes
-    files: Annotated[int, Field(ge=32, strict=True)]
+    files: Annotated[int, Field(ge=32, le=_MOST, strict=True)]
     output: Bytes
     shown: AtLeastOne
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from pydantic import ValidationError
@@ -12,35 +12,55 @@ from orchestrator.core.policy import Policy
 
 _PLAIN = {
     "extra_forbidden": "is not a key of policies; policies/README.md lists them",
+    "invalid_key": "is not a key of policies; policies/README.md lists them",
     "missing": "is missing",
+    "model_type": "has to be a mapping of keys",
     "too_short": "must not be empty",
 }
 
 
+class _Loader(yaml.SafeLoader):
+    """Without aliases: a policy needs none, and a few lines of them can stand for gigabytes."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):  # pyright: ignore[reportUnknownMemberType]
+            event = cast("Any", self.peek_event())  # pyright: ignore[reportUnknownMemberType]
+            raise yaml.MarkedYAMLError(problem="a policy has no aliases", problem_mark=event.start_mark)
+        return super().compose_node(parent, index)  # pyright: ignore[reportUnknownMemberType]
+
+
 def parse_policy(text: str, name: str) -> Policy:
     """The policy in `text`. Raises PolicyError: one line for each fault, `name:line: key: what is wrong`."""
-    try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise PolicyError(f"{name}:{line}: not YAML: {error.problem}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise PolicyError(f"{name}: not YAML: {str(error).splitlines()[0]}") from None
-    if not isinstance(root, yaml.MappingNode):
-        raise PolicyError(f"{name}:1: a policy is a mapping of sections; see policies/default.yaml")
+    root, values = _read(text, name)
     faults = _duplicates(root, name)
     try:
         policy = Policy.model_validate(values)
     except ValidationError as error:
         for fault in error.errors(include_url=False, include_context=False, include_input=False):
-            where = tuple(part for part in fault["loc"] if isinstance(part, str))
+            where = tuple(str(part) for part in fault["loc"] if part != "[key]")
             message = _PLAIN.get(fault["type"]) or fault["msg"].removeprefix("Value error, ")
             faults.append(f"{name}:{_line(root, where)}: {'.'.join(where)}: {message}")
         raise PolicyError("\n".join(dict.fromkeys(faults))) from None
     if faults:
         raise PolicyError("\n".join(faults))
     return policy
+
+
+def _read(text: str, name: str) -> tuple[yaml.MappingNode, Any]:
+    try:
+        loader = _Loader(text)
+        root: Any = loader.get_single_node()
+        if not isinstance(root, yaml.MappingNode) or root.tag != "tag:yaml.org,2002:map":
+            raise PolicyError(f"{name}:1: a policy is a mapping of sections; see policies/default.yaml")
+        return root, loader.construct_document(root)  # pyright: ignore[reportUnknownMemberType]
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise PolicyError(f"{name}:{line}: not YAML: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise PolicyError(f"{name}:1: not YAML: {str(error).splitlines()[0]}") from None
+    # The library's own faults on values such as `!!bool x`: KeyError, AttributeError and more, all without a line.
+    except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError, RecursionError) as error:
+        raise PolicyError(f"{name}:1: not YAML: a value cannot be read ({type(error).__name__})") from None
 
 
 def _duplicates(node: Any, name: str) -> list[str]:

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from decimal import ROUND_CEILING, Decimal, InvalidOperation
 
 NANO = 10**9
+MOST = 2**62  # of any quantity: sums of two still fit the database's integers
 
 _SIZES = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "kB": 10**3, "MB": 10**6, "GB": 10**9}
 _TIMES = {"ms": 1, "s": 1000, "min": 60_000, "h": 3_600_000}
 _CORES = {"core": 1000, "cores": 1000}
 _MONEY = {"USD": NANO}
-_QUANTITY = re.compile(r"^\s*(\d{1,15}(?:\.\d{1,9})?)\s*([A-Za-z]+)\s*$", re.ASCII)
+_QUANTITY = re.compile(r"^\s*(\d{1,19}(?:\.\d{1,9})?)\s*([A-Za-z]+)\s*$", re.ASCII)
 
 
 def _parse(text: object, units: Mapping[str, int], example: str) -> int:
@@ -22,6 +23,8 @@ def _parse(text: object, units: Mapping[str, int], example: str) -> int:
     exact = Decimal(match[1]) * units[match[2]]
     if exact != int(exact):
         raise ValueError(f"is finer than this quantity can be; write something such as {example!r}")
+    if exact > MOST:
+        raise ValueError(f"is more than this quantity can be; write something such as {example!r}")
     return int(exact)
 
 
@@ -38,6 +41,11 @@ def parse_ms(text: object) -> int:
 def parse_millicores(text: object) -> int:
     """'1.5 cores' -> thousandths of a core. Raises ValueError."""
     return _parse(text, _CORES, "1 core")
+
+
+def cores(amount: int) -> str:
+    """Thousandths of a core as exact text: 1500 -> '1.5 cores'."""
+    return f"{Decimal(amount) / 1000:f} cores"
 
 
 def parse_usd(text: object) -> int:

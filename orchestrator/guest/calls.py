@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Type
 
-from .link import Link, Shield
+from .link import CellOver, Link, Shield
 
 
 class SubCallError(Exception):
@@ -84,7 +85,9 @@ class Calls:
         self._shield = shield
         self._slots = threading.Semaphore(window)
         self._window = window
+        self._order = threading.Lock()
         self._cond = threading.Condition()
+        self._process = os.getpid()
         self._reading = False
         self._next_id = 1
         self._awaited: Set[int] = set()
@@ -114,7 +117,11 @@ class Calls:
                 # Block for the first place in the window only; take further ones as long as they are free.
                 while todo and len(running) < self._window and self._slots.acquire(blocking=not running):
                     position, prompt = todo.pop()
-                    running[self._start(op, prompt, model)] = position
+                    try:
+                        running[self._start(op, prompt, model)] = position
+                    except BaseException:  # whatever it was, no call was made
+                        self._slots.release()
+                        raise
                 call, reply = self._wait(set(running))
                 self._slots.release()
                 results[running.pop(call)] = reply["value"] if reply["ok"] else error_from(reply["error"])
@@ -134,11 +141,14 @@ class Calls:
         text = text if text.isascii() else text.encode("utf-8", "replace").decode()
         if model is not None and not isinstance(model, str):
             raise TypeError("model is the name of a model, as text")
-        with self._cond:
-            call = self._next_id
-            self._next_id += 1
-            self._awaited.add(call)
-        self._link.send({"type": "call", "id": call, "op": op, "prompt": text, "model": model})
+        if os.getpid() != self._process:
+            raise RuntimeError("sub-calls work from threads, not from a forked process: use llm_query_batched")
+        with self._shield, self._order:  # calls go out in the order of their ids
+            with self._cond:
+                call = self._next_id
+                self._next_id += 1
+                self._awaited.add(call)
+            self._link.send({"type": "call", "id": call, "op": op, "prompt": text, "model": model})
         return call
 
     def _wait(self, calls: Set[int]) -> Tuple[int, Dict[str, Any]]:
@@ -162,7 +172,9 @@ class Calls:
     def _lead(self) -> None:
         frame: Optional[Dict[str, Any]] = None
         try:
-            frame = self._link.receive()
+            frame = self._link.receive(for_cell=True)
+        except CellOver:
+            raise SubCallError("the cell is over") from None
         finally:
             with self._cond:
                 self._reading = False

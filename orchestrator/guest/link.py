@@ -72,39 +72,70 @@ class Shield:
                 self._depth = depth
 
 
+class CellOver(Exception):
+    """A thread that a cell left behind waits for a reply: from now on frames are for the worker only."""
+
+
 class Link:
-    """Frames over one stream socket; `run` and `snapshot` may carry file descriptors."""
+    """Frames over one stream socket; `run` and `snapshot` may carry file descriptors.
+
+    While a cell runs, its threads take turns at reading; outside of cells only the worker reads.
+    """
 
     def __init__(self, sock: socket.socket, shield: Shield) -> None:
         self._sock = sock
         self._shield = shield
         self._send_lock = threading.Lock()
+        self._receive_lock = threading.Lock()
         self._buffer = bytearray()
         self._lines: List[bytes] = []
         self._fds: List[int] = []
+        self._in_cell = False
+
+    def set_in_cell(self, in_cell: bool) -> None:
+        with self._receive_lock:
+            self._in_cell = in_cell
 
     def send(self, frame: Dict[str, Any]) -> None:
         data = wire.encode(frame)
         with self._shield, self._send_lock:
             self._sock.sendall(data)
 
-    def receive(self) -> Dict[str, Any]:
-        """The next frame; blocks. Raises EOFError when the supervisor has gone. Call under the shield."""
-        while not self._lines:
+    def receive(self, for_cell: bool = False) -> Dict[str, Any]:
+        """The next frame; blocks. Call under the shield.
+
+        Raises EOFError when the supervisor has gone, CellOver when it is asked for a cell that is over.
+        """
+        while True:
+            with self._receive_lock:
+                if for_cell and not self._in_cell:
+                    raise CellOver
+                if not self._lines:
+                    self._take()
+                if self._lines:
+                    frame: Dict[str, Any] = json.loads(self._lines.pop(0))
+                    return frame
             self._shield.wait_readable(self._sock.fileno())
-            data, fds, _flags, _addr = socket.recv_fds(self._sock, 1 << 18, 8)
-            for fd in fds:
-                os.set_inheritable(fd, False)
-            self._fds += fds
-            if not data:
-                raise EOFError("the supervisor has gone")
-            self._buffer += data
-            if b"\n" in data:
-                *lines, rest = bytes(self._buffer).split(b"\n")
-                self._lines += lines
-                self._buffer = bytearray(rest)
-        frame: Dict[str, Any] = json.loads(self._lines.pop(0))
-        return frame
+
+    def _take(self) -> None:
+        """Whatever has come, without waiting for more."""
+        try:
+            # Not socket.recv_fds, which forgets its flags.
+            data, ancillary, _flags, _addr = self._sock.recvmsg(1 << 18, socket.CMSG_SPACE(32), socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        for level, kind, value in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                for fd in memoryview(value).cast("i"):
+                    os.set_inheritable(fd, False)
+                    self._fds.append(fd)
+        if not data:
+            raise EOFError("the supervisor has gone")
+        self._buffer += data
+        if b"\n" in data:
+            *lines, rest = bytes(self._buffer).split(b"\n")
+            self._lines += lines
+            self._buffer = bytearray(rest)
 
     def take_fds(self) -> List[int]:
         """The descriptors that came with the frames so far."""
@@ -113,4 +144,3 @@ class Link:
 
     def close(self) -> None:
         self._sock.close()
-

@@ -107,6 +107,9 @@ class Workers:
             self.making = None
         self.runner.close()
         kept, self.snapshot = self.snapshot, None
+        if kept and _has_ended(kept.pid):  # the cell killed it, too
+            kept.close()
+            kept = None
         self.runner = kept or self._new()
         self._sweep()
         if kept:
@@ -122,11 +125,8 @@ class Workers:
         """Whether the runner, which closed its descriptors, did so by ending. Waits ENDING_S at most."""
         until = time.monotonic() + ENDING_S
         while time.monotonic() < until:
-            try:
-                if os.waitid(os.P_PID, self.runner.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-                    return True
-            except ChildProcessError:
-                return False
+            if _has_ended(self.runner.pid):
+                return True
             time.sleep(0.001)
         return False
 
@@ -241,6 +241,13 @@ def _exists(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def _has_ended(child: int) -> bool:
+    try:
+        return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:  # collected already
+        return True
 
 
 def _is_thread(pid: int, process: int) -> bool:

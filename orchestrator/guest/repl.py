@@ -237,7 +237,7 @@ def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except (OSError, ValueError):  # the cell closed it; nothing is left to be shown
+        except Exception:  # the cell closed it, or put something else in its place: nothing is left to be shown
             continue
 
 

@@ -18,7 +18,7 @@ import signal
 import socket
 import sys
 import time
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Set, Tuple
 
 from . import wire
 from .processes import Workers, harden, restrict
@@ -37,6 +37,8 @@ class Cell:
         self.deadline = time.monotonic() + timeout_s
         self.room = output_bytes
         self.dropped = 0
+        self.newest_call = 0
+        self.calls: Set[int] = set()
         self.why = ""
         self.flush_at = 0.0
         self.pending: List[Tuple[str, str]] = []
@@ -162,6 +164,7 @@ class Supervisor:
             frame = wire.decode(line, wire.TO_GUEST)
             if frame["type"] == "reply":
                 if self._cell:
+                    self._cell.calls.discard(frame["id"])
                     self._to_worker(line + b"\n")
             elif frame["type"] == "interrupt":
                 self._interrupt("the host's word")
@@ -227,9 +230,18 @@ class Supervisor:
                 self._kill_runner("wrote to the agent's socket")
                 return
             if frame["type"] == "call" and self._cell:
-                self._send_line(line + b"\n")
+                self._call(self._cell, frame, line)
             elif frame["type"] == "end" and self._cell:
                 self._cell_ended(self._cell, frame)
+
+    def _call(self, cell: Cell, frame: Dict[str, Any], line: bytes) -> None:
+        """Let a call out, if it keeps the rules: for one that does not, the host would end the sandbox."""
+        if frame["id"] <= cell.newest_call or len(cell.calls) >= int(self._limits["calls_in_flight"]):
+            self._kill_runner("made sub-calls against the agent's rules")
+            return
+        cell.newest_call = frame["id"]
+        cell.calls.add(frame["id"])
+        self._send_line(line + b"\n")
 
     def _kill_runner(self, fault: str) -> None:
         self._fault = self._fault or "%s and was killed" % fault

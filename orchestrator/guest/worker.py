@@ -46,6 +46,7 @@ class Worker:
         restore_fds(self._saved)
         if frame["context"]:
             self._repl.load_context(self._folder)
+        self._link.set_in_cell(True)
         self._shield.arm()
         try:
             end = self._repl.run(frame["code"], frame["id"])
@@ -53,6 +54,7 @@ class Worker:
         except KeyboardInterrupt:  # in the few instructions between the cell's end and disarm()
             self._shield.disarm()
             end = {"type": "end", "status": "timeout", "detail": "interrupted", "answer": None, "names": []}
+        self._link.set_in_cell(False)
         self._link.send(end)
 
     def _snapshot(self) -> None:

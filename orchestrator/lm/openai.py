@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
+import anyio
+
 from orchestrator.core.errors import OutcomeUnknown, ProviderBusy, ProviderError, ProviderRefused
 from orchestrator.lm.base import LM, Reply, Request, Usage
 
@@ -11,6 +13,7 @@ if TYPE_CHECKING:
     import openai
     from openai.types.chat import ChatCompletion
 
+CONNECT_S = 10.0  # a connection that is not made costs nothing, so it may be tried again
 _BUSY = (408, 409, 429)
 
 
@@ -38,35 +41,42 @@ class OpenAILM(LM):
         cap = "max_completion_tokens" if self._base_url is None else "max_tokens"
         body: dict[str, Any] = {cap: request.max_output_tokens, "n": 1, **(self._extra or {})}
         try:
-            completion = await client.chat.completions.create(
-                model=request.model,
-                messages=list(request.messages),  # pyright: ignore[reportArgumentType]  a TypedDict of the same shape
-                timeout=request.timeout_s,
-                extra_body=body,
-            )
+            # The SDK's time-out is one of a single read: a server that sends a byte now and then would go on for ever.
+            with anyio.fail_after(request.timeout_s):
+                completion = await client.chat.completions.create(
+                    model=request.model,
+                    messages=list(request.messages),  # pyright: ignore[reportArgumentType]  a TypedDict of the same shape
+                    timeout=openai.Timeout(request.timeout_s, connect=min(CONNECT_S, request.timeout_s / 2)),
+                    extra_body=body,
+                )
+        except TimeoutError:
+            raise self._too_late(request) from None
         except openai.APIError as error:
             raise self._translate(error, request) from None
         except ValueError:  # a body that is not JSON, though its status was 200
             raise OutcomeUnknown("the provider sent something that is not a chat completion") from None
         return _reply(completion)
 
+    def _too_late(self, request: Request) -> ProviderError:
+        return OutcomeUnknown(f"{self._base_url or 'OpenAI'} did not answer within {request.timeout_s:.0f} s")
+
     def _translate(self, error: openai.APIError, request: Request) -> ProviderError:
         import openai
 
         where = self._base_url or "OpenAI"
+        if isinstance(error, openai.APIConnectionError) and _never_sent(error):
+            return ProviderBusy(f"cannot connect to {where}")
         if isinstance(error, openai.APITimeoutError):
-            return OutcomeUnknown(f"{where} did not answer within {request.timeout_s:.0f} s")
+            return self._too_late(request)
         if isinstance(error, openai.APIStatusError):
             return self._from_status(error, where, request.model)
         if isinstance(error, openai.APIConnectionError):
-            if _never_sent(error):
-                return ProviderBusy(f"cannot connect to {where}")
             return OutcomeUnknown(f"the connection to {where} broke before the answer was whole")
         return OutcomeUnknown(f"{where} sent something that is not a chat completion")
 
     def _from_status(self, error: openai.APIStatusError, where: str, model: str) -> ProviderError:
         status = error.status_code
-        said = " ".join(str(error.message).split())[:300]
+        said = " ".join(str(error.message).split()).removeprefix(f"Error code: {status} - ")[:300]
         said = said.replace(self._api_key, "***") if self._api_key else said
         if status == 401 or status == 403:
             return ProviderRefused(f"{where} refused the API key ({status}): check the key and what it may use")
@@ -108,7 +118,10 @@ def _reply(completion: ChatCompletion) -> Reply:
     if not isinstance(choices, list) or not choices:
         raise OutcomeUnknown("the provider sent a completion without a choice")
     choice: Any = cast("list[Any]", choices)[0]
-    text = getattr(getattr(choice, "message", None), "content", None)
+    message: Any = getattr(choice, "message", None)
+    if message is None:
+        raise OutcomeUnknown("the provider sent a choice without a message")
+    text = getattr(message, "content", None)
     if text is None:
         text = ""
     if not isinstance(text, str):

@@ -144,7 +144,10 @@ def _opened(wheel: Wheel, have: int) -> Generator[tuple[int, Iterator[bytes]]]:
             elif code not in (200, 206):
                 raise ProviderRefused(f"the index answers {code} for {wheel.name}")
             else:
-                yield (have if code == 206 else 0), response.iter_raw(CHUNK)
+                yield (
+                    (have if code == 206 else 0),
+                    response.iter_raw(),
+                )  # as it comes: a cut loses nothing that was received
     except httpx2.RequestError as error:
         why = str(error) or type(error).__name__
         raise ProviderBusy(f"the download of {wheel.name} broke off ({why}); try again") from error

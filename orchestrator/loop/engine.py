@@ -46,6 +46,7 @@ class Loop:
     accept        what is wrong with an answer (schema, size), or None
     """
 
+    question: str
     limits: RootLimits
     iterations: int
     ask: Ask
@@ -76,12 +77,13 @@ class Loop:
         messages.append({"role": "assistant", "content": text})
         step = parse(text)
         said: list[str] = []
-        answer, failed = None, False
+        answer, failed, silent = None, False, bool(step.cells)
         for code in step.cells[:MAX_CELLS]:
             result = await self.run_cell(code)
             self.cells += 1
             said.append(self._report(result))
             failed = result.status != "ok"
+            silent = silent and not failed and not result.output
             answer = result.answer if result.answer is not None else answer
             if failed or result.answer is not None:
                 break
@@ -100,7 +102,8 @@ class Loop:
                 return answer
             said.append(prompts.not_accepted(fault))
         self.partial = answer or self.partial
-        told = prompts.observation(said) if said else prompts.no_code(self.limits.style)
+        style = self.limits.style
+        told = prompts.observation(said, style, self.question, silent=silent) if said else prompts.no_code(style)
         messages.append({"role": "user", "content": told})
         return None
 
@@ -152,18 +155,23 @@ class Loop:
 
 def schema_check(schema: Mapping[str, object] | None, most: int) -> Callable[[str], str | None]:
     """What `Loop.accept` asks: is the answer at most `most` characters and, given a JSON Schema, JSON that fits it?"""
+
+    def small(answer: str) -> str | None:
+        return f"it has {len(answer):,} characters, and {most:,} are permitted" if len(answer) > most else None
+
+    if schema is None:
+        return small
+
     import json
 
     from jsonschema.exceptions import best_match  # pyright: ignore[reportUnknownVariableType]
     from jsonschema.validators import validator_for
 
-    validator: Any = validator_for(schema)(schema) if schema is not None else None
+    validator: Any = validator_for(schema)(schema)
 
     def accept(answer: str) -> str | None:
-        if len(answer) > most:
-            return f"it has {len(answer):,} characters, and {most:,} are permitted"
-        if validator is None:
-            return None
+        if fault := small(answer):
+            return fault
         try:
             value = json.loads(answer)
         except ValueError as error:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+_LINE = re.compile(r"\r\n?|\n")  # as Python splits code; str.splitlines would also cut at \x0c or \u2028
 _FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})[ \t]*(\w*)[^\n]*$")
 _CELL_LANGUAGES = ("repl", "python", "py")
-_FINAL = re.compile(r"^[ \t>*]*\**FINAL(_VAR)?\**[ \t]*\(", re.MULTILINE)
+_FINAL = re.compile(r"^[ \t>*]*FINAL(_VAR)?\**[ \t]*\(", re.MULTILINE)
 _NAME = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
 _QUOTES = ('"""', "'''", '"', "'")
 
@@ -31,7 +32,7 @@ def parse(text: str) -> Step:
     cells: list[str] = []
     prose: list[str] = []
     fence, language, block = "", "", list[str]()
-    lines = text.splitlines()
+    lines = _LINE.split(text)
     for number, line in enumerate(lines):
         if not fence and _FINAL.match(line) and line.count("(") > line.count(")"):
             prose += lines[number:]  # an answer of several lines, which may hold fences of its own
@@ -84,7 +85,8 @@ def _inside(text: str) -> str:
             # An answer may hold an unbalanced parenthesis of its own: `FINAL(a) b)` ends at the last one of its line.
             if not depth:
                 rest = text[position + 1 :].split("\n", 1)[0]
-                return text[: position + 1 + rest.rindex(")")] if ")" in rest else text[:position]
+                more = rest.count(")") > rest.count("(")
+                return text[: position + 1 + rest.rindex(")")] if more else text[:position]
     return text
 
 
@@ -92,5 +94,7 @@ def _unquoted(text: str) -> str:
     text = text.strip()
     for quote in _QUOTES:
         if len(text) >= 2 * len(quote) and text.startswith(quote) and text.endswith(quote):
-            return text[len(quote) : -len(quote)]
+            inside = text[len(quote) : -len(quote)]
+            # `"a" and "b"` begins and ends with a quote, but is not one quoted text.
+            return text if quote in inside.replace("\\" + quote, "") else inside
     return text

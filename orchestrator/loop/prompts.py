@@ -17,6 +17,7 @@ Style = Literal["standard", "small"]
 
 LAST_WORD_BYTES = 24 * 1024
 LAST_WORD_TOKENS = 1024
+_MESSAGE = 16  # bytes that a message counts for beside its text, as in the bound of what was set aside
 _LEFT_OUT = "[output left out to save room]"
 
 
@@ -99,10 +100,98 @@ _LAST = (
 )
 _NOT_ACCEPTED = "That answer was not accepted: {fault}. Put it right and give it again."
 
-_SMALL_CALLS = ""
-_SMALL = _STANDARD
-_SMALL_CONTEXT = _CONTEXT
-_SMALL_NO_CODE = _NO_CODE
+# For models of one or two billion parameters: one worked example, and the question again after every output. They
+# copy what they see, so the example's words must not be taken for the context's, and advice is code to copy.
+_SMALL = """\
+You answer a question about a {noun} by running Python. The {noun} is in the variable `context`, a {type}. It is far \
+too long to print: search it for single words of the question, names above all.
+
+Each of your replies is one of two things:
+- a code block that starts with ```repl. You are then shown what it prints.
+- FINAL(answer), as soon as an output has shown the answer.
+
+Example, for the question "Which ship carried the pepper?":
+```repl
+{example}
+```
+Output:
+pepper | 14 May. The pepper came in with the Santa Rosa, a week late.
+
+FINAL(Santa Rosa)
+
+To count, let Python do it:
+{counting}"""
+
+_SMALL_CONTEXT = """\
+Question: {query}
+
+`context` is a {type} of {size}. Reply with a ```repl block."""
+
+_SMALL_AFTER = """\
+{output}
+
+The question was: {query}
+If the output shows the answer, reply with FINAL(answer), the value that is asked for, and no code. Otherwise reply \
+with a different ```repl block."""
+
+_SMALL_SILENT = """\
+The code printed nothing. Either it has no print, or what it searches for is not in the context.
+
+The question was: {query}
+Reply with a different ```repl block: print the result, or search for other single words."""
+
+_SMALL_NO_CODE = "That reply has neither a ```repl block nor FINAL(answer). Reply with one of them."
+
+# Form of the context -> (noun, worked example, how to count). A large text has methods where a str has functions.
+_SMALL_FORMS = {
+    "text": (
+        "text",
+        """\
+import re
+for word in ["pepper", "ship"]:
+    for m in list(re.finditer(word, context, re.I))[:3]:
+        print(word, "|", context[max(0, m.start() - 80):m.end() + 120])""",
+        """\
+print(context.count("pepper"))  # how often a word occurs
+print(sum("pepper" in line for line in context.splitlines()))  # how many lines hold that word
+print(len(context.splitlines()))  # how many lines there are""",
+    ),
+    "large text": (
+        "text",
+        """\
+import itertools, re
+for word in ["pepper", "ship"]:
+    for m in itertools.islice(context.finditer(word, flags=re.I), 3):
+        print(word, "|", context[max(0, m.start() - 80):m.end() + 120])""",
+        """\
+print(context.count("pepper"))  # how often a word occurs
+print(sum("pepper" in line for line in context.iter_lines()))  # how many lines hold that word
+print(sum(1 for line in context.iter_lines()))  # how many lines there are""",
+    ),
+    "documents": (
+        "list of documents",
+        """\
+import re
+for word in ["pepper", "ship"]:
+    for document in context:
+        text = document["text"]
+        for m in list(re.finditer(word, text, re.I))[:1]:
+            print(word, "|", document["path"], "|", text[max(0, m.start() - 80):m.end() + 120])""",
+        """\
+print(sum("pepper" in document["text"] for document in context))  # how many documents hold that word
+print(len(context))  # how many documents there are""",
+    ),
+    "values": (
+        "JSON value",
+        """\
+for word in ["pepper", "ship"]:
+    found = [str(item) for item in context if word in str(item).lower()]
+    print(word, "|", len(found), [text[:200] for text in found[:3]])""",
+        """\
+print(sum("pepper" in str(item) for item in context))  # how many items hold that word
+print(len(context))  # how many items there are""",
+    ),
+}
 
 
 def opening(
@@ -119,12 +208,20 @@ def opening(
     """The first two messages. lazy: '' for a plain value, else 'text' or 'list'. sub_calls 0 switches them off."""
     described = ", ".join(f"{key} {value}" for key, value in shape.items())
     if limits.style == "small":
-        system = _SMALL if sub_calls else _SMALL.replace(_SMALL_CALLS, "")
-        user = _SMALL_CONTEXT.format(query=query, shape=described, form=_LAZY.get(lazy, ""))
-        return [{"role": "system", "content": system}, {"role": "user", "content": user}]
+        return _small_opening(query, shape, lazy)
     calls = _CALLS.format(prompt=sub_prompt_bytes, in_flight=in_flight, sub_calls=sub_calls) if sub_calls else _NO_CALLS
     system = _STANDARD.format(shown=limits.shown_chars, calls=calls, advice=_ADVICE if sub_calls else "")
     user = _CONTEXT.format(query=query, shape=described, form=_LAZY.get(lazy, ""), iterations=iterations)
+    return [{"role": "system", "content": system}, {"role": "user", "content": user}]
+
+
+def _small_opening(query: str, shape: Mapping[str, str], lazy: str) -> list[Message]:
+    kind = shape["type"]
+    form = "large text" if lazy == "text" else "text" if kind == "str" else "documents" if "path" in kind else "values"
+    noun, example, counting = _SMALL_FORMS[form]
+    size = ", ".join(f"{value} {name}" for name, value in shape.items() if name != "type")
+    system = _SMALL.format(noun=noun, type=kind, example=example, counting=counting)
+    user = _SMALL_CONTEXT.format(query=query, type=kind, size=size)
     return [{"role": "system", "content": system}, {"role": "user", "content": user}]
 
 
@@ -156,9 +253,11 @@ def cut(text: str, most: int) -> str:
     return f"{text[:head]}\n... [{len(text) - most:,} characters left out] ...\n{text[len(text) - (most - head) :]}"
 
 
-def observation(outputs: Sequence[str]) -> str:
-    """What the LM is told after its cells have run."""
-    return "\n\n".join(outputs)
+def observation(reports: Sequence[str], style: Style, query: str, *, silent: bool) -> str:
+    """What the LM is told after its cells have run. silent: they printed nothing, and nothing else is to be said."""
+    if style == "small":
+        return (_SMALL_SILENT if silent else _SMALL_AFTER).format(output="\n\n".join(reports), query=query)
+    return "\n\n".join(reports)
 
 
 def cell_report(
@@ -176,7 +275,10 @@ def cell_report(
 
 
 def fit(messages: Sequence[Message], most: int) -> list[Message]:
-    """The conversation within `most` bytes: the oldest outputs give way first; opening and latest turn always stay."""
+    """The conversation within `most` bytes: the oldest outputs give way first, then the oldest turns.
+
+    Opening and latest turn always stay; when they alone are too large, the largest of them are cut.
+    """
     fitted = list(messages)
     size = sum(_size(message) for message in fitted)
     for position in range(2, len(fitted) - 1):
@@ -189,28 +291,47 @@ def fit(messages: Sequence[Message], most: int) -> list[Message]:
     while size > most and len(fitted) > 4:
         size -= _size(fitted[2]) + _size(fitted[3])
         del fitted[2:4]
-    return fitted
+    return _within(fitted, most)
 
 
-def last_word(messages: Sequence[Message], reason: str) -> list[Message]:
-    """A conversation of at most LAST_WORD_BYTES that asks for the best answer: its opening and, as it fits, its end."""
-    asked: Message = {"role": "user", "content": last_turn(reason)}
-    room = LAST_WORD_BYTES - sum(_size(message) for message in messages[:2]) - _size(asked)
+def last_word(messages: Sequence[Message], reason: str, most: int = LAST_WORD_BYTES) -> list[Message]:
+    """A conversation of at most `most` bytes that asks for the best answer: its opening and, as it fits, its end."""
+    asked: Message = {"role": "user", "content": last_turn(cut(reason, 300))}
+    *opening_, asked = _within([*messages[:2], asked], most // 2)
+    room = most - sum(_size(message) + _MESSAGE for message in (*opening_, asked))
     kept: list[Message] = []
     for message in reversed(messages[2:]):
-        content = cut(message["content"], max(200, room // 4))
-        size = len(content.encode("utf-8", "replace"))
-        if size > room:
+        shorter = _shortened(message, max(200, room // 4))
+        room -= _size(shorter) + _MESSAGE
+        if room < 0:
             break
-        room -= size
-        kept.insert(0, {"role": message["role"], "content": content})
-    opening_ = [_bounded(message, LAST_WORD_BYTES // 3) for message in messages[:2]]
+        kept.insert(0, shorter)
     return [*opening_, *kept, asked]
 
 
-def _bounded(message: Message, most: int) -> Message:
+def _within(messages: Sequence[Message], most: int) -> list[Message]:
+    """The messages in `most` bytes together: each gets an equal share, and what one does not need goes to others."""
+    room, share = most, most
+    for position, size in enumerate(sorted(_size(message) for message in messages)):
+        share = room // (len(messages) - position)
+        if size > share:
+            break
+        room -= size
+    return [_shortened(message, share) for message in messages]
+
+
+def _shortened(message: Message, most: int) -> Message:
+    """Its first and last part in `most` bytes, with the number of bytes left out between them."""
     data = message["content"].encode("utf-8", "replace")
-    return message if len(data) <= most else {"role": message["role"], "content": data[:most].decode("utf-8", "ignore")}
+    if len(data) <= most:
+        return message
+    note = f"\n... [{len(data) - most:,} bytes left out] ...\n"
+    room = most - len(note)
+    head = room * 3 // 4 if room > 0 else most
+    text = data[:head].decode("utf-8", "ignore")
+    if room > 0:
+        text += note + data[len(data) - (room - head) :].decode("utf-8", "ignore")
+    return {"role": message["role"], "content": text}
 
 
 def _size(message: Message) -> int:

@@ -291,6 +291,7 @@ class _Query:
             return await self._run_cell(sandbox, code)
 
         self._loop = Loop(
+            question=self._order.question,
             limits=self._order.limits,
             iterations=self._order.policy.counts.iterations,
             ask=self._ask,

@@ -7,20 +7,28 @@ lock file; its updater is never called). A model without a price is refused: wha
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from typing import TYPE_CHECKING
 
-from orchestrator.core.errors import PriceUnknown
+from orchestrator.core.errors import PriceUnknown, RequestError
 from orchestrator.core.units import nano
 from orchestrator.lm.base import Usage
+
+if TYPE_CHECKING:
+    from genai_prices.types import ModelInfo, ModelPrice
 
 FREE = ("local:", "scripted:")  # run on this machine; cost nothing unless the operator prices them
 _MILLION = Decimal(1_000_000)
 
 
 class Prices:
-    """own: model -> (input, output) in USD per million tokens; wins over the library."""
+    """own: model -> (input, output) in USD per million tokens; wins over the library. Raises RequestError."""
 
     def __init__(self, own: Mapping[str, tuple[Decimal, Decimal]]) -> None:
+        for model, pair in own.items():
+            if not all(part.is_finite() and part >= 0 for part in pair):
+                raise RequestError(f"the price of {model} is a pair of USD per million tokens, neither below zero")
         self._own = own
 
     def bound(self, model: str, input_tokens: int, output_tokens: int) -> int:
@@ -43,16 +51,31 @@ class Prices:
 def _listed(model: str, input_tokens: int, output_tokens: int, *, worst: bool) -> Decimal:
     import genai_prices  # not needed where the operator's list or a free model is used
 
-    def price(**extra: int) -> Decimal:
-        usage = genai_prices.Usage(input_tokens=input_tokens, output_tokens=output_tokens, **extra)
-        return Decimal(genai_prices.calc_price(usage, model_ref=model).total_price)
-
+    plain = genai_prices.Usage(input_tokens=input_tokens, output_tokens=output_tokens)
     try:
-        plain = price()
+        found = genai_prices.calc_price(plain, model_ref=model)
     except LookupError:
-        raise PriceUnknown(
-            f"the price of model {model!r} is not known, so its cost cannot be bounded: "
-            f"add --price {model}=IN,OUT (USD per million tokens), or to [prices] in airlock.toml"
-        ) from None
+        raise _unknown(model) from None
+    rates = _rates_of_a_day(found.model) if worst else [found.model_price]
+    # A rate that is not listed would count as nothing: what the library knows by the hour or page cannot be bounded.
+    if any(getattr(rate, unit, None) is None for rate in rates for unit in ("input_mtok", "output_mtok")):
+        raise _unknown(model)
+    if not worst:
+        return Decimal(found.total_price)
     # Writing the provider's prompt cache can cost more than plain input; it is the provider that decides to.
-    return max(plain, price(cache_write_tokens=input_tokens)) if worst else plain
+    cached = genai_prices.Usage(input_tokens=input_tokens, output_tokens=output_tokens, cache_write_tokens=input_tokens)
+    return max(rate.calc_price(usage)["total_price"] for rate in rates for usage in (plain, cached))
+
+
+def _rates_of_a_day(model: ModelInfo) -> list[ModelPrice]:
+    """The rates that can be in force when a request that is sent now has ended: some change by the hour."""
+    now = datetime.now(UTC)
+    rates = [model.get_prices(now + timedelta(hours=hours)) for hours in range(25)]
+    return list({id(rate): rate for rate in rates}.values())
+
+
+def _unknown(model: str) -> PriceUnknown:
+    return PriceUnknown(
+        f"the price of model {model!r} is not known, so its cost cannot be bounded: "
+        f"add --price {model}=IN,OUT (USD per million tokens), or to [prices] in airlock.toml"
+    )

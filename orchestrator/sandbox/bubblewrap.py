@@ -40,6 +40,8 @@ def command(spec: SandboxSpec, executable: str, binds: Sequence[tuple[Path, str]
     arguments = ["--unshare-user", "--unshare-all", "--disable-userns", "--uid", _INSIDE_UID, "--gid", _INSIDE_UID]
     arguments += ["--new-session", "--die-with-parent", "--as-pid-1", "--hostname", "sandbox", "--cap-drop", "ALL"]
     arguments += ["--clearenv", "--setenv", "PATH", "/usr/bin", "--setenv", "HOME", "/tmp", "--setenv", "LANG", "C.UTF-8"]  # noqa: S108
+    if executable.startswith("/usr/local/"):  # not the system's: its libpython is not where the linker looks
+        arguments += ["--setenv", "LD_LIBRARY_PATH", "/usr/local/lib"]
     for source, inside in binds:
         arguments += ["--ro-bind", str(source), inside]
     arguments += ["--symlink", "usr/lib", "/lib", "--symlink", "usr/lib64", "/lib64"]

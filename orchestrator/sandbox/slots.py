@@ -34,16 +34,12 @@ class Slots:
     @contextmanager
     def take(self) -> Iterator[Slot]:
         """The first free slot, its folder empty; the folder is removed afterwards. Raises StoreError, SandboxUnusable."""
-        try:
-            for folder in (self._folders, self._locks):
-                folder.mkdir(parents=True, exist_ok=True, mode=0o755)
-        except OSError as error:
-            raise StoreError(f"cannot make the slot folders: {error.strerror}: {error.filename}") from None
+        self._make_folders()
         for number in range(MOST):
             handle = self._lock(number)
             if handle is None:
                 continue
-            slot = Slot(number, self._folders / f"slot-{number}", UID_BASE + number if self._root else None)
+            slot = Slot(number, self._folders / f"slot-{number}", self._uid(number))
             try:
                 _prepare(slot, handle)
                 yield slot
@@ -55,16 +51,27 @@ class Slots:
         raise SandboxUnusable(f"all {MOST} sandbox slots of this machine are taken; end some queries first")
 
     def clear_dead(self) -> int:
-        """Remove the folders that dead orchestrators left; how many there were."""
+        """Remove what dead orchestrators left in this data folder's slots; how many there were. Raises StoreError."""
+        self._make_folders()
         cleared = 0
-        for folder in self._folders.glob("slot-*") if self._folders.is_dir() else ():
+        for folder in self._folders.glob("slot-*"):
             number = folder.name.removeprefix("slot-")
             handle = self._lock(int(number)) if number.isdecimal() and folder.is_dir() else None
             if handle is not None:
-                shutil.rmtree(folder, ignore_errors=True)
+                _clear(Slot(int(number), folder, self._uid(int(number))), handle)
                 os.close(handle)
                 cleared += 1
         return cleared
+
+    def _uid(self, number: int) -> int | None:
+        return UID_BASE + number if self._root else None
+
+    def _make_folders(self) -> None:
+        try:
+            for folder in (self._folders, self._locks):
+                folder.mkdir(parents=True, exist_ok=True, mode=0o755)
+        except OSError as error:
+            raise StoreError(f"cannot make the slot folders: {error.strerror}: {error.filename}") from None
 
     def _lock(self, number: int) -> int | None:
         handle = os.open(self._locks / f"{number}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -79,13 +86,18 @@ class Slots:
 def _prepare(slot: Slot, handle: int) -> None:
     """The lock file holds a mark from here until the slot is given back in order. Raises StoreError."""
     try:
-        if slot.uid is not None and os.fstat(handle).st_size:
-            _end_processes(slot.uid)
+        _clear(slot, handle)
         os.pwrite(handle, b"taken\n", 0)
-        shutil.rmtree(slot.folder, ignore_errors=True)
         slot.folder.mkdir(mode=0o755)
     except OSError as error:
         raise StoreError(f"cannot make a slot folder: {error.strerror}: {error.filename}") from None
+
+
+def _clear(slot: Slot, handle: int) -> None:
+    if slot.uid is not None and os.fstat(handle).st_size:
+        _end_processes(slot.uid)
+    os.ftruncate(handle, 0)
+    shutil.rmtree(slot.folder, ignore_errors=True)
 
 
 def _end_processes(uid: int) -> None:

@@ -1,14 +1,18 @@
 """One database for ledger and journal, so that money and record change in the same transaction.
 
-SQLite in WAL mode with synchronous=FULL: a commit that returned survives a power cut. Writes of concurrent tasks are
-committed in groups: whoever finds no commit under way leads the next one, with everything that has queued up.
+SQLite in WAL mode with synchronous=FULL: a commit that returned survives a power cut. One thread writes. Writes of
+concurrent tasks are committed in groups: everything that queued up while the last commit was under way.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import fcntl
 import os
+import queue
 import secrets
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,7 +21,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import anyio
-import anyio.to_thread
 import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.exc import SQLAlchemyError
@@ -86,6 +89,7 @@ def now() -> str:
 class _Job:
     work: Callable[[sa.Connection], Any]
     done: anyio.Event = field(default_factory=anyio.Event)
+    told: Callable[[], object] = lambda: None  # from the writing thread: that it is done
     result: Any = None
     error: BaseException | None = None
 
@@ -99,8 +103,9 @@ class Database:
     def __init__(self, home: Path) -> None:
         self.owner = secrets.token_hex(10)
         self._owners = home / "owners"
-        self._jobs: list[_Job] = []
-        self._leading = False
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._writing = threading.Lock()
         try:
             self._owners.mkdir(parents=True, exist_ok=True, mode=0o700)
             home.chmod(0o700)
@@ -115,6 +120,8 @@ class Database:
             raise _store_error(error) from None
 
     def _migrate(self, home: Path) -> None:
+        from alembic.util import CommandError
+
         from orchestrator.store.migrations import HEAD, upgrade
 
         with self._engine.connect() as connection:
@@ -126,38 +133,47 @@ class Database:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
             upgrade(self._engine)
+        except CommandError as error:
+            raise StoreError(f"the database in {home} is not of this version of Airlock: {error}") from None
         finally:
             os.close(handle)
 
     async def write(self, work: Callable[[sa.Connection], T]) -> T:
         """Run `work` in a transaction, committed when this returns. An exception of `work` undoes its part alone.
 
-        Raises StoreError when the database cannot be written. Once begun it is not cancelled.
+        Raises StoreError when the database cannot be written. Once begun it is not cancelled: asyncio's own `cancel`,
+        which no shield keeps off, ends the waiting and not the transaction, and later writes come after it.
         """
-        job = _Job(work)
-        self._jobs.append(job)
+        if self._lock < 0:
+            raise StoreError("the database is closed")
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._serve, name="airlock-writer", daemon=True)
+            self._thread.start()
+        job, loop = _Job(work), asyncio.get_running_loop()
+        job.told = lambda: loop.call_soon_threadsafe(job.done.set)
+        self._jobs.put(job)
         with anyio.CancelScope(shield=True):
-            if not self._leading:
-                await self._lead()
             await job.done.wait()
         if job.error:
             raise job.error
         return job.result
 
-    async def _lead(self) -> None:
-        self._leading = True
-        try:
-            while self._jobs:
-                batch, self._jobs = self._jobs, []
-                await anyio.to_thread.run_sync(self._commit, batch)
-                for job in batch:
-                    job.done.set()
-        finally:
-            self._leading = False
+    def _serve(self) -> None:
+        going = True
+        while going:
+            taken = [self._jobs.get()]
+            while not self._jobs.empty():
+                taken.append(self._jobs.get())
+            batch = [job for job in taken if job]
+            going = len(batch) == len(taken)
+            self._commit(batch)
+            for job in batch:
+                with contextlib.suppress(RuntimeError):  # its event loop is closed: nobody waits any more
+                    job.told()
 
     def _commit(self, batch: list[_Job]) -> None:
         try:
-            with self._writer.begin():
+            with self._writing, self._writer.begin():
                 for job in batch:
                     self._run(job)
         except SQLAlchemyError as error:
@@ -171,13 +187,10 @@ class Database:
         part = self._writer.begin_nested()
         try:
             job.result = job.work(self._writer)
-        except SQLAlchemyError:
-            raise
-        except Exception as error:  # the caller's: handed back to it, and only its part is undone
-            part.rollback()
-            job.error = error
-        else:
             part.commit()
+        except Exception as error:  # the caller's: handed back to it, and only its part is undone
+            part.rollback()  # raises when the database has given up the whole transaction, and with it the batch
+            job.error = _store_error(error) if isinstance(error, SQLAlchemyError) else error
 
     def write_sync(self, work: Callable[[sa.Connection], T]) -> T:
         """`write` for code that runs before or after the event loop does."""
@@ -205,6 +218,9 @@ class Database:
     def close(self) -> None:
         """Idempotent."""
         if self._lock >= 0:
+            self._jobs.put(None)
+            if self._thread is not None:
+                self._thread.join()
             self._writer.close()
             self._engine.dispose()
             self.forget_owner(self.owner)
@@ -223,7 +239,7 @@ def _is_dead(path: Path) -> bool:
         return False
     else:
         # Made but not locked yet is a new owner, not a dead one.
-        return time.time() - path.stat().st_mtime > 1.0
+        return time.time() - os.fstat(handle).st_mtime > 1.0
     finally:
         os.close(handle)
 

@@ -67,10 +67,11 @@ def open_scopes(tx: sa.Connection, purses: Sequence[Scope]) -> None:
 
 def reserve(tx: sa.Connection, reservation: str, query: str, node: str, amount: int, purses: Sequence[Scope]) -> None:
     """Hold `amount` on every scope, or raise NotEnough (the caller's transaction part is then undone)."""
-    for scope in purses:
-        done = tx.execute(_hold, {"scope": scope.id, "amount": amount, "limit": scope.limit})
-        if done.rowcount != 1:
-            raise _refusal(tx, scope, amount, purses)
+    for number, scope in enumerate(purses):
+        # An amount above the limit needs no asking, and may be larger than the database's integers.
+        fits = amount <= scope.limit
+        if not fits or tx.execute(_hold, {"scope": scope.id, "amount": amount, "limit": scope.limit}).rowcount != 1:
+            raise _refusal(tx, number, amount, purses)
     tx.execute(
         sa.insert(reservations),
         {
@@ -121,10 +122,13 @@ def balance(tx: sa.Connection, scope: str) -> tuple[int, int]:
     return (row.spent, row.held) if row else (0, 0)
 
 
-def _refusal(tx: sa.Connection, blocking: Scope, amount: int, purses: Sequence[Scope]) -> NotEnough:
+def _refusal(tx: sa.Connection, number: int, amount: int, purses: Sequence[Scope]) -> NotEnough:
+    """Why the scope at `number` cannot hold `amount`, which the scopes before it hold by now."""
+    blocking = purses[number]
     spent, held = balance(tx, blocking.id)
-    free = min(scope.limit - sum(balance(tx, scope.id)) for scope in purses)
     left = blocking.limit - spent - held
+    own = [amount] * number + [0] * (len(purses) - number)
+    free = min(scope.limit - sum(balance(tx, scope.id)) + mine for scope, mine in zip(purses, own, strict=True))
     fields = {"limit": f"{usd(blocking.limit)} USD", "asked": f"{usd(amount)} USD", "left": f"{usd(left)} USD"}
     kind = BudgetExhausted if spent + amount > blocking.limit else BudgetInFlight
     error = kind(
