@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import textwrap
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -58,10 +58,12 @@ class Repl:
 
 
 @asynccontextmanager
-async def open_repl(backend: Backend, home: Path, **changes: Any) -> AsyncGenerator[Repl]:
+async def open_repl(backend: Backend, home: Path, *, own_uid: bool = True, **changes: Any) -> AsyncGenerator[Repl]:
+    """own_uid=False is for the tests that show what a user id of its own defends against."""
     taken: list[Slot] = []
 
     def spec(slot: Slot) -> SandboxSpec:
+        slot = slot if own_uid else replace(slot, uid=None)
         taken.append(slot)
         return spec_for(slot, **changes)
 
@@ -69,28 +71,33 @@ async def open_repl(backend: Backend, home: Path, **changes: Any) -> AsyncGenera
         yield Repl(sandbox, taken[0])
 
 
-def _statuses() -> Iterator[tuple[int, str]]:
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdecimal():
-            try:
-                yield int(folder.name), (folder / "status").read_text()
-            except OSError:  # it ended while we looked
-                continue
+def status_of(pid: int) -> dict[str, str]:
+    """/proc/PID/status; empty when there is no such process any more."""
+    try:
+        text = Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return {}
+    return dict(line.split(":\t", 1) for line in text.splitlines() if ":\t" in line)
 
 
 def processes_of(uid: int | None) -> set[int]:
-    """Process ids, on the host, of a user id (ours when None: then only those whose pid namespace is not ours)."""
-    own = os.geteuid() if uid is None else uid
+    """Process ids, on the host, of a user id; when None, of our own, in a process id namespace of their own."""
     found: set[int] = set()
-    for pid, status in _statuses():
-        fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
-        if int(fields["Uid"].split()[0]) == own and (uid is not None or len(fields["NSpid"].split()) > 1):
-            found.add(pid)
+    for entry in Path("/proc").iterdir():
+        status = status_of(int(entry.name)) if entry.name.isdecimal() else {}
+        if (
+            not status
+            or status["State"].startswith("Z")
+            or int(status["Uid"].split()[0]) != (os.geteuid() if uid is None else uid)
+        ):
+            continue
+        if uid is not None or len(status["NSpid"].split()) > 1:
+            found.add(int(entry.name))
     return found
 
 
 async def until(condition: Any, seconds: float = 10.0) -> None:
     """Wait for something that another process brings about."""
     with anyio.fail_after(seconds):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - it happens outside of this process
             await anyio.sleep(0.01)

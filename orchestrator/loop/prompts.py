@@ -131,8 +131,7 @@ _SMALL_AFTER = """\
 {output}
 
 The question was: {query}
-If the output shows the answer, reply with FINAL(answer), the value that is asked for, and no code. Otherwise reply \
-with a different ```repl block."""
+If the output shows the answer, reply with FINAL(answer) and no code. Otherwise reply with a different ```repl block."""
 
 _SMALL_SILENT = """\
 The code printed nothing. Either it has no print, or what it searches for is not in the context.
@@ -140,7 +139,10 @@ The code printed nothing. Either it has no print, or what it searches for is not
 The question was: {query}
 Reply with a different ```repl block: print the result, or search for other single words."""
 
-_SMALL_NO_CODE = "That reply has neither a ```repl block nor FINAL(answer). Reply with one of them."
+_SMALL_NO_CODE = (
+    "That reply is neither a ```repl block nor FINAL(answer). If it gives the answer, reply with that answer as "
+    "FINAL(answer) and nothing else. If not, reply with a ```repl block."
+)
 
 # Form of the context -> (noun, worked example, how to count). A large text has methods where a str has functions.
 _SMALL_FORMS = {

@@ -119,7 +119,7 @@ class _Query:
             in_flight=anyio.Semaphore(policy.counts.in_flight),
             recorded=order.observe,
         )
-        self._reserve: str | None = f"{query_id}:last-word"
+        self._reserve: str | None = ledger.set_aside(query_id)
         self._loop: Loop | None = None
         self._cells = 0
         self._cell: CellResult | None = None
@@ -412,7 +412,7 @@ def recover(db: Database) -> int:
 
 def _close_abandoned(tx: journal.Connection, key: QueryKey) -> None:
     for reservation, node, amount in ledger.open_reservations(tx, key.id):
-        if reservation.endswith(":last-word"):
+        if reservation == ledger.set_aside(key.id):
             ledger.void(tx, reservation)
             continue
         ledger.settle(tx, reservation, amount)

@@ -189,7 +189,10 @@ class Database:
             job.result = job.work(self._writer)
             part.commit()
         except Exception as error:  # the caller's: handed back to it, and only its part is undone
-            part.rollback()  # raises when the database has given up the whole transaction, and with it the batch
+            try:
+                part.rollback()
+            except SQLAlchemyError as lost:  # the database has given up the whole transaction, and with it the batch
+                raise (error if isinstance(error, SQLAlchemyError) else lost) from None
             job.error = _store_error(error) if isinstance(error, SQLAlchemyError) else error
 
     def write_sync(self, work: Callable[[sa.Connection], T]) -> T:

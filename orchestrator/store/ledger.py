@@ -71,7 +71,7 @@ def reserve(tx: sa.Connection, reservation: str, query: str, node: str, amount: 
         # An amount above the limit needs no asking, and may be larger than the database's integers.
         fits = amount <= scope.limit
         if not fits or tx.execute(_hold, {"scope": scope.id, "amount": amount, "limit": scope.limit}).rowcount != 1:
-            raise _refusal(tx, number, amount, purses)
+            raise _refusal(tx, query, number, amount, purses)
     tx.execute(
         sa.insert(reservations),
         {
@@ -122,17 +122,26 @@ def balance(tx: sa.Connection, scope: str) -> tuple[int, int]:
     return (row.spent, row.held) if row else (0, 0)
 
 
+def set_aside(query: str) -> str:
+    """The id of the reservation for a query's last word. It is held to the end: no other call can ever have it."""
+    return f"{query}:last-word"
+
+
 def _refusal(tx: sa.Connection, number: int, amount: int, purses: Sequence[Scope]) -> NotEnough:
-    """Why the scope at `number` cannot hold `amount`, which the scopes before it hold by now."""
-    blocking = purses[number]
-    spent, held = balance(tx, blocking.id)
-    left = blocking.limit - spent - held
-    own = [amount] * number + [0] * (len(purses) - number)
-    free = min(scope.limit - sum(balance(tx, scope.id)) + mine for scope, mine in zip(purses, own, strict=True))
-    fields = {"limit": f"{usd(blocking.limit)} USD", "asked": f"{usd(amount)} USD", "left": f"{usd(left)} USD"}
-    kind = BudgetExhausted if spent + amount > blocking.limit else BudgetInFlight
+    """Why `amount` was refused by the scope at `number`; the scopes before it hold it by now."""
+    books: list[tuple[Scope, int, int]] = []
+    for position, scope in enumerate(purses):
+        spent, held = balance(tx, scope.id)
+        books.append((scope, spent, held - amount if position < number else held))
+    free = min(scope.limit - spent - held for scope, spent, held in books)
+    # Where spent money alone blocks one scope, waiting for what another one holds is of no use.
+    exhausted = [book for book in books if book[1] + amount > book[0].limit]
+    scope, spent, held = exhausted[0] if exhausted else books[number]
+    left = scope.limit - spent - held
+    fields = {"limit": f"{usd(scope.limit)} USD", "asked": f"{usd(amount)} USD", "left": f"{usd(left)} USD"}
+    kind = BudgetExhausted if exhausted else BudgetInFlight
     error = kind(
-        f"this call could cost {fields['asked']}, and the {blocking.title} budget of {fields['limit']} "
+        f"this call could cost {fields['asked']}, and the {scope.title} budget of {fields['limit']} "
         f"has {fields['left']} left" + (f" ({usd(held)} USD held by calls in flight)" if held else ""),
         **fields,
     )

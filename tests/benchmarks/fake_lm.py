@@ -94,7 +94,8 @@ def fake_lm() -> Iterator[str]:
         text=True,
         cwd=Path(__file__).parents[2],
     )
-    assert process.stdin and process.stdout
+    assert process.stdin
+    assert process.stdout
     try:
         yield f"http://127.0.0.1:{int(process.stdout.readline())}/v1"
     finally:

@@ -68,7 +68,9 @@ async def measure(home: Path, text: Path, rounds: int) -> list[Figure]:
     short, long = (statistics.median(times[context.id]) for context in (small, big))
     return [
         Figure("1 GB, attached", "hard link" if linked else "a copy", target="same inode", ok=linked),
-        Figure("1 GB, start to first cell", ms(long), f"1 kB {ms(short)}", long / short, "+50 ms", long - short <= SLOWER_S),
+        Figure(
+            "1 GB, start to first cell", ms(long), f"1 kB {ms(short)}", long / short, "+50 ms", long - short <= SLOWER_S
+        ),
         Figure(
             f"1 GB, growth of the host's memory (ingest took {ingest_s:.1f} s)",
             f"{growth / 1e6:.1f} MB",

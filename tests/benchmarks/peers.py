@@ -37,7 +37,8 @@ def rlms(python: Path, base_url: str) -> Iterator[Callable[[int], float]]:
     process = subprocess.Popen(
         [python, script, base_url], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
     )
-    assert process.stdin and process.stdout
+    assert process.stdin
+    assert process.stdout
     into, out = process.stdin, process.stdout
 
     def measure(chars: int) -> float:
@@ -60,7 +61,7 @@ def requests_since(base_url: str) -> list[dict[str, Any]]:
 
 
 class BareClient:
-    """The requests of one query, sent again by `AsyncOpenAI` alone: roots and single ones in turn, the batch at once."""
+    """The requests of one query, sent by `AsyncOpenAI` alone: roots and single ones in turn, the batch at once."""
 
     def __init__(self, base_url: str, bodies: list[dict[str, Any]]) -> None:
         self._base_url = base_url

@@ -1,4 +1,4 @@
-"""Figures of a whole query through `RLM`: the field notes' script, 6 root turns and 72 sub-calls, an LM that is instant.
+"""Figures of a whole query through `RLM`: the field notes' script, 6 root turns, 72 sub-calls, an instant LM.
 
 Timed from making the `RLM` to its `close`, sandbox, ledger, journal and final check of the context included; imports
 and making the context are outside, for both sides.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 import anyio
 
 from orchestrator import settings
+from orchestrator.core.policy import SandboxLimits
 from orchestrator.sandbox.base import Backend, SandboxSpec, Slot
 from orchestrator.sandbox.bubblewrap import Bubblewrap
 from orchestrator.sandbox.sandbox import Call, Sandbox, open_sandbox
@@ -29,9 +31,14 @@ def make_backend(home: Path) -> Bubblewrap:
     return Bubblewrap(home / "cache", settings.data_folder("policies") / "seccomp.json")
 
 
+@functools.cache
+def _limits() -> SandboxLimits:
+    return load_policy("default").sandbox
+
+
 def spec_for(slot: Slot, context_bytes: int = 0) -> SandboxSpec:
     """As the default policy has it."""
-    limits = load_policy("default").sandbox
+    limits = _limits()
     return SandboxSpec(
         slot=slot,
         memory_bytes=limits.memory,
@@ -106,14 +113,14 @@ async def start(home: Path, quick: bool) -> Figure:
 
 def _argv_of(sandbox: Sandbox) -> list[str]:
     """The command line of a running sandbox's bwrap, with another job for its Python."""
-    pid: int = sandbox._guest._process.pid  # pyright: ignore  # noqa: SLF001
+    pid: int = sandbox._guest._process.pid  # pyright: ignore
     argv = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")[:-1]
     return [*argv[: argv.index("--") + 2], "-I", "-S", "-c", "pass"]
 
 
 def _bare(backend: Bubblewrap, argv: list[str], slot: Slot) -> float:
     """Seconds that the command takes from start to exit."""
-    program = next(backend._cache.glob("seccomp-*.bpf"))  # noqa: SLF001
+    program = next(backend._cache.glob("seccomp-*.bpf"))
     seccomp = os.open(program, os.O_RDONLY)
     info = os.memfd_create("info")
     argv = list(argv)
@@ -137,7 +144,7 @@ def _bare(backend: Bubblewrap, argv: list[str], slot: Slot) -> float:
         return time.perf_counter() - started
 
     try:
-        return backend._launcher.call(run)  # noqa: SLF001  its thread sees folders that the slot's user id cannot
+        return backend._launcher.call(run)  # its thread sees folders that the slot's user id cannot
     finally:
         os.close(seccomp)
         os.close(info)

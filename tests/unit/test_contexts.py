@@ -135,13 +135,13 @@ def test_sources_that_cannot_be_read(store: ContextStore, tmp_path: Path):
     assert files_in(tmp_path) == []
 
 
-def test_without_permission(store: ContextStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_without_permission(store: ContextStore, tmp_path: Path):
     written(tmp_path, b"x").chmod(0)
     tmp_path.chmod(0o755)
-    monkeypatch.chdir(tmp_path)  # the folders above are closed to others
     child = os.fork()
     if not child:
         try:
+            os.chdir(tmp_path)  # the folders above it are closed to others
             if os.geteuid() == 0:  # who may read everything
                 os.setuid(65_534)
             store.ingest(Path("source.txt"))

@@ -174,7 +174,7 @@ def test_text(tmp_path: Path, text: str):
     assert view.rfind("\n") == text.rfind("\n")
 
 
-JSON_VALUES = [
+JSON_VALUES: list[list[Any]] = [
     [{"id": number, "text": f"a, [b] {number}", "more": [1, [2, "},{"]]} for number in range(300)],
     [f"é,{number}" for number in range(500)],
     list(range(1000)),
