@@ -37,6 +37,7 @@ class LocalLM(LM):
         self._path = path
         self._window = window
         self._slots = slots
+        self._free = anyio.Semaphore(slots)
         self._starting = anyio.Lock()
         self._process: anyio.abc.Process | None = None
         self._client: httpx2.AsyncClient | None = None
@@ -55,9 +56,11 @@ class LocalLM(LM):
             "cache_prompt": True,
         }
         try:
-            with anyio.fail_after(request.timeout_s):
-                # Leaving early closes the connection, and the server drops the request with the batch in hand.
-                response = await client.post("/v1/chat/completions", content=json.dumps(body))
+            # Waiting for a slot is not the model's time: a batch may be far larger than there are slots.
+            async with self._free:
+                with anyio.fail_after(request.timeout_s):
+                    # Leaving early closes the connection, and the server drops the request with the batch in hand.
+                    response = await client.post("/v1/chat/completions", content=json.dumps(body))
         except TimeoutError as error:
             raise OutcomeUnknown(f"the local model did not answer within {request.timeout_s:g} s") from error
         except httpx2.ConnectError as error:

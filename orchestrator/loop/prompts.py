@@ -155,7 +155,7 @@ for word in ["pepper", "ship"]:
         print(word, "|", context[max(0, m.start() - 80):m.end() + 120])""",
         """\
 print(context.count("pepper"))  # how often a word occurs
-print(sum("pepper" in line for line in context.splitlines()))  # how many lines hold that word
+print(sum("pepper" in line for line in context.splitlines()))  # how many lines hold it
 print(len(context.splitlines()))  # how many lines there are""",
     ),
     "large text": (
@@ -167,7 +167,7 @@ for word in ["pepper", "ship"]:
         print(word, "|", context[max(0, m.start() - 80):m.end() + 120])""",
         """\
 print(context.count("pepper"))  # how often a word occurs
-print(sum("pepper" in line for line in context.iter_lines()))  # how many lines hold that word
+print(sum("pepper" in line for line in context.iter_lines()))  # how many lines hold it
 print(sum(1 for line in context.iter_lines()))  # how many lines there are""",
     ),
     "documents": (
@@ -180,7 +180,7 @@ for word in ["pepper", "ship"]:
         for m in list(re.finditer(word, text, re.I))[:1]:
             print(word, "|", document["path"], "|", text[max(0, m.start() - 80):m.end() + 120])""",
         """\
-print(sum("pepper" in document["text"] for document in context))  # how many documents hold that word
+print(sum("pepper" in document["text"] for document in context))  # how many documents hold it
 print(len(context))  # how many documents there are""",
     ),
     "values": (
@@ -190,7 +190,7 @@ for word in ["pepper", "ship"]:
     found = [str(item) for item in context if word in str(item).lower()]
     print(word, "|", len(found), [text[:200] for text in found[:3]])""",
         """\
-print(sum("pepper" in str(item) for item in context))  # how many items hold that word
+print(sum("pepper" in str(item) for item in context))  # how many items hold it
 print(len(context))  # how many items there are""",
     ),
 }

@@ -127,15 +127,17 @@ def set_aside(query: str) -> str:
     return f"{query}:last-word"
 
 
-def _refusal(tx: sa.Connection, number: int, amount: int, purses: Sequence[Scope]) -> NotEnough:
+def _refusal(tx: sa.Connection, query: str, number: int, amount: int, purses: Sequence[Scope]) -> NotEnough:
     """Why `amount` was refused by the scope at `number`; the scopes before it hold it by now."""
     books: list[tuple[Scope, int, int]] = []
     for position, scope in enumerate(purses):
         spent, held = balance(tx, scope.id)
         books.append((scope, spent, held - amount if position < number else held))
     free = min(scope.limit - spent - held for scope, spent, held in books)
-    # Where spent money alone blocks one scope, waiting for what another one holds is of no use.
-    exhausted = [book for book in books if book[1] + amount > book[0].limit]
+    # Held money comes free again, but for the last word's. Where that and spent money block one scope, waiting for what
+    # others hold is of no use.
+    aside = tx.scalar(_find.with_only_columns(reservations.c.amount), {"reservation": set_aside(query)}) or 0
+    exhausted = [book for book in books if book[1] + aside + amount > book[0].limit]
     scope, spent, held = exhausted[0] if exhausted else books[number]
     left = scope.limit - spent - held
     fields = {"limit": f"{usd(scope.limit)} USD", "asked": f"{usd(amount)} USD", "left": f"{usd(left)} USD"}
