@@ -5,15 +5,19 @@ The answer alone goes to standard output, progress to standard error. Errors are
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import json
 import os
+import select
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from decimal import Decimal, InvalidOperation
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TextIO, TypeVar
 
 import anyio
 import anyio.to_thread
@@ -109,6 +113,13 @@ def exec_(file: Path, **options: Any) -> int:
     return anyio.run(_exec, code, options)
 
 
+def _say(stream: TextIO, text: str) -> None:
+    """A line of text from a guest or a model: as it is into files and pipes, harmless on a terminal."""
+    from orchestrator.console import safe_for
+
+    click.echo(safe_for(stream, text), file=stream, color=True)  # color: not to be stripped of escape sequences
+
+
 def _choices(options: dict[str, Any], schema: Any = None) -> Choices:
     from orchestrator.wiring import Choices
 
@@ -136,7 +147,6 @@ def _price(text: str) -> tuple[str, tuple[Decimal, Decimal]]:
 
 
 async def _run(question: str, options: dict[str, Any], schema: Any) -> int:
-    from orchestrator.console import safe_for
     from orchestrator.wiring import Watch, open_platform
 
     view = _make_view()
@@ -176,9 +186,9 @@ async def _run(question: str, options: dict[str, Any], schema: Any) -> int:
         }
         click.echo(json.dumps(report))
     elif answer is not None:
-        click.echo(safe_for(sys.stdout, answer))
+        _say(sys.stdout, answer)
     if outcome.status != "answered":
-        click.echo(safe_for(sys.stderr, f"airlock: {outcome.status}: {outcome.reason}"), err=True)
+        _say(sys.stderr, f"airlock: {outcome.status}: {outcome.reason}")
     return closed.error.exit_code if closed.error else _STATUS_EXIT[outcome.status]
 
 
@@ -224,9 +234,9 @@ async def _exec(code: str, options: dict[str, Any]) -> int:
         }
         click.echo(json.dumps(report))
     elif closed.outcome.answer is not None:
-        click.echo(safe_for(sys.stdout, closed.outcome.answer))
+        _say(sys.stdout, closed.outcome.answer)
     if status in ("timeout", "killed"):
-        click.echo(safe_for(sys.stderr, f"airlock: {status}: {reason}"), err=True)
+        _say(sys.stderr, f"airlock: {status}: {reason}")
     if closed.error:
         return closed.error.exit_code
     return 130 if closed.outcome.status == "cancelled" else _CELL_EXIT[status]
@@ -236,26 +246,55 @@ async def _watched(platform: Platform, options: dict[str, Any], start: Callable[
     """Ingest the context and run the query; Ctrl-C and SIGTERM end it in good order. None if it never began."""
     result: list[Any] = []
     watch.closed = result.append
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(_cancel_on_signal, tasks.cancel_scope)
-        ingest = partial(_ingest, platform, options["context"], options["encoding"])
+    with anyio.CancelScope() as scope, _cancelled_by_signals(scope), _StandardInput() as stdin:
+        ingest = partial(_ingest, platform, options["context"], options["encoding"], stdin)
         context = await anyio.to_thread.run_sync(ingest, abandon_on_cancel=True)
         await start(context=context, watch=watch)
-        tasks.cancel_scope.cancel()
     return result[0] if result else None
 
 
-def _ingest(platform: Platform, path: str, encoding: Any) -> Any:
+def _ingest(platform: Platform, path: str, encoding: Any, stdin: Any) -> Any:
     if path == "-":
-        return platform.contexts.ingest_stream(sys.stdin.buffer, encoding=encoding)
+        return platform.contexts.ingest_stream(stdin, encoding=encoding)
     return platform.contexts.ingest(Path(path), encoding=encoding)
 
 
-async def _cancel_on_signal(scope: anyio.CancelScope) -> None:
-    with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-        async for _ in signals:
-            scope.cancel()
-            return
+class _StandardInput:
+    """Standard input, for a thread to read. Whoever waits for it is woken at the end: a thread cannot be cancelled."""
+
+    def __enter__(self) -> Self:
+        self._woken, self._wake = os.pipe()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._wake)  # the other end stays for the thread that may be waiting
+
+    def read(self, size: int) -> bytes:
+        stdin = sys.stdin.fileno()
+        if self._woken in select.select([stdin, self._woken], [], [])[0]:
+            raise InterruptedError(errno.EINTR, os.strerror(errno.EINTR))
+        return os.read(stdin, size)
+
+
+@contextmanager
+def _cancelled_by_signals(scope: anyio.CancelScope) -> Generator[None]:
+    """The first Ctrl-C or SIGTERM cancels the scope. Further ones are ignored: what is left is to end in good order."""
+    loop = asyncio.get_running_loop()
+
+    def cancel(_number: int, _frame: object) -> None:
+        for number in before:
+            signal.signal(number, signal.SIG_IGN)
+        loop.call_soon_threadsafe(scope.cancel)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, cancel)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if signal.getsignal(number) is cancel:
+                signal.signal(number, handler)
 
 
 @app.group()
@@ -366,12 +405,12 @@ def audit() -> None:
 @click.argument("query", default="last")
 def audit_show(query: str) -> int:
     """Print a QUERY's run: code, output, sub-calls, cost. An id, its beginning, or `last`."""
-    from orchestrator.console import safe_for, show_run
+    from orchestrator.console import show_run
     from orchestrator.wiring import read_run
 
     run_read = read_run(settings.home(), query)
     for line in show_run(run_read.chain, run_read.payloads, run_read.fault):
-        click.echo(safe_for(sys.stdout, line))
+        _say(sys.stdout, line)
     return 4 if run_read.fault else 0
 
 

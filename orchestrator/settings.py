@@ -52,10 +52,11 @@ def load_config(folder: Path) -> Config:
     for path in (folder / "airlock.toml", Path("airlock.toml")):
         try:
             text = path.read_text(encoding="utf-8")
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             continue
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"cannot read {path}: {error}") from None
+            why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+            raise ValueError(f"cannot read {path}: {why}") from None
         try:
             return Config.model_validate(tomllib.loads(text))
         except tomllib.TOMLDecodeError as error:

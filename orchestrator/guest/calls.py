@@ -93,6 +93,11 @@ class Calls:
         self._awaited: Set[int] = set()
         self._replies: Dict[int, Dict[str, Any]] = {}
 
+    def end_cell(self) -> None:
+        """No call goes out any more, and no reply is waited for, by the threads that the cell may have left."""
+        with self._order:
+            self._link.set_in_cell(False)
+
     def ask(self, op: str, prompt: object, model: Optional[str] = None) -> Any:
         """The reply's value. Raises SubCallError."""
         with self._slots:
@@ -144,6 +149,8 @@ class Calls:
         if os.getpid() != self._process:
             raise RuntimeError("sub-calls work from threads, not from a forked process: use llm_query_batched")
         with self._shield, self._order:  # calls go out in the order of their ids
+            if not self._link.in_cell:
+                raise SubCallError("the cell is over")
             with self._cond:
                 call = self._next_id
                 self._next_id += 1

@@ -90,11 +90,11 @@ class Link:
         self._buffer = bytearray()
         self._lines: List[bytes] = []
         self._fds: List[int] = []
-        self._in_cell = False
+        self.in_cell = False
 
     def set_in_cell(self, in_cell: bool) -> None:
         with self._receive_lock:
-            self._in_cell = in_cell
+            self.in_cell = in_cell
 
     def send(self, frame: Dict[str, Any]) -> None:
         data = wire.encode(frame)
@@ -108,7 +108,7 @@ class Link:
         """
         while True:
             with self._receive_lock:
-                if for_cell and not self._in_cell:
+                if for_cell and not self.in_cell:
                     raise CellOver
                 if not self._lines:
                     self._take()

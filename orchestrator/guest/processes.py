@@ -14,11 +14,12 @@ import signal
 import socket
 import struct
 import time
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, Optional, Tuple
 
 from . import wire
 
 SNAPSHOT_S = 30.0  # for forking a worker of any size
+RESERVE = 16 << 20  # bytes of memory that the agent has left in a worker whose cell used up its own
 ENDING_S = 0.2  # from the closing of a dying process's descriptors to its end
 PID_MAX = 4194304  # PID_MAX_LIMIT of Linux on 64 bits
 WRAP_S = 0.2  # too short for a guest to use up all process ids, of which there are 32768 at least
@@ -73,7 +74,7 @@ class Workers:
         """End what the cell left running, then have a snapshot made; `making` is set until it is."""
         self.fresh = False
         # Threads cannot be ended from outside. A fork has none but its own, so it takes the runner's place.
-        self._replace = self._sweep()
+        self._replace = self._sweep() or self._replace
         self._make_snapshot()
 
     def snapshot_made(self) -> None:
@@ -202,7 +203,7 @@ def harden() -> None:
 def restrict(limits: Dict[str, Any]) -> None:
     """Resource limits of a worker and all it starts; hard, so they cannot be raised again."""
     for what, most in (
-        (resource.RLIMIT_DATA, limits["memory_bytes"]),
+        (resource.RLIMIT_DATA, limits["memory_bytes"] + RESERVE),  # `Repl` takes the reserve away while a cell runs
         (resource.RLIMIT_AS, limits["address_bytes"]),
         (resource.RLIMIT_NPROC, limits["pids"] + OURS),
         (resource.RLIMIT_NOFILE, limits["files"]),

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import builtins
 import os
+import resource
 import sys
-from typing import Any, Dict, List, Optional, Sequence
+import threading
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from . import wire
 from .calls import EXCEPTIONS, Calls
 from .link import Link, Shield
 
 _HIDDEN_PREFIX = "_"
+THREAD_STACK = 2 << 20  # bytes: the usual 8 MiB would fill a small sandbox with the stacks of a few threads
 
 
 class Repl:
@@ -19,6 +22,10 @@ class Repl:
 
     def __init__(self, link: Link, shield: Shield, limits: Dict[str, Any]) -> None:
         self._limits = limits
+        threading.stack_size(THREAD_STACK)
+        most = resource.getrlimit(resource.RLIMIT_DATA)[1]
+        self._all_memory = (most, most)  # with the agent's reserve
+        self._cell_memory = (min(int(limits["memory_bytes"]), most), most)
         self._context: object = None
         self._answer: Dict[str, Any] = {"content": "", "ready": False}
         self.namespace: Dict[str, Any] = {"__name__": "__main__", "__builtins__": builtins}
@@ -29,6 +36,9 @@ class Repl:
         self._calls = Calls(link, shield, int(self._limits["calls_in_flight"]))
         self._scaffold = self._make_scaffold()
         self._restore()
+
+    def end_cell(self) -> None:
+        self._calls.end_cell()
 
     def load_context(self, folder: str) -> None:
         from .context import load
@@ -44,13 +54,16 @@ class Repl:
         _open_streams()
         status, detail = "ok", ""
         try:
+            _limit_memory(self._cell_memory)
             _execute(code, "<cell %d>" % number, self.namespace)
         except KeyboardInterrupt:
             status, detail = "timeout", "interrupted"
         except SystemExit as stop:
             status, detail = "error", "SystemExit: %s" % _text(stop.code)
         except BaseException as error:
+            _limit_memory(self._all_memory)
             status, detail = "error", _describe(error)
+        _limit_memory(self._all_memory)
         answer = None
         try:
             _flush()
@@ -142,6 +155,14 @@ class Repl:
             answer["ready"] = False
             raise ValueError("the answer has %d characters, the limit is %d: give a shorter one" % (len(content), most))
         return content
+
+
+def _limit_memory(limits: Tuple[int, int]) -> None:
+    # A cell that used up its memory is told so, out of the agent's reserve. Allocates nothing until that is to be had.
+    try:
+        resource.setrlimit(resource.RLIMIT_DATA, limits)
+    except (OSError, ValueError):  # the cell has bound itself closer
+        return
 
 
 def _as_json(value: object) -> str:

@@ -54,7 +54,7 @@ class Worker:
         except KeyboardInterrupt:  # in the few instructions between the cell's end and disarm()
             self._shield.disarm()
             end = {"type": "end", "status": "timeout", "detail": "interrupted", "answer": None, "names": []}
-        self._link.set_in_cell(False)
+        self._repl.end_cell()
         self._link.send(end)
 
     def _snapshot(self) -> None:

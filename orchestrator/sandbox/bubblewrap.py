@@ -74,7 +74,12 @@ class Bubblewrap(Backend):
         memory, pids = spec.memory_bytes + MEMORY_OF_AIRLOCK, spec.pids + PIDS_OF_AIRLOCK
         if cgroup and not cgroup.create(memory_bytes=memory, pids=pids, cpus=spec.cpus):
             cgroup = None
-        process, words, info, ours = self._spawn(spec)
+        try:
+            process, words, info, ours = self._spawn(spec)
+        except BaseException:
+            if cgroup:
+                cgroup.remove()
+            raise
         guest = BubblewrapGuest(process, words, cgroup)
         try:
             # Not to be cancelled: without the id of process 1 there is no ending it for certain.

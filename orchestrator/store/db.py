@@ -13,7 +13,6 @@ import os
 import queue
 import secrets
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -106,22 +105,35 @@ class Database:
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._writing = threading.Lock()
+        self._lock = -1
         try:
             self._owners.mkdir(parents=True, exist_ok=True, mode=0o700)
             home.chmod(0o700)
-            self._lock = os.open(self._owners / self.owner, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            self._be_owner()
             self._engine = _engine(home / "airlock.db")
             self._migrate(home)
             self._writer = self._engine.connect()
         except OSError as error:
+            self._be_nobody()
             raise StoreError(f"cannot use the data folder {home}: {error.strerror}") from None
         except SQLAlchemyError as error:
+            self._be_nobody()
             raise _store_error(error) from None
 
-    def _migrate(self, home: Path) -> None:
-        from alembic.util import CommandError
+    def _be_owner(self) -> None:
+        # The file gets its name when it is locked: by that name, an owner without a lock is a dead one.
+        file = self._owners / f".{self.owner}"
+        self._lock = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        file.rename(self._owners / self.owner)
 
+    def _be_nobody(self) -> None:
+        if self._lock >= 0:
+            self.forget_owner(self.owner)
+            os.close(self._lock)
+            self._lock = -1
+
+    def _migrate(self, home: Path) -> None:
         from orchestrator.store.migrations import HEAD, upgrade
 
         with self._engine.connect() as connection:
@@ -129,6 +141,8 @@ class Database:
                 table = sa.table("alembic_version", sa.column("version_num"))
                 if connection.scalar(sa.select(table.c.version_num)) == HEAD:
                     return
+        from alembic.util import CommandError  # a tenth of a second, and mostly there is nothing to migrate
+
         handle = os.open(home / "migrate.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
@@ -212,8 +226,11 @@ class Database:
             raise _store_error(error) from None
 
     def dead_owners(self) -> list[str]:
-        """Owners whose process has ended without `close`."""
-        return [path.name for path in self._owners.iterdir() if path.name != self.owner and _is_dead(path)]
+        """Owners whose process has ended without `close`, or closed when it could not write the end of its queries."""
+        unfinished = sa.select(queries.c.owner).where(queries.c.status == "open").distinct()
+        named = self.read(lambda tx: list(tx.execute(unfinished).scalars()))
+        filed = [path.name for path in self._owners.iterdir() if not path.name.startswith(".")]
+        return [owner for owner in {*named, *filed} - {self.owner} if _is_dead(self._owners / owner)]
 
     def forget_owner(self, owner: str) -> None:
         (self._owners / owner).unlink(missing_ok=True)
@@ -226,14 +243,14 @@ class Database:
                 self._thread.join()
             self._writer.close()
             self._engine.dispose()
-            self.forget_owner(self.owner)
-            os.close(self._lock)
-            self._lock = -1
+            self._be_nobody()
 
 
 def _is_dead(path: Path) -> bool:
     try:
         handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return True
     except OSError:
         return False
     try:
@@ -241,8 +258,7 @@ def _is_dead(path: Path) -> bool:
     except BlockingIOError:
         return False
     else:
-        # Made but not locked yet is a new owner, not a dead one.
-        return time.time() - os.fstat(handle).st_mtime > 1.0
+        return True
     finally:
         os.close(handle)
 

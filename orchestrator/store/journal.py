@@ -110,13 +110,18 @@ def chain(tx: sa.Connection, query: str) -> list[tuple[bytes, str]]:
     rows = tx.execute(
         sa.select(records.c.record, records.c.hash).where(records.c.query == query).order_by(records.c.seq)
     )
-    return [(row.record, row.hash) for row in rows]
+    return [(_bytes(row.record), row.hash) for row in rows]
 
 
 def kept_payloads(tx: sa.Connection, query: str) -> Iterator[tuple[int, str, bytes, bytes]]:
     """(seq, name, salt, data) of the query's payloads that are kept."""
     for row in tx.execute(sa.select(payloads).where(payloads.c.query == query)):
-        yield row.seq, row.name, row.salt, row.data
+        yield row.seq, row.name, _bytes(row.salt), _bytes(row.data)
+
+
+def _bytes(value: object) -> bytes:
+    """SQLite gives back whatever a file was edited to hold, also in a column of bytes."""
+    return value if isinstance(value, bytes) else str(value).encode("utf-8", "replace")
 
 
 def fault(links: list[tuple[bytes, str]], kept: list[tuple[int, str, bytes, bytes]]) -> str | None:

@@ -136,8 +136,9 @@ def _refusal(tx: sa.Connection, query: str, number: int, amount: int, purses: Se
     free = min(scope.limit - spent - held for scope, spent, held in books)
     # Held money comes free again, but for the last word's. Where that and spent money block one scope, waiting for what
     # others hold is of no use.
-    aside = tx.scalar(_find.with_only_columns(reservations.c.amount), {"reservation": set_aside(query)}) or 0
-    exhausted = [book for book in books if book[1] + aside + amount > book[0].limit]
+    last = tx.execute(_find, {"reservation": set_aside(query)}).first()
+    aside = [last.amount if last and scope.id in last.scopes else 0 for scope in purses]
+    exhausted = [book for book, kept in zip(books, aside, strict=True) if book[1] + kept + amount > book[0].limit]
     scope, spent, held = exhausted[0] if exhausted else books[number]
     left = scope.limit - spent - held
     fields = {"limit": f"{usd(scope.limit)} USD", "asked": f"{usd(amount)} USD", "left": f"{usd(left)} USD"}

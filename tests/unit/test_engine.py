@@ -1,0 +1,240 @@
+"""The loop with a scripted LM and a scripted REPL: what ends it, what goes on, and what is left at a limit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from orchestrator.core.errors import (
+    AirlockError,
+    BudgetExhausted,
+    BudgetInFlight,
+    CountExceeded,
+    ProviderRefused,
+    SandboxDied,
+    TimeExceeded,
+)
+from orchestrator.core.events import Event
+from orchestrator.lm.base import Message, Reply
+from orchestrator.loop.engine import MAX_CELLS, MAX_CONTINUATIONS, Loop, Outcome
+from orchestrator.loop.prompts import LAST_WORD_TOKENS, RootLimits
+from orchestrator.sandbox.sandbox import CellResult
+from tests.unit.helpers import cell, said
+
+pytestmark = pytest.mark.anyio
+CODE = "```repl\nprint(1)\n```"
+
+
+class Stage:
+    """Replies and cell results, one after the other; what was asked, run and recorded is kept."""
+
+    def __init__(
+        self, *replies: str | Reply | AirlockError, cells: list[CellResult | AirlockError] | None = None
+    ) -> None:
+        self.replies = list(replies)
+        self.results = cells or []
+        self.asked: list[list[Message]] = []
+        self.tokens: list[int] = []
+        self.last: list[bool] = []
+        self.code: list[str] = []
+        self.events: list[Event] = []
+        self.messages: list[Message] = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
+
+    async def ask(self, messages: list[Message], output_tokens: int, *, last: bool) -> Reply:
+        self.asked.append(list(messages))
+        self.tokens.append(output_tokens)
+        self.last.append(last)
+        reply = self.replies.pop(0)
+        if isinstance(reply, AirlockError):
+            raise reply
+        return said(reply) if isinstance(reply, str) else reply
+
+    async def run_cell(self, code: str) -> CellResult:
+        self.code.append(code)
+        result = self.results.pop(0) if self.results else cell("1\n")
+        if isinstance(result, AirlockError):
+            raise result
+        return result
+
+    async def record(self, event: Event) -> None:
+        self.events.append(event)
+
+    def loop(
+        self, iterations: int = 5, accept: Callable[[str], str | None] = lambda _answer: None, **limits: Any
+    ) -> Loop:
+        sizes = {"prompt_bytes": 100_000, "output_tokens": 77, "shown_chars": 100, "style": "standard"} | limits
+        return Loop(
+            limits=RootLimits(**sizes),
+            iterations=iterations,
+            question="q",
+            ask=self.ask,
+            run_cell=self.run_cell,
+            record=self.record,
+            accept=accept,
+        )
+
+    async def run(self, **options: Any) -> Outcome:
+        return await self.loop(**options).run(self.messages)
+
+    def told(self) -> str:
+        """What the LM was last told."""
+        return self.asked[-1][-1]["content"]
+
+
+def answered(answer: str) -> Outcome:
+    return Outcome("answered", answer, "")
+
+
+async def test_an_answer_in_one_turn():
+    stage = Stage("FINAL(42)")
+    assert await stage.run() == answered("42")
+    assert (stage.tokens, stage.last, stage.code, stage.events) == ([77], [False], [], [])
+
+
+async def test_an_answer_after_some_turns():
+    stage = Stage(CODE, CODE, "FINAL(42)")
+    assert await stage.run() == answered("42")
+    assert [message["role"] for message in stage.asked[-1]] == ["system", "user", *["assistant", "user"] * 2]
+    assert stage.told() == "Output of cell 2:\n1"
+
+
+async def test_an_answer_beside_code_is_not_taken_before_the_output_was_seen():
+    stage = Stage(f"{CODE}\nFINAL(guess)", "FINAL(42)")
+    assert await stage.run() == answered("42")
+    assert stage.code == ["print(1)"]
+    assert "it was not taken" in stage.told()
+
+
+async def test_a_variable_is_the_answer_however_large():
+    stage = Stage("FINAL_VAR(x)", cells=[cell(answer="a" * 10**6)])
+    assert await stage.run() == answered("a" * 10**6)
+    assert stage.code == ["FINAL_VAR('x')"]
+
+
+async def test_a_variable_that_the_cells_of_the_same_reply_made():
+    stage = Stage(f"{CODE}\nFINAL_VAR(x)", cells=[cell(), cell(answer="42")])
+    assert await stage.run() == answered("42")
+
+
+async def test_a_variable_is_not_asked_for_when_its_cell_failed():
+    stage = Stage(f"{CODE}\nFINAL_VAR(x)", "FINAL(42)", cells=[cell("Traceback", "error")])
+    assert await stage.run() == answered("42")
+    assert stage.code == ["print(1)"]
+
+
+async def test_a_variable_that_is_not_there_is_told():
+    stage = Stage("FINAL_VAR(x)", "FINAL(42)", cells=[cell("NameError: x\n", "error")])
+    assert await stage.run() == answered("42")
+    assert "NameError: x" in stage.told()
+
+
+async def test_an_answer_that_a_cell_gives_ends_it_before_later_cells():
+    stage = Stage(f"{CODE}\n{CODE}", cells=[cell("1", answer="42")])
+    assert await stage.run() == answered("42")
+    assert len(stage.code) == 1
+
+
+@pytest.mark.parametrize("status", ["error", "timeout", "killed"])
+async def test_a_cell_that_fails_stops_the_later_ones_of_its_reply(status: str):
+    stage = Stage(f"{CODE}\n{CODE}", "FINAL(42)", cells=[cell("oh", status, detail="why")])
+    assert await stage.run() == answered("42")
+    assert len(stage.code) == 1
+
+
+async def test_only_so_many_cells_of_one_reply_are_run():
+    stage = Stage("\n".join([CODE] * (MAX_CELLS + 2)), "FINAL(42)")
+    assert await stage.run() == answered("42")
+    assert len(stage.code) == MAX_CELLS
+    assert stage.told().endswith(f"[only the first {MAX_CELLS} blocks were run]")
+
+
+async def test_neither_code_nor_answer_is_told():
+    stage = Stage("I think so.", "FINAL(42)")
+    assert await stage.run() == answered("42")
+    assert "neither a ```repl block nor" in stage.told()
+
+
+async def test_a_reply_that_was_cut_off_is_continued():
+    stage = Stage(said("```repl\nprint(", "length"), said("1)\n```\n", "length"), "done", "FINAL(42)")
+    assert await stage.run() == answered("42")
+    assert stage.code == ["print(1)"]
+    assert stage.asked[2][-2]["content"] == "```repl\nprint(1)\n```\n"
+    assert [message["content"] for message in stage.asked[3][2:3]] == ["```repl\nprint(1)\n```\ndone"]
+
+
+async def test_a_reply_without_end_is_continued_only_so_often():
+    stage = Stage(*[said("a", "length")] * (1 + MAX_CONTINUATIONS), "FINAL(42)")
+    assert await stage.run() == answered("42")
+    assert stage.asked[-1][2]["content"] == "a" * (1 + MAX_CONTINUATIONS)
+
+
+async def test_what_is_asked_fits_the_window():
+    stage = Stage(CODE, CODE, CODE, "FINAL(42)", cells=[cell("€" * 5000)] * 3)
+    await stage.run(prompt_bytes=2000, shown_chars=5000)
+    assert all(sum(len(message["content"].encode()) for message in asked) <= 2000 for asked in stage.asked)
+
+
+async def test_after_the_last_turn_comes_the_last_word():
+    stage = Stage(CODE, CODE, "FINAL(42)")
+    outcome = await stage.run(iterations=2)
+    assert outcome == Outcome("limit", "42", "count-exceeded: all 2 turns are used")
+    assert (stage.last, stage.tokens[-1]) == ([False, False, True], LAST_WORD_TOKENS)
+    assert [event.body["kind"] for event in stage.events] == ["count-exceeded"]
+
+
+@pytest.mark.parametrize(
+    ("reply", "answer"),
+    [("FINAL(42)", "42"), ("It is 42.", "It is 42."), ("FINAL_VAR(x)", "var"), (CODE, None), ("", None)],
+)
+async def test_the_last_word_when_money_is_spent(reply: str, answer: str | None):
+    stage = Stage(BudgetExhausted("no money", limit="1 USD"), reply, cells=[cell(answer="var")])
+    assert await stage.run() == Outcome("limit", answer, "budget-exhausted: no money")
+    assert stage.last == [False, True]
+    assert stage.events[0].body == {"kind": "budget-exhausted", "detail": "no money", "limit": "1 USD"}
+
+
+async def test_without_money_for_the_last_word_there_is_the_partial_answer():
+    stage = Stage("FINAL(rejected)", BudgetExhausted("no money"), BudgetExhausted("none at all"))
+    outcome = await stage.run(accept=lambda answer: "too short")
+    assert outcome == Outcome("limit", "rejected", "budget-exhausted: no money")
+
+
+@pytest.mark.parametrize("error", [TimeExceeded("time is over"), BudgetInFlight("held")])
+async def test_no_last_word_where_it_could_not_be_paid_or_waited_for(error: AirlockError):
+    stage = Stage(CODE, error)
+    assert await stage.run() == Outcome("limit", None, f"{error.kind}: {error}")
+    assert stage.last == [False, False]
+
+
+async def test_an_answer_that_is_not_accepted_is_told_and_asked_for_again():
+    stage = Stage("FINAL(x)", "FINAL(42)")
+    assert await stage.run(accept=lambda answer: None if answer == "42" else "it is no number") == answered("42")
+    assert stage.told() == "That answer was not accepted: it is no number. Put it right and give it again."
+
+
+async def test_an_answer_that_is_never_accepted_ends_at_the_limit():
+    stage = Stage("FINAL(1)", "FINAL(2)", "FINAL(3)")
+    outcome = await stage.run(iterations=2, accept=lambda answer: "no")
+    assert (outcome.status, outcome.reason) == ("limit", "count-exceeded: all 2 turns are used")
+
+
+async def test_a_limit_that_a_cell_runs_into_is_one_of_the_query():
+    stage = Stage(CODE, "FINAL(42)", cells=[CountExceeded("enough")])
+    assert await stage.run() == Outcome("limit", "42", "count-exceeded: enough")
+
+
+@pytest.mark.parametrize("error", [ProviderRefused("401"), SandboxDied("gone")])
+async def test_what_is_no_limit_is_raised(error: AirlockError):
+    stage = Stage(error) if isinstance(error, ProviderRefused) else Stage(CODE, cells=[error])
+    with pytest.raises(type(error)):
+        await stage.run()
+    assert stage.events == []
+
+
+async def test_turns_and_cells_are_counted():
+    stage = Stage(f"{CODE}\n{CODE}", "FINAL_VAR(x)", cells=[cell(), cell(), cell(answer="42")])
+    loop = stage.loop()
+    await loop.run(stage.messages)
+    assert (loop.turns, loop.cells) == (2, 3)

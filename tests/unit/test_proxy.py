@@ -1,0 +1,414 @@
+"""The proxy with fake LMs on a real ledger: nothing is asked that is not paid for, and what is asked is on record."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+
+from orchestrator.core.errors import (
+    AirlockError,
+    BudgetExhausted,
+    BudgetInFlight,
+    CountExceeded,
+    LimitError,
+    NotPermitted,
+    OutcomeUnknown,
+    PriceUnknown,
+    ProviderBusy,
+    ProviderRefused,
+    TimeExceeded,
+)
+from orchestrator.core.policy import Policy
+from orchestrator.lm.base import LM, Message, Reply, Usage
+from orchestrator.proxy.prices import Prices
+from orchestrator.proxy.proxy import MESSAGE_TOKENS, REQUEST_TOKENS, Proxy
+from orchestrator.store import journal, ledger
+from orchestrator.store.db import Database
+from tests.unit.helpers import DEFAULT, FakeLM, HangingLM, Query, database, policy, said, user
+
+pytestmark = pytest.mark.anyio
+
+USED = Usage(30, 10)
+NANO_A_TOKEN = 1000  # a dollar a million tokens, in and out
+OVERHEAD = MESSAGE_TOKENS + REQUEST_TOKENS
+NOW = ProviderBusy("busy", retry_after=0.0)
+
+
+@pytest.fixture
+def db(tmp_path: Path) -> Iterator[Database]:
+    made = database(tmp_path)
+    yield made
+    made.close()
+
+
+@dataclass
+class Desk:
+    """A proxy, and a query that asks through it."""
+
+    proxy: Proxy
+    query: Query
+
+    async def root(self, *texts: str, tokens: int = 100, release: str | None = None) -> Reply:
+        messages: list[Message] = [user(text) for text in texts or ("hi",)]
+        return await self.proxy.ask(self.query.account, "root", "root", messages, tokens, release)
+
+    async def sub(self, prompt: str = "hi", model: str | None = None) -> str:
+        return await self.proxy.sub_call(self.query.account, prompt, model)
+
+    def bodies(self, kind: str) -> list[dict[str, Any]]:
+        return [record["body"] for record in self.query.records(kind)]
+
+
+def desk(db: Database, lm: LM, rules: Policy = DEFAULT, price: str = "1") -> Desk:
+    def find(name: str) -> tuple[LM, str]:
+        return lm, f"provider's {name}"
+
+    prices = Prices({name: (Decimal(price), Decimal(price)) for name in ("root", "sub", "other")})
+    return Desk(Proxy(db, prices, find), Query(db, rules, sub_models=("sub", "other")))
+
+
+def bound(text: str, tokens: int) -> int:
+    return (len(text.encode()) + OVERHEAD + tokens) * NANO_A_TOKEN
+
+
+@pytest.mark.parametrize(
+    ("answer", "outcome", "share"),
+    [
+        (said("yes", usage=USED), "answered", 40 * NANO_A_TOKEN),
+        (said("yes"), "answered", "bound"),
+        (said("cut", "length", USED), "answered", 40 * NANO_A_TOKEN),
+        (said("nothing", usage=Usage(0, 0)), "answered", 0),
+        (said("much", usage=Usage(10**6, 10**6)), "answered", "bound"),
+        (ProviderRefused("401"), "void", 0),
+        (ProviderBusy("503", retry_after=999), "void", 0),
+        (OutcomeUnknown("time-out"), "unknown", "bound"),
+        (RuntimeError("a fault of our own"), "unknown", "bound"),
+    ],
+)
+async def test_how_a_request_ends_decides_what_it_costs(db: Database, answer: Any, outcome: str, share: Any):
+    at = desk(db, FakeLM(answer))
+    if isinstance(answer, Exception):
+        with pytest.raises(type(answer)):
+            await at.root("hi")
+    else:
+        assert await at.root("hi") == answer
+    cost = bound("hi", 100) if share == "bound" else share
+    assert at.query.balance() == at.query.balance(1) == (cost, 0)
+    assert [body["outcome"] for body in at.bodies("call.result")] == [outcome]
+    assert Decimal(at.bodies("call.result")[0]["cost_usd"]) * 10**9 == cost == at.query.account.spent
+
+
+async def test_a_request_that_is_cancelled_may_have_been_billed(db: Database):
+    lm = HangingLM()
+    at = desk(db, lm)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(at.root)
+        await lm.asked.wait()
+        assert at.query.account.running == 1
+        assert at.query.balance() == (0, bound("hi", 100))
+        tasks.cancel_scope.cancel()
+    assert at.query.balance() == (bound("hi", 100), 0)
+    assert at.bodies("call.result")[0]["detail"] == "cancelled"
+    assert at.query.account.running == 0
+
+
+async def test_money_and_intent_are_committed_before_the_lm_is_asked(db: Database, tmp_path: Path):
+    seen: list[tuple[int, list[str]]] = []
+
+    def look() -> None:  # as another process would see it
+        other = Database(tmp_path)
+        held = other.read(lambda tx: ledger.balance(tx, "query:q1"))[1]
+        kinds = [json.loads(record)["type"] for record, _ in other.read(lambda tx: journal.chain(tx, "q1"))]
+        seen.append((held, kinds))
+        other.close()
+
+    at = desk(db, FakeLM(said("yes"), before=look))
+    await at.root("hi")
+    assert seen == [(bound("hi", 100), ["query.opened", "call.intent"])]
+
+
+async def test_nothing_is_asked_when_the_intent_cannot_be_written(db: Database):
+    lm = FakeLM(said("yes"))
+    at = desk(db, lm)
+    await db.write(lambda tx: tx.exec_driver_sql("PRAGMA query_only=ON"))
+    with pytest.raises(AirlockError, match="readonly"):
+        await at.root()
+    assert lm.requests == []
+
+
+async def test_each_attempt_is_a_reservation_of_its_own(db: Database):
+    at = desk(db, FakeLM(NOW, NOW, said("yes", usage=USED)))
+    assert (await at.root()).text == "yes"
+    assert [body["attempt"] for body in at.bodies("call.intent")] == [1, 2, 3]
+    assert [body["outcome"] for body in at.bodies("call.result")] == ["void", "void", "answered"]
+    states = db.read(lambda tx: tx.exec_driver_sql("SELECT id, state FROM reservations ORDER BY id").all())
+    assert states == [("q1:root.c1:1", "void"), ("q1:root.c1:2", "void"), ("q1:root.c1:3", "settled")]
+
+
+@pytest.mark.parametrize("retries", [0, 1, 3])
+async def test_retries_end_where_the_policy_says(db: Database, retries: int):
+    lm = FakeLM(NOW)
+    at = desk(db, lm, policy(counts={"retries": retries}))
+    with pytest.raises(ProviderBusy):
+        await at.root()
+    assert len(lm.requests) == 1 + retries
+
+
+@pytest.mark.parametrize("error", [ProviderRefused("401"), OutcomeUnknown("time-out")])
+async def test_only_a_busy_provider_is_asked_again(db: Database, error: AirlockError):
+    lm = FakeLM(error)
+    with pytest.raises(type(error)):
+        await desk(db, lm).root()
+    assert len(lm.requests) == 1
+
+
+async def test_retry_after_is_waited_for(db: Database):
+    at = desk(db, FakeLM(ProviderBusy("busy", retry_after=0.2), said("yes")))
+    before = anyio.current_time()
+    await at.root()
+    assert anyio.current_time() - before >= 0.2
+
+
+async def test_a_wait_that_outlasts_the_query_is_not_begun(db: Database):
+    at = desk(db, FakeLM(ProviderBusy("busy", retry_after=61)))
+    with anyio.fail_after(10), pytest.raises(ProviderBusy):
+        await at.root()
+
+
+async def test_the_output_is_cut_to_what_can_be_paid(db: Database):
+    lm = FakeLM(said("yes"))
+    at = desk(db, lm, policy(money={"query": bound("hi", 400)}))
+    await at.root("hi", tokens=1000)
+    assert lm.requests[0].max_output_tokens == 400 == at.bodies("call.intent")[0]["output_tokens"]
+    assert at.query.balance() == (bound("hi", 400), 0)
+
+
+async def test_below_the_floor_nothing_is_asked(db: Database):
+    lm = FakeLM(said("yes"))
+    at = desk(db, lm, policy(money={"query": bound("hi", 255)}, models={"output_floor": 256}))
+    with pytest.raises(BudgetExhausted):
+        await at.root("hi", tokens=1000)
+    assert (lm.requests, at.query.balance(), at.bodies("call.")) == ([], (0, 0), [])
+
+
+@pytest.mark.parametrize("money", [0, 1])
+async def test_a_budget_of_nothing_buys_nothing(db: Database, money: int):
+    with pytest.raises(BudgetExhausted):
+        await desk(db, FakeLM(said("yes")), policy(money={"query": money})).root()
+
+
+async def test_money_that_is_held_is_told_from_money_that_is_spent(db: Database):
+    lm = HangingLM()
+    at = desk(db, lm, policy(money={"query": bound("hi", 100) + 1}))
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(at.root)
+        await lm.asked.wait()
+        with pytest.raises(BudgetInFlight):
+            await at.root()
+        tasks.cancel_scope.cancel()
+    with pytest.raises(BudgetExhausted):
+        await at.root()
+
+
+async def test_64_sub_calls_at_once_cannot_overshoot(db: Database):
+    rules = policy(money={"query": 10 * bound("hi", 256)}, models={"output_tokens": 256})
+    at = desk(db, FakeLM(said("yes")), rules)
+    refused: list[LimitError] = []
+
+    async def call() -> None:
+        try:
+            await at.sub("hi")
+        except LimitError as error:
+            refused.append(error)
+
+    async with anyio.create_task_group() as tasks:
+        for _ in range(64):
+            tasks.start_soon(call)
+    assert len(refused) == 54
+    assert at.query.balance() == (rules.money.query, 0)
+    assert journal.fault(*db.read(lambda tx: (journal.chain(tx, "q1"), []))) is None
+
+
+async def test_the_last_word_takes_what_was_set_aside(db: Database):
+    rules = policy(money={"query": bound("hi", 300)})
+    at = desk(db, FakeLM(said("yes")), rules)
+    aside = ledger.set_aside("q1")
+    await db.write(lambda tx: ledger.reserve(tx, aside, "q1", "root", rules.money.query, at.query.scopes))
+    with pytest.raises(LimitError):
+        await at.root("hi", tokens=300)
+    assert at.query.balance() == (0, rules.money.query)
+    await at.root("hi", tokens=300, release=aside)
+    assert at.query.balance() == (rules.money.query, 0)
+
+
+async def test_a_report_above_the_bound_is_charged_at_the_bound_and_recorded(db: Database):
+    at = desk(db, FakeLM(said("yes", usage=Usage(10**6, 1))))
+    await at.root("hi")
+    result = at.bodies("call.result")[0]
+    assert Decimal(result["cost_usd"]) * 10**9 == bound("hi", 100)
+    assert result["reported_usd"] == "1.000001"
+    assert result["usage"] == {"input_tokens": 10**6, "output_tokens": 1}
+
+
+@pytest.mark.parametrize("text", ["", "hi", "€" * 500, "\ud800", "\x00"])
+async def test_the_bound_has_a_token_for_every_byte(db: Database, text: str):
+    at = desk(db, FakeLM(said("yes")))
+    await at.root(text, text)
+    size = 2 * len(text.encode("utf-8", "replace")) + 2 * MESSAGE_TOKENS + REQUEST_TOKENS
+    assert at.query.balance() == ((size + 100) * NANO_A_TOKEN, 0)
+
+
+async def test_a_model_that_a_guest_names_only_selects(db: Database):
+    lm = FakeLM(said("yes"))
+    at = desk(db, lm)
+    for name in ("root", "local:/etc/passwd", "scripted:/etc/shadow", "gpt-5", "", "x" * 10_000):
+        if name:
+            with pytest.raises(NotPermitted, match="sub-calls can ask sub, other"):
+                await at.sub(model=name)
+    assert lm.requests == []
+    assert [len(body["model"]) for body in at.bodies("call.refused")][-1] == 200
+    assert await at.sub(model="other") == "yes"
+    assert lm.requests[0].model == "provider's other"
+
+
+async def test_a_model_that_the_policy_leaves_out_is_refused(db: Database):
+    at = desk(db, FakeLM(said("yes")), policy(models={"sub": (("other",),), "root": (("x",),)}))
+    with pytest.raises(NotPermitted):
+        await at.root()
+    with pytest.raises(NotPermitted):
+        await at.sub()
+    assert await at.sub(model="other") == "yes"
+
+
+async def test_sub_calls_are_counted_failed_ones_too(db: Database):
+    at = desk(db, FakeLM(ProviderRefused("no")), policy(counts={"sub_calls": 2}))
+    for expected in (ProviderRefused, ProviderRefused, CountExceeded, CountExceeded):
+        with pytest.raises(expected):
+            await at.sub()
+    assert at.query.account.sub_calls == 2
+    assert [body["kind"] for body in at.bodies("call.refused")] == ["provider-refused"] * 2 + ["count-exceeded"] * 2
+
+
+async def test_a_prompt_that_is_too_large_is_refused(db: Database):
+    at = desk(db, FakeLM(said("yes")), policy(models={"prompt": 10}))
+    with pytest.raises(CountExceeded, match="the prompt has 12 bytes, the policy permits 10"):
+        await at.sub("€€€€")
+    assert await at.sub("€€€.") == "yes"
+
+
+async def test_sub_calls_in_flight_are_bounded(db: Database):
+    most = 0
+
+    def look() -> None:
+        nonlocal most
+        most = max(most, at.query.account.running)
+
+    at = desk(db, FakeLM(said("yes"), before=look), policy(counts={"in_flight": 3}))
+    async with anyio.create_task_group() as tasks:
+        for _ in range(20):
+            tasks.start_soon(at.sub)
+    assert 1 <= most <= 3
+
+
+async def test_a_model_without_a_price_is_not_asked(db: Database):
+    lm = FakeLM(said("yes"))
+    at = desk(db, lm)
+    with pytest.raises(PriceUnknown):
+        await at.proxy.ask(at.query.account, "root", "dear-unknown", [user("hi")], 10)
+    assert lm.requests == []
+    with pytest.raises(PriceUnknown):
+        at.proxy.bound("dear-unknown", 1, 1)
+
+
+async def test_after_the_querys_time_nothing_is_asked(db: Database):
+    lm = FakeLM(said("yes"))
+    at = desk(db, lm)
+    at.query.account.deadline = 0
+    with pytest.raises(TimeExceeded):
+        await at.root()
+    assert lm.requests == []
+
+
+async def test_a_request_may_take_no_longer_than_policy_and_query(db: Database):
+    lm = FakeLM(said("yes"))
+    await desk(db, lm, policy(time={"idle": 1500})).root()
+    assert lm.requests[0].timeout_s == 1.5
+
+
+def turns(count: int) -> list[list[Message]]:
+    """The messages of each request of a conversation that grows."""
+    said_so_far = [user("system"), user("question")]
+    requests = []
+    for number in range(count):
+        requests.append(list(said_so_far))
+        said_so_far += [user(f"reply {number} " + "r" * 1000), user(f"output {number} " + "o" * 1000)]
+    return requests
+
+
+def whole(query: Query) -> Iterator[list[Message]]:
+    """What was asked at each turn, put together again from the journal."""
+    prompts = {seq: json.loads(data) for seq, name, _salt, data in query.payloads() if name == "prompt"}
+    before: list[Message] = []
+    for record in query.records("call.intent"):
+        if record["body"]["role"] == "root":
+            before = [*before[: record["body"]["shared"]], *prompts[record["seq"]]]
+            assert len(before) == record["body"]["messages"]
+            yield before
+
+
+async def test_a_conversation_is_stored_once_and_can_be_put_together_again(db: Database):
+    at = desk(db, FakeLM(said("yes")))
+    requests = turns(20)
+    for messages in requests:
+        await at.proxy.ask(at.query.account, "root", "root", messages, 10)
+        await at.sub("an aside")
+    assert list(whole(at.query)) == requests
+    stored = sum(len(data) for _seq, name, _salt, data in at.query.payloads() if name == "prompt")
+    assert stored < 1.2 * len(json.dumps(requests[-1])) + 20 * 100
+
+
+async def test_a_conversation_that_was_cut_in_its_middle_is_stored_from_there(db: Database):
+    at = desk(db, FakeLM(said("yes")))
+    requests = turns(3)
+    requests.append([*requests[2][:3], user("[left out]"), *requests[2][4:]])
+    requests.append([user("another")])
+    for messages in requests:
+        await at.proxy.ask(at.query.account, "root", "root", messages, 10)
+    assert list(whole(at.query)) == requests
+
+
+async def test_a_call_that_is_refused_does_not_count_as_said(db: Database):
+    at = desk(db, FakeLM(said("yes")), policy(models={"prompt": 5000}))
+    requests = turns(4)
+    for messages in requests:
+        try:
+            await at.proxy.ask(at.query.account, "root", "root", messages, 10)
+        except CountExceeded:
+            assert messages is requests[3]
+    assert list(whole(at.query)) == requests[:3]
+
+
+async def test_a_budget_shows_what_is_left_of_the_query_alone(db: Database):
+    at = desk(db, FakeLM(said("yes", usage=USED)), policy(money={"query": 10**9}, counts={"sub_calls": 5}))
+    await at.sub()
+    left = at.proxy.budget(at.query.account)
+    assert left.pop("seconds_left") in ("59", "60")
+    assert left == {"usd_left": "0.99996", "usd_limit": "1.00", "usd_spent": "0.00004", "sub_calls_left": 4}
+
+
+async def test_usage_is_summed_for_each_model(db: Database):
+    at = desk(db, FakeLM(said("yes", usage=USED), said("yes", usage=USED), said("yes")))
+    await at.sub()
+    await at.sub()
+    await at.sub(model="other")
+    usage = at.query.account.usage
+    assert (usage["sub"].calls, usage["sub"].input_tokens, usage["sub"].output_tokens) == (2, 60, 20)
+    assert (usage["other"].calls, usage["other"].input_tokens) == (1, 0)
+    assert at.query.account.spent == at.query.balance()[0]
