@@ -32,6 +32,11 @@ def safe_for(stream: TextIO, text: str) -> str:
     return printable(text) if stream.isatty() else text
 
 
+def _joined(line: str) -> str:
+    """One line: a line break that a guest or a provider wrote must not begin a line of ours."""
+    return re.sub(r"[\r\n\x0b\x0c\x85\u2028\u2029]+", " / ", line)
+
+
 class PlainView:
     """One line for each thing that happens, to standard error."""
 
@@ -55,7 +60,7 @@ class PlainView:
         """A cell's output is not repeated here; `airlock audit show` has it."""
 
     def _say(self, line: str) -> None:
-        print(f"[{time.monotonic() - self._started:7.2f} s] {printable(line)}", file=sys.stderr)
+        print(f"[{time.monotonic() - self._started:7.2f} s] {printable(_joined(line))}", file=sys.stderr)
 
 
 def one_line(event: Event) -> str:
@@ -100,7 +105,8 @@ def show_run(
                 return kept
             return f"(not kept: {fields['payloads'][name]['bytes']:,} bytes)" if name in fields["payloads"] else ""
 
-        yield from _show_record(fields, body, payload)
+        for line in _show_record(fields, body, payload):
+            yield _joined(line)
     head = chain[-1][1] if chain else "none"
     yield f"journal: {len(chain)} records, head {head}: " + (f"BROKEN: {fault}" if fault else "the chain is whole")
 

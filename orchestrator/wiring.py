@@ -45,7 +45,7 @@ class Choices:
     model: str | None = None
     sub_model: str | None = None
     base_url: str | None = None
-    api_key: str | None = None
+    api_key: str | None = field(default=None, repr=False)
     api_key_env: str | None = None
     prices: Mapping[str, tuple[Decimal, Decimal]] = field(default_factory=dict[str, tuple[Decimal, Decimal]])
     backend: str = "auto"
@@ -262,7 +262,8 @@ def read_run(home: Path, text: str) -> Run:
         kept = db.read(lambda tx: list(journal.kept_payloads(tx, found[0])))
         chain = db.read(lambda tx: journal.chain(tx, found[0]))
         payloads = {(seq, name): data.decode("utf-8", "replace") for seq, name, _salt, data in kept}
-        return Run(chain, payloads, journal.fault(chain, kept))
+        closed = db.read(lambda tx: journal.is_closed(tx, found[0]))
+        return Run(chain, payloads, journal.fault(chain, kept, closed=closed))
     finally:
         db.close()
 

@@ -202,7 +202,7 @@ def slots_left() -> set[int]:
     Others may be at work on this machine, so what a living process has locked is not looked at.
     """
     found = {uid - UID_BASE for uid in _user_ids() if uid >= UID_BASE} | set(_groups())
-    return {number for number in found if not _held(number)}
+    return {number for number in found if not held(number)}
 
 
 def _user_ids() -> Iterator[int]:
@@ -225,7 +225,7 @@ def _groups() -> Iterator[int]:
                 yield int(number)
 
 
-def _held(number: int) -> bool:
+def held(number: int) -> bool:
     try:
         inode = (_LOCKS / f"{number}.lock").stat().st_ino
     except FileNotFoundError:

@@ -39,7 +39,7 @@ class OpenAILM(LM):
 
         # OpenAI's newer models refuse max_tokens; other servers may not know its successor.
         cap = "max_completion_tokens" if self._base_url is None else "max_tokens"
-        body: dict[str, Any] = {cap: request.max_output_tokens, "n": 1, **(self._extra or {})}
+        body: dict[str, Any] = {**(self._extra or {}), cap: request.max_output_tokens, "n": 1}
         try:
             # The SDK's time-out is one of a single read: a server that sends a byte now and then would go on for ever.
             with anyio.fail_after(request.timeout_s):

@@ -35,16 +35,23 @@ class _Script(BaseModel):
     delay_s: float = 0.0
 
 
+def _compiled(rule: _Rule) -> tuple[re.Pattern[str], str]:
+    """Raises re.error, or IndexError for a reply that names a group which the pattern has not."""
+    pattern = re.compile(rule.match, re.DOTALL)
+    re.compile(f"(?:{rule.match})|", re.DOTALL).sub(rule.reply, "")  # the empty alternative always matches
+    return pattern, rule.reply
+
+
 class ScriptedLM(LM):
     """Raises ModelError when the file is not a script."""
 
     def __init__(self, path: Path) -> None:
         try:
             self._script = _Script.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-            self._rules = [(re.compile(rule.match, re.DOTALL), rule.reply) for rule in self._script.sub]
+            self._rules = [_compiled(rule) for rule in self._script.sub]
         except OSError as error:
             raise ModelError(f"cannot read the script {path}: {error.strerror}") from None
-        except (yaml.YAMLError, ValidationError, UnicodeDecodeError, re.error) as error:
+        except (yaml.YAMLError, ValidationError, UnicodeDecodeError, re.error, IndexError) as error:
             line = " ".join(str(error).split())[:200]
             raise ModelError(f"{path} is not a script for a model: {line}") from None
 

@@ -131,7 +131,13 @@ class Loop:
     def _report(self, result: CellResult) -> str:
         output = "".join(text for _, text in result.output)
         return prompts.cell_report(
-            self.cells, output, result.status, result.detail, result.names, result.dropped, self.limits.shown_chars
+            None if self.limits.style == "small" else self.cells,
+            output,
+            result.status,
+            result.detail,
+            () if self.limits.style == "small" else result.names,
+            result.dropped,
+            self.limits.shown_chars,
         )
 
     async def _last_word(self, messages: list[Message], limit: LimitError) -> Outcome:
@@ -139,7 +145,7 @@ class Loop:
         reason = f"{limit.kind}: {limit}"
         if not isinstance(limit, (CountExceeded, BudgetExhausted)):
             return Outcome("limit", self.partial, reason)
-        asked = prompts.last_word(messages, str(limit))
+        asked = prompts.last_word(messages, str(limit), min(prompts.LAST_WORD_BYTES, self.limits.prompt_bytes))
         try:
             reply = await self.ask(asked, prompts.LAST_WORD_TOKENS, last=True)
         except LimitError:
@@ -166,17 +172,24 @@ def schema_check(schema: Mapping[str, object] | None, most: int) -> Callable[[st
 
     from jsonschema.exceptions import best_match  # pyright: ignore[reportUnknownVariableType]
     from jsonschema.validators import validator_for
+    from referencing import Registry
+    from referencing.exceptions import Unresolvable
 
-    validator: Any = validator_for(schema)(schema)
+    # A registry of its own: the default one would fetch a schema's remote references over the network.
+    validator: Any = validator_for(schema)(schema, registry=Registry())
 
     def accept(answer: str) -> str | None:
         if fault := small(answer):
             return fault
         try:
             value = json.loads(answer)
+            error = cast("Any", best_match)(validator.iter_errors(value))
         except ValueError as error:
             return f"it has to be JSON alone, and is not ({error})"
-        error = cast("Any", best_match)(validator.iter_errors(value))
+        except RecursionError:
+            return "it is nested too deeply"
+        except Unresolvable as error:
+            return f"the schema refers to {error.ref!r}, which is not part of it"
         return f"it does not fit the schema: {error.message[:500]} at {error.json_path}" if error else None
 
     return accept

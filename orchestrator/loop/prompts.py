@@ -263,10 +263,11 @@ def observation(reports: Sequence[str], style: Style, query: str, *, silent: boo
 
 
 def cell_report(
-    number: int, output: str, status: str, detail: str, names: Sequence[str], dropped: int, most: int
+    number: int | None, output: str, status: str, detail: str, names: Sequence[str], dropped: int, most: int
 ) -> str:
     """One cell's output as the LM sees it: cut to `most` characters, then what else there is to know."""
-    lines = [f"Output of cell {number}:", cut(output.rstrip("\n"), most) if output else "(nothing was printed)"]
+    title = "Output:" if number is None else f"Output of cell {number}:"
+    lines = [title, cut(output.rstrip("\n"), most) if output else "(nothing was printed)"]
     if dropped:
         lines.append(f"[{dropped:,} bytes of output were dropped at the limit]")
     if status in ("timeout", "killed"):

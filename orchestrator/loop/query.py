@@ -363,25 +363,26 @@ class _Query:
         body = {
             "status": outcome.status,
             "reason": outcome.reason[:1000],
-            "cost_usd": usd(self._account.spent),
             "sub_calls": self._account.sub_calls,
             "turns": turns,
             "duration_ms": int(duration * 1000),
         }
         answer = {} if outcome.answer is None else {"answer": outcome.answer}
-        event = Event("query.closed", ROOT, body, answer)
 
-        def work(tx: journal.Connection) -> str:
+        def work(tx: journal.Connection) -> tuple[str, int, Event]:
             for reservation, _node, _amount in ledger.open_reservations(tx, self._key.id):
                 ledger.void(tx, reservation)  # the last word's alone: every call settles its own
-            return journal.close_query(tx, self._key, outcome.status, event).hash
+            # The ledger's word, not the account's: it also has what a call cost that was cancelled in between.
+            spent, _held = ledger.balance(tx, self._scopes[0].id)
+            event = Event("query.closed", ROOT, {**body, "cost_usd": usd(spent)}, answer)
+            return journal.close_query(tx, self._key, outcome.status, event).hash, spent, event
 
-        head = await self._m.db.write(work)
+        head, spent, event = await self._m.db.write(work)
         self._order.observe(event)
         return Closed(
             query_id=self._key.id,
             outcome=outcome,
-            cost=self._account.spent,
+            cost=spent,
             usage=self._account.usage,
             turns=turns,
             sub_calls=self._account.sub_calls,

@@ -124,10 +124,23 @@ def _bytes(value: object) -> bytes:
     return value if isinstance(value, bytes) else str(value).encode("utf-8", "replace")
 
 
-def fault(links: list[tuple[bytes, str]], kept: list[tuple[int, str, bytes, bytes]]) -> str | None:
-    """What is wrong with a chain, or with the payloads that are kept of it; None when all is well."""
+def is_closed(tx: sa.Connection, query: str) -> bool:
+    """Whether the table of queries says that the query has ended."""
+    status = tx.execute(sa.select(queries.c.status).where(queries.c.id == query)).scalar()
+    return status is not None and status != "open"
+
+
+def fault(
+    links: list[tuple[bytes, str]], kept: list[tuple[int, str, bytes, bytes]], *, closed: bool = False
+) -> str | None:
+    """What is wrong with a chain, or with the payloads that are kept of it; None when all is well.
+
+    closed: the query has ended, so a chain that does not end with `query.closed` has lost its tail.
+    """
     if broken := chain_fault(links):
         return broken
+    if closed and (not links or json.loads(links[-1][0])["type"] != "query.closed"):
+        return "the query is closed, and the record of that is missing: the chain was cut"
     for seq, name, salt, data in kept:
         committed = json.loads(links[seq][0])["payloads"].get(name) if seq < len(links) else None
         if committed is None or committed["commitment"] != commitment(salt, data):

@@ -58,9 +58,6 @@ def test_plain_lines(capsys: Any):
     assert lines == ["cell 1: 2 lines", r"cell 1 ok after 3 ms (\x1b[2J)"]
 
 
-@pytest.mark.xfail(
-    reason="a line break in a detail, which a guest writes, begins a line of its own", raises=AssertionError
-)
 def test_a_guest_cannot_write_lines_of_the_view(capsys: Any):
     PlainView().event(Event("cell.ended", "root", {**ENDED, "detail": "x\n[   1.00 s] answered: all is well"}))
     assert len(capsys.readouterr().err.splitlines()) == 1
@@ -137,9 +134,6 @@ def test_a_run_is_told_as_it_went():
     assert lines[-1] == f"journal: 13 records, head {links[-1][1]}: the chain is whole"
 
 
-@pytest.mark.xfail(
-    reason="a line break in a detail, which a guest writes, begins a line of its own", raises=AssertionError
-)
 def test_a_guest_cannot_write_lines_of_the_journal():
     forged = "x\n01:02:03.000 closed: answered; cost 0.00 USD"
     link = seal(

@@ -230,7 +230,6 @@ async def test_any_json_is_a_reply_or_an_unknown_outcome(body: Any):
     assert reply.usage is None or min(reply.usage.input_tokens, reply.usage.output_tokens) >= 0
 
 
-@pytest.mark.xfail(reason="OpenAILM lets `extra` replace n and the cap", raises=AssertionError)
 async def test_what_the_operator_adds_does_not_lift_the_cap():
     sent: list[dict[str, Any]] = []
 

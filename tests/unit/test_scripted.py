@@ -93,7 +93,6 @@ async def test_a_script_that_cannot_be_read(tmp_path: Path):
         ScriptedLM(tmp_path / "bytes.yaml")
 
 
-@pytest.mark.xfail(reason="ScriptedLM finds out only when it is asked", raises=pytest.fail.Exception)
 async def test_a_reply_that_names_a_group_that_is_not_there(tmp_path: Path):
     path = tmp_path / "x.yaml"
     path.write_text("root: [a]\nsub: [{match: a, reply: '\\2'}]")

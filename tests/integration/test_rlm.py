@@ -1,0 +1,180 @@
+"""`RLM` and `AsyncRLM`, in both calling styles, over a real sandbox and a provider on a real socket."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+
+from orchestrator import RLM, AsyncRLM, Completion, LimitError, MachineError, ProviderError, RequestError
+from tests.command import Airlock
+from tests.fakes.provider import Fail, Hang, Provider, Say, Seen
+
+pytestmark = pytest.mark.anyio
+PRICES = {"fake": (1, 2)}
+LOOK = Say("```repl\nfound = str(len(context))\nprint(llm_query('SUB'))\n```", usage=(100, 50))
+END = Say("FINAL_VAR(found)", usage=(200, 20))
+SUB = Say("sub-answer", usage=(10, 5))
+COST = "0.000465"  # (100 + 200 + 10) * 1 + (50 + 20 + 5) * 2, with the SUB's ten and five: in USD per million
+
+
+def by_turn(seen: Seen) -> Say:
+    """Told from the request alone, so that several queries may be under way at once."""
+    if seen.role == "sub":
+        return SUB
+    return END if any(message["role"] == "assistant" for message in seen.body["messages"]) else LOOK
+
+
+@pytest.fixture
+def provider() -> Iterator[Provider]:
+    with Provider() as running:
+        running.answer = by_turn
+        yield running
+
+
+@pytest.fixture
+def home(fresh: Airlock) -> Iterator[Path]:
+    yield fresh.home
+    fresh.nothing_left()
+
+
+def ours(provider: Provider, home: Path, **more: Any) -> dict[str, Any]:
+    return {"model": "fake", "base_url": provider.url, "api_key": "key", "prices": PRICES, "home": home, **more}
+
+
+def theirs(provider: Provider, home: Path, **more: Any) -> dict[str, Any]:
+    kwargs = {"model_name": "fake", "base_url": provider.url, "api_key": "key"}
+    style = {"backend": "openai", "backend_kwargs": kwargs, "environment": "local"}
+    return {**style, "prices": PRICES, "home": home, **more}
+
+
+def check(done: Completion, context: Any) -> None:
+    assert (done.response, done.status, done.reason, done.error) == (str(len(context)), "answered", "", None)
+    assert (done.iterations, done.sub_calls, done.root_model, done.prompt) == (2, 1, "fake", context)
+    summary = done.usage_summary.model_usage_summaries["fake"]
+    assert (summary.total_calls, summary.total_input_tokens, summary.total_output_tokens) == (3, 310, 75)
+    assert Decimal(done.cost_usd) == Decimal("0.00046")
+    assert summary.total_cost == pytest.approx(0.00046)
+    assert 0 < done.execution_time < 60
+    assert len(done.journal_head) == 64
+
+
+def test_a_completion_has_the_promised_fields() -> None:
+    promised = "response status reason cost_usd usage_summary execution_time query_id iterations sub_calls journal_head"
+    as_in_rlms = "root_model prompt response usage_summary execution_time metadata error"
+    assert {*promised.split(), *as_in_rlms.split()} == {field.name for field in fields(Completion)}
+
+
+def test_our_style(provider: Provider, home: Path) -> None:
+    with RLM(**ours(provider, home)) as rlm:
+        check(rlm.completion("How long is it?", "some context"), "some context")
+        check(rlm.completion(query="How long is it?", context=["a", "b"]), ["a", "b"])
+    assert {request.key for request in provider.requests} == {"key"}
+
+
+def test_the_style_of_rlms(provider: Provider, home: Path) -> None:
+    rlm = RLM(**theirs(provider, home, max_iterations=5, max_depth=1, max_timeout=60, max_budget=0.5))
+    check(rlm.completion("some context", root_prompt="How long is it?"), "some context")
+    check(rlm.completion(prompt={"a": 1}, root_prompt="How long is it?"), {"a": 1})
+    rlm.close()
+    rlm.close()
+    assert "How long is it?" in str(provider.requests[0].body)
+
+
+async def test_async_in_both_styles(provider: Provider, home: Path) -> None:
+    async with AsyncRLM(**ours(provider, home)) as rlm:
+        check(await rlm.completion("How long is it?", "some context"), "some context")
+    rlm = AsyncRLM(**theirs(provider, home))
+    check(await rlm.completion("some context", root_prompt="How long is it?"), "some context")
+    await rlm.aclose()
+
+
+async def test_concurrent_completions_of_one_object(provider: Provider, home: Path) -> None:
+    done: dict[int, Completion] = {}
+
+    async def one(rlm: AsyncRLM, length: int) -> None:
+        done[length] = await rlm.completion("How long is it?", "x" * length)
+
+    async with AsyncRLM(**ours(provider, home)) as rlm, anyio.create_task_group() as tasks:
+        for length in range(1, 7):
+            tasks.start_soon(one, rlm, length)
+    assert {length: completion.response for length, completion in done.items()} == {n: str(n) for n in range(1, 7)}
+    assert len({completion.query_id for completion in done.values()}) == 6
+
+
+async def test_concurrent_first_completions_open_one_platform(provider: Provider, home: Path) -> None:
+    rlm = AsyncRLM(**ours(provider, home))
+    async with anyio.create_task_group() as tasks:
+        for text in ("a", "bb", "ccc"):
+            tasks.start_soon(rlm.completion, "How long is it?", text)
+    await rlm.aclose()
+    assert len(provider.of("root")) == 6
+
+
+def test_several_objects_in_one_process(provider: Provider, home: Path, tmp_path: Path) -> None:
+    with RLM(**ours(provider, home)) as one, RLM(**ours(provider, tmp_path / "other")) as two:
+        assert one.completion("How long?", "abc").response == "3"
+        assert two.completion("How long?", "abcd").response == "4"
+
+
+def test_files_and_folders(provider: Provider, home: Path, tmp_path: Path) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("five!")
+    folder = tmp_path / "docs"
+    folder.mkdir()
+    (folder / "a.txt").write_text("a")
+    (folder / "b.txt").write_text("b")
+    with RLM(**ours(provider, home)) as rlm:
+        assert rlm.completion("How long is it?", file).response == "5"
+        assert rlm.completion("How many?", folder).response == "2"
+
+
+async def test_a_cancelled_completion_is_closed_in_good_order(provider: Provider, home: Path, fresh: Airlock) -> None:
+    provider.answer = lambda _seen: Hang()
+    async with AsyncRLM(**ours(provider, home)) as rlm, anyio.create_task_group() as tasks:
+        tasks.start_soon(rlm.completion, "How long is it?", "text")
+        await anyio.to_thread.run_sync(provider.wait, "root")
+        tasks.cancel_scope.cancel()
+    assert fresh.closing()["status"] == "cancelled"
+    assert Decimal(fresh.closing()["cost_usd"]) > 0
+
+
+def test_errors_by_what_the_caller_can_do(provider: Provider, home: Path) -> None:
+    with RLM(**ours(provider, home)) as rlm:
+        for arguments in [("", "text"), ("What?", ""), ("What?", object()), ("What?", Path("/nowhere")), ("What?",), ()]:
+            with pytest.raises(RequestError):
+                rlm.completion(*arguments)
+        with pytest.raises(RequestError):
+            rlm.completion("What?", "text", root_prompt="What?")
+        provider.answer = lambda _seen: Fail(401)
+        with pytest.raises(ProviderError, match="refused the API key"):
+            rlm.completion("What?", "text")
+    with RLM(**ours(provider, home, max_budget="0.000001")) as rlm, pytest.raises(LimitError, match="smaller than"):
+        rlm.completion("What?", "text")
+    with RLM(**ours(provider, Path("/proc/nowhere"))) as rlm, pytest.raises(MachineError, match="data folder"):
+        rlm.completion("What?", "text")
+
+
+def test_a_limit_under_way_is_a_status(provider: Provider, home: Path) -> None:
+    provider.answer = lambda seen: Say("FINAL(so far)") if "last turn" in seen.text else LOOK if seen.role == "root" else SUB
+    with RLM(**ours(provider, home, max_iterations=2)) as rlm:
+        done = rlm.completion("How long is it?", "text")
+    assert (done.status, done.response) == ("limit", "so far")
+    assert done.reason == done.error == "count-exceeded: all 2 turns are used"
+
+
+def test_an_answer_schema(provider: Provider, home: Path) -> None:
+    with RLM(**ours(provider, home, answer_schema={"type": "integer"})) as rlm:
+        assert rlm.completion("How long is it?", "text").response == "4"
+
+
+def test_the_key_is_nowhere_to_be_seen(provider: Provider, home: Path) -> None:
+    with RLM(**ours(provider, home, api_key="sk-very-secret")) as rlm:
+        shown = repr(rlm) + repr(vars(rlm)) + repr(rlm.completion("How long is it?", "text"))
+    assert "sk-very-secret" not in shown
+    assert all(b"sk-very-secret" not in path.read_bytes() for path in home.rglob("*") if path.is_file())
