@@ -26,7 +26,6 @@ class LiveView:
 
     def __init__(self) -> None:
         self._console = Console(stderr=True)
-        self._live = Live(get_renderable=self._draw, console=self._console, refresh_per_second=8, transient=False)
         self._account: Account | None = None
         self._code = ""
         self._tail: deque[str] = deque(maxlen=_OUTPUT_LINES)
@@ -34,6 +33,8 @@ class LiveView:
         self._turn = self._cell = 0
         self._doing = "starting"
         self._started = time.monotonic()
+        # Last, as it draws at once.
+        self._live = Live(get_renderable=self._draw, console=self._console, refresh_per_second=8, transient=False)
 
     def __enter__(self) -> LiveView:
         self._live.start()

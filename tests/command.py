@@ -129,7 +129,7 @@ class Airlock:
         return path
 
     def policy(self, base: str = "default", **changes: str) -> Path:
-        """A policy file like a shipped one, but for these keys (`time_idle="1 s"` is the key `idle` of section `time`)."""
+        """A policy file like a shipped one, but for these keys: `time_idle="1 s"` is `idle` of section `time`."""
         text = (PROJECT / "policies" / f"{base}.yaml").read_text()
         for name, value in changes.items():
             section, _, key = name.partition("_")
@@ -139,16 +139,14 @@ class Airlock:
 
     # What it left behind
 
-    def rows(self, query: str) -> list[tuple[Any, ...]]:
+    def rows(self, query: str, *values: str) -> list[tuple[Any, ...]]:
         with closing(sqlite3.connect(f"file:{self.home}/airlock.db?mode=ro", uri=True)) as db:
-            return db.execute(query).fetchall()
+            return db.execute(query, values).fetchall()
 
     def records(self, query: str = "") -> list[dict[str, Any]]:
         """The journal of a query; of the newest when none is named."""
         query = query or self.rows("SELECT id FROM queries ORDER BY opened_at DESC LIMIT 1")[0][0]
-        return [
-            json.loads(row[0]) for row in self.rows(f"SELECT record FROM records WHERE query='{query}' ORDER BY seq")
-        ]  # noqa: S608
+        return [json.loads(row[0]) for row in self.rows("SELECT record FROM records WHERE query=? ORDER BY seq", query)]
 
     def closing(self) -> dict[str, Any]:
         """The closing record's body of the newest query."""
@@ -170,11 +168,12 @@ class Airlock:
         assert self.rows("SELECT id FROM reservations WHERE state='open'") == []
         assert self.rows("SELECT id, held FROM scopes WHERE held != 0") == []
         for query, status in self.rows("SELECT id, status FROM queries"):
-            chain = self.rows(f"SELECT record, hash FROM records WHERE query='{query}' ORDER BY seq")  # noqa: S608
-            assert chain_fault([(record, digest) for record, digest in chain]) is None
+            rows = self.rows("SELECT record, hash FROM records WHERE query=? ORDER BY seq", query)
+            chain = [(record, digest) for record, digest in rows]
+            assert chain_fault(chain) is None
             closed = json.loads(chain[-1][0])
             assert (closed["type"], closed["body"]["status"]) == ("query.closed", status)
-            ((spent,),) = self.rows(f"SELECT spent FROM scopes WHERE id='query:{query}'")  # noqa: S608
+            ((spent,),) = self.rows("SELECT spent FROM scopes WHERE id=?", f"query:{query}")
             assert closed["body"]["cost_usd"] == usd(spent)
 
 

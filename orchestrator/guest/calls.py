@@ -4,101 +4,38 @@ from __future__ import annotations
 
 import os
 import threading
-from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Type
 
+from .failures import BatchError, SubCallError, error_from
 from .link import CellOver, Link, Shield
 
-
-class SubCallError(Exception):
-    """A sub-call failed. `kind` names why; `limit`, `asked` and `left` are texts with units where a limit is the cause."""
-
-    kind = "provider"
-    limit = ""
-    asked = ""
-    left = ""
-
-
-class NotPermitted(SubCallError):
-    """The policy does not allow this call at all."""
-
-
-class BudgetExhausted(SubCallError):
-    """The money is spent."""
-
-
-class BudgetInFlight(SubCallError):
-    """The money left is held by calls in flight: try again when some have ended."""
-
-
-class CountExceeded(SubCallError):
-    """Too many sub-calls, or a prompt that is too long."""
-
-
-class TimeExceeded(SubCallError):
-    """The query's time is over."""
-
-
-class ProviderFailed(SubCallError):
-    """The LM provider failed or refused, after all retries."""
-
-
-class BatchError(SubCallError):
-    """At least one item of a batch failed. `results` has every item in order: a str, or that item's exception."""
-
-    results: List[Any] = []
-
-
-KINDS: Dict[str, Type[SubCallError]] = {
-    "not-permitted": NotPermitted,
-    "bad-model": NotPermitted,
-    "price-unknown": NotPermitted,
-    "budget-exhausted": BudgetExhausted,
-    "budget-in-flight": BudgetInFlight,
-    "count-exceeded": CountExceeded,
-    "time-exceeded": TimeExceeded,
-}
-EXCEPTIONS = (
-    SubCallError,
-    NotPermitted,
-    BudgetExhausted,
-    BudgetInFlight,
-    CountExceeded,
-    TimeExceeded,
-    ProviderFailed,
-    BatchError,
-)
-
-
-def error_from(fields: Dict[str, Any]) -> SubCallError:
-    kind = str(fields.get("kind", "provider"))
-    error = KINDS.get(kind, ProviderFailed)(str(fields.get("message", "the sub-call failed")))
-    error.kind = kind
-    error.limit, error.asked, error.left = (str(fields.get(name, "")) for name in ("limit", "asked", "left"))
-    return error
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
 
 
 class Calls:
     """Sub-calls over one link. Threads that wait take turns at reading the replies for all of them."""
 
-    def __init__(self, link: Link, shield: Shield, window: int) -> None:
+    def __init__(self, link: Link, shield: Shield, window: int, process: int) -> None:
         self._link = link
         self._shield = shield
         self._slots = threading.Semaphore(window)
         self._window = window
         self._order = threading.Lock()
         self._cond = threading.Condition()
-        self._process = os.getpid()
+        self._process = process  # the one that may make calls
         self._reading = False
         self._next_id = 1
-        self._awaited: Set[int] = set()
-        self._replies: Dict[int, Dict[str, Any]] = {}
+        self._awaited: set[int] = set()
+        self._replies: dict[int, dict[str, Any]] = {}
 
     def end_cell(self) -> None:
         """No call goes out any more, and no reply is waited for, by the threads that the cell may have left."""
         with self._order:
             self._link.set_in_cell(False)
 
-    def ask(self, op: str, prompt: object, model: Optional[str] = None) -> Any:
+    def ask(self, op: str, prompt: object, model: str | None = None) -> Any:
         """The reply's value. Raises SubCallError."""
         with self._slots:
             call = self._start(op, prompt, model)
@@ -107,7 +44,7 @@ class Calls:
             raise error_from(reply["error"])
         return reply["value"]
 
-    def ask_many(self, op: str, prompts: Sequence[object], model: Optional[str], on_error: str) -> List[Any]:
+    def ask_many(self, op: str, prompts: Sequence[object], model: str | None, on_error: str) -> list[Any]:
         """All prompts at once, at most `window` in flight; results in the order of the prompts."""
         if on_error not in ("raise", "return"):
             raise ValueError("on_error is 'raise' or 'return'")
@@ -115,8 +52,8 @@ class Calls:
             raise TypeError("prompts is a list of texts, not one text")
         todo = list(enumerate(prompts))
         todo.reverse()
-        results: List[Any] = [None] * len(todo)
-        running: Dict[int, int] = {}
+        results: list[Any] = [None] * len(todo)
+        running: dict[int, int] = {}
         try:
             while todo or running:
                 # Block for the first place in the window only; take further ones as long as they are free.
@@ -140,11 +77,11 @@ class Calls:
             raise error
         return results
 
-    def _start(self, op: str, prompt: object, model: Optional[str]) -> int:
+    def _start(self, op: str, prompt: object, model: str | None) -> int:
         text = prompt if isinstance(prompt, str) else str(prompt)
         # Lone surrogates (from surrogateescape and the like) are not text; the channel would refuse them.
         text = text if text.isascii() else text.encode("utf-8", "replace").decode()
-        if model is not None and not isinstance(model, str):
+        if model is not None and not isinstance(model, str):  # pyright: ignore[reportUnnecessaryIsInstance]  a cell calls
             raise TypeError("model is the name of a model, as text")
         if os.getpid() != self._process:
             raise RuntimeError("sub-calls work from threads, not from a forked process: use llm_query_batched")
@@ -158,7 +95,7 @@ class Calls:
             self._link.send({"type": "call", "id": call, "op": op, "prompt": text, "model": model})
         return call
 
-    def _wait(self, calls: Set[int]) -> Tuple[int, Dict[str, Any]]:
+    def _wait(self, calls: set[int]) -> tuple[int, dict[str, Any]]:
         with self._shield:
             while True:
                 with self._cond:
@@ -177,7 +114,7 @@ class Calls:
                     self._shield.check()
 
     def _lead(self) -> None:
-        frame: Optional[Dict[str, Any]] = None
+        frame: dict[str, Any] | None = None
         try:
             frame = self._link.receive(for_cell=True)
         except CellOver:

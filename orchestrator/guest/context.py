@@ -7,11 +7,19 @@ The text is hostile and may be gigabytes; the manifest is the host's own. Nothin
 from __future__ import annotations
 
 import mmap
-from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from typing import Any
+from _bisect import bisect_right
 
 from .lazytext import LazyText
+from .lean import Sequence, loads
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import Any
+
+    Values = Sequence[Any]
+else:
+    Values = Sequence  # subscripts need typing
 
 _ITEM_OVERHEAD = 500  # bytes that one small dict with its path costs, above its text
 
@@ -33,10 +41,8 @@ def load(folder: str, memory_bytes: int) -> object:
 
     A lazy JSON value that is no list is a LazyText of its JSON. Raises OSError where a file cannot be read.
     """
-    import json
-
     with open(f"{folder}/manifest.json", "rb") as file:  # noqa: PTH123 - importing pathlib costs start-up time
-        facts: dict[str, Any] = json.load(file)
+        facts: dict[str, Any] = loads(file.read().decode())
     with open(f"{folder}/data", "rb") as file:  # noqa: PTH123
         data = memoryview(mmap.mmap(file.fileno(), facts["bytes"], access=mmap.ACCESS_READ))
     kind: str = facts["kind"]
@@ -44,6 +50,8 @@ def load(folder: str, memory_bytes: int) -> object:
     if kind == "documents":
         items = Documents(data, facts, memory_bytes)
     elif kind == "json" and not lazy:
+        import json
+
         return json.loads(str(data, "utf-8"))
     elif "blocks" in facts:
         items = Items(data, facts, memory_bytes)
@@ -58,7 +66,7 @@ def _text(
     return LazyText(data, chars, index, stride, memory_bytes // 8) if lazy else str(data, "utf-8")
 
 
-class LazyList(Sequence[Any]):
+class LazyList(Values):
     """A list too large to hold: items are parsed when touched. A slice is a list, up to a share of the memory."""
 
     def __init__(self, data: memoryview, facts: dict[str, Any], memory_bytes: int) -> None:

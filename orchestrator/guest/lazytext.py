@@ -6,13 +6,14 @@ offset of every `stride`-th character; ASCII text needs none, there both are the
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from _bisect import bisect_right
 from itertools import islice
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     import re
     from collections.abc import Iterator
+    from typing import Any
 
 WINDOW = 4 << 20
 """Bytes, or characters, worked on at a time."""

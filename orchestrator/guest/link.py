@@ -7,15 +7,16 @@ and only the waiting is open to interruption.
 
 from __future__ import annotations
 
-import json
 import os
 import select
-import signal
-import socket
-import threading
-from typing import Any, Dict, List
+from _thread import allocate_lock, get_ident
 
 from . import wire
+from .lean import loads, signal, socket
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 
 class Shield:
@@ -24,11 +25,11 @@ class Shield:
     def __init__(self) -> None:
         self._depth = 0
         self._pending = False
-        self._main = threading.get_ident()
+        self._main = get_ident()
 
     def arm(self) -> None:
         """Take SIGINT over (again: a cell may have replaced the handler). Main thread only."""
-        self._depth, self._pending, self._main = 0, False, threading.get_ident()
+        self._depth, self._pending, self._main = 0, False, get_ident()
         signal.signal(signal.SIGINT, self._on_interrupt)
 
     def disarm(self) -> None:
@@ -44,23 +45,23 @@ class Shield:
 
     def check(self) -> None:
         """Raise the interrupt that came while shielded, if any."""
-        if self._pending and threading.get_ident() == self._main:
+        if self._pending and get_ident() == self._main:
             self._pending = False
             raise KeyboardInterrupt
 
     def __enter__(self) -> None:
-        if threading.get_ident() == self._main:
+        if get_ident() == self._main:
             self._depth += 1
 
     def __exit__(self, kind: object, *_: object) -> None:
-        if threading.get_ident() == self._main:
+        if get_ident() == self._main:
             self._depth -= 1
             if not self._depth and kind is None:
                 self.check()
 
     def wait_readable(self, fd: int) -> None:
         """Block until `fd` is readable. The one place where a shielded main thread can be interrupted."""
-        mine = threading.get_ident() == self._main
+        mine = get_ident() == self._main
         depth = self._depth
         if mine:
             self.check()
@@ -85,23 +86,23 @@ class Link:
     def __init__(self, sock: socket.socket, shield: Shield) -> None:
         self._sock = sock
         self._shield = shield
-        self._send_lock = threading.Lock()
-        self._receive_lock = threading.Lock()
+        self._send_lock = allocate_lock()
+        self._receive_lock = allocate_lock()
         self._buffer = bytearray()
-        self._lines: List[bytes] = []
-        self._fds: List[int] = []
+        self._lines: list[bytes] = []
+        self._fds: list[int] = []
         self.in_cell = False
 
     def set_in_cell(self, in_cell: bool) -> None:
         with self._receive_lock:
             self.in_cell = in_cell
 
-    def send(self, frame: Dict[str, Any]) -> None:
+    def send(self, frame: dict[str, Any]) -> None:
         data = wire.encode(frame)
         with self._shield, self._send_lock:
             self._sock.sendall(data)
 
-    def receive(self, for_cell: bool = False) -> Dict[str, Any]:
+    def receive(self, for_cell: bool = False) -> dict[str, Any]:
         """The next frame; blocks. Call under the shield.
 
         Raises EOFError when the supervisor has gone, CellOver when it is asked for a cell that is over.
@@ -113,7 +114,7 @@ class Link:
                 if not self._lines:
                     self._take()
                 if self._lines:
-                    frame: Dict[str, Any] = json.loads(self._lines.pop(0))
+                    frame: dict[str, Any] = loads(self._lines.pop(0).decode())
                     return frame
             self._shield.wait_readable(self._sock.fileno())
 
@@ -137,7 +138,7 @@ class Link:
             self._lines += lines
             self._buffer = bytearray(rest)
 
-    def take_fds(self) -> List[int]:
+    def take_fds(self) -> list[int]:
         """The descriptors that came with the frames so far."""
         fds, self._fds = self._fds, []
         return fds

@@ -10,13 +10,17 @@ from __future__ import annotations
 import _ctypes  # the C half of ctypes: its Python half would double the time to start
 import os
 import resource
-import signal
-import socket
-import struct
+import sys
 import time
-from typing import Any, Callable, Dict, Optional, Tuple
+from _thread import allocate_lock, get_native_id, start_new_thread
 
 from . import wire
+from .lean import signal, socket
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
 
 SNAPSHOT_S = 30.0  # for forking a worker of any size
 RESERVE = 16 << 20  # bytes of memory that the agent has left in a worker whose cell used up its own
@@ -24,7 +28,8 @@ ENDING_S = 0.2  # from the closing of a dying process's descriptors to its end
 PID_MAX = 4194304  # PID_MAX_LIMIT of Linux on 64 bits
 WRAP_S = 0.2  # too short for a guest to use up all process ids, of which there are 32768 at least
 OURS = 4  # processes that are not the guest's: supervisor, snapshot, the next snapshot, the probe
-_CREDENTIALS = struct.Struct("3i")
+_SO_PASSCRED, _SCM_CREDENTIALS = 16, 2  # <asm/socket.h>, <linux/socket.h>
+_CREDENTIALS = 12  # bytes: process, user and group id
 _PR_SET_DUMPABLE = 4
 
 
@@ -33,12 +38,12 @@ class Generation:
 
     def __init__(self) -> None:
         self.ctl, theirs = socket.socketpair()
-        self.ctl.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        self.ctl.setsockopt(socket.SOL_SOCKET, _SO_PASSCRED, 1)
         self.out, out = os.pipe()
         self.err, err = os.pipe()
         for fd in (self.out, self.err):
             os.set_blocking(fd, False)
-        self.theirs: Tuple[int, int, int] = (theirs.detach(), out, err)
+        self.theirs: tuple[int, int, int] = (theirs.detach(), out, err)
         self.pid = 0
         self.has_context = False
         self.buffer = bytearray()
@@ -57,13 +62,13 @@ class Generation:
 class Workers:
     """serve: runs in each new worker process, with its three descriptors; must not return."""
 
-    def __init__(self, serve: Callable[[Tuple[int, int, int]], None]) -> None:
+    def __init__(self, serve: Callable[[tuple[int, int, int]], None]) -> None:
         self._serve = serve
         self._swept, self._swept_at = os.getpid(), time.monotonic()
         self._replace = False
         self.making_until = 0.0
-        self.making: Optional[Generation] = None
-        self.snapshot: Optional[Generation] = None
+        self.making: Generation | None = None
+        self.snapshot: Generation | None = None
         self.fresh = True  # no cell has changed the REPL yet, so a new worker is as good as a snapshot
         self.runner = self._new()
 
@@ -131,7 +136,7 @@ class Workers:
             time.sleep(0.001)
         return False
 
-    def reap(self) -> Optional[int]:
+    def reap(self) -> int | None:
         """Collect the dead; the runner's wait status when it is among them."""
         while True:
             try:
@@ -160,7 +165,8 @@ class Workers:
         self.making.has_context = self.runner.has_context
         self.making_until = time.monotonic() + SNAPSHOT_S
         try:
-            socket.send_fds(self.runner.ctl, [wire.encode({"type": "snapshot"})], self.making.theirs)
+            fds = b"".join(fd.to_bytes(4, sys.byteorder) for fd in self.making.theirs)
+            self.runner.ctl.sendmsg([wire.encode({"type": "snapshot"})], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)])
         except OSError:  # a runner that closed its socket or does not read it; `making` will see end of file
             self.kill_runner()
         self.making.give()
@@ -179,10 +185,7 @@ class Workers:
         threads = False
         _signal(-1, signal.SIGSTOP)
         keep = {generation.pid for generation in (self.runner, self.snapshot) if generation}
-        probe = os.fork()
-        if not probe:
-            os._exit(0)
-        os.waitpid(probe, 0)
+        probe = _newest_id()
         now = time.monotonic()
         first = self._swept + 1 if now - self._swept_at < WRAP_S else 2
         for pid in range(2, PID_MAX) if probe < self._swept else range(first, probe):
@@ -200,7 +203,7 @@ def harden() -> None:
     _call("prctl", _PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
-def restrict(limits: Dict[str, Any]) -> None:
+def restrict(limits: dict[str, Any]) -> None:
     """Resource limits of a worker and all it starts; hard, so they cannot be raised again."""
     for what, most in (
         (resource.RLIMIT_DATA, limits["memory_bytes"] + RESERVE),  # `Repl` takes the reserve away while a cell runs
@@ -220,12 +223,12 @@ def restrict(limits: Dict[str, Any]) -> None:
 def _sender(ctl: socket.socket) -> int:
     """Process id, by the kernel's word, of who wrote to the other end; 0 at end of file."""
     try:
-        data, ancillary, _flags, _address = ctl.recvmsg(4096, socket.CMSG_SPACE(_CREDENTIALS.size))
+        data, ancillary, _flags, _address = ctl.recvmsg(4096, socket.CMSG_SPACE(_CREDENTIALS))
     except OSError:
         return 0
     for level, kind, value in ancillary:
-        if data and level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS:
-            return int(_CREDENTIALS.unpack(value[: _CREDENTIALS.size])[0])
+        if data and level == socket.SOL_SOCKET and kind == _SCM_CREDENTIALS:
+            return memoryview(value[:_CREDENTIALS]).cast("i")[0]
     return 0
 
 
@@ -234,6 +237,21 @@ def _signal(pid: int, number: int) -> None:
         os.kill(pid, number)
     except ProcessLookupError:
         return
+
+
+def _newest_id() -> int:
+    """The newest process id: threads take theirs from the same numbers, and cost far less than a process."""
+    ids: list[int] = []
+    told = allocate_lock()
+    told.acquire()
+
+    def tell() -> None:
+        ids.append(get_native_id())
+        told.release()
+
+    start_new_thread(tell, ())
+    told.acquire()
+    return ids[0]
 
 
 def _exists(pid: int) -> bool:
@@ -257,5 +275,5 @@ def _is_thread(pid: int, process: int) -> bool:
 
 
 def _call(name: str, *arguments: int) -> int:
-    function = _ctypes.dlsym(_ctypes.dlopen(None, 0), name)  # type: ignore[attr-defined]
-    return int(_ctypes.call_function(function, arguments))  # type: ignore[attr-defined]
+    function = _ctypes.dlsym(_ctypes.dlopen(None, 0), name)  # pyright: ignore
+    return int(_ctypes.call_function(function, arguments))  # pyright: ignore

@@ -6,12 +6,19 @@ import builtins
 import os
 import resource
 import sys
-import threading
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from _thread import allocate_lock, stack_size
 
 from . import wire
-from .calls import EXCEPTIONS, Calls
+from .failures import EXCEPTIONS
+from .lean import ast
 from .link import Link, Shield
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
+
+    from .calls import Calls
 
 _HIDDEN_PREFIX = "_"
 THREAD_STACK = 2 << 20  # bytes: the usual 8 MiB would fill a small sandbox with the stacks of a few threads
@@ -20,25 +27,30 @@ THREAD_STACK = 2 << 20  # bytes: the usual 8 MiB would fill a small sandbox with
 class Repl:
     """limits: `answer_chars`, `calls_in_flight`, `memory_bytes`, as the host's hello gave them."""
 
-    def __init__(self, link: Link, shield: Shield, limits: Dict[str, Any]) -> None:
+    def __init__(self, link: Link, shield: Shield, limits: dict[str, Any]) -> None:
         self._limits = limits
-        threading.stack_size(THREAD_STACK)
+        stack_size(THREAD_STACK)
         most = resource.getrlimit(resource.RLIMIT_DATA)[1]
         self._all_memory = (most, most)  # with the agent's reserve
         self._cell_memory = (min(int(limits["memory_bytes"]), most), most)
         self._context: object = None
-        self._answer: Dict[str, Any] = {"content": "", "ready": False}
-        self.namespace: Dict[str, Any] = {"__name__": "__main__", "__builtins__": builtins}
+        self._answer: dict[str, Any] = {"content": "", "ready": False}
+        self.namespace: dict[str, Any] = {"__name__": "__main__", "__builtins__": builtins}
         self.connect(link, shield)
 
     def connect(self, link: Link, shield: Shield) -> None:
         """Bind the sub-call functions to a link: at the start, and in a snapshot that has a link of its own."""
-        self._calls = Calls(link, shield, int(self._limits["calls_in_flight"]))
+        self._link, self._shield, self._process = link, shield, os.getpid()
+        self._calls: Calls | None = None
+        self._calls_lock = allocate_lock()
         self._scaffold = self._make_scaffold()
         self._restore()
 
     def end_cell(self) -> None:
-        self._calls.end_cell()
+        if self._calls is not None:
+            self._calls.end_cell()
+        else:
+            self._link.set_in_cell(False)
 
     def load_context(self, folder: str) -> None:
         from .context import load
@@ -46,7 +58,7 @@ class Repl:
         self._context = self._scaffold["context"] = load(folder, int(self._limits["memory_bytes"]))
         self._restore()
 
-    def run(self, code: str, number: int) -> Dict[str, Any]:
+    def run(self, code: str, number: int) -> dict[str, Any]:
         """Run one cell; what it prints goes to fds 1 and 2. Returns the `end` frame. Never raises."""
         self._restore()
         self._answer.update(content="", ready=False)
@@ -70,7 +82,7 @@ class Repl:
             answer = self._take_answer()
         except BaseException as error:
             status, detail = "error", _describe(error)
-        names = sorted(n for n in list(self.namespace) if isinstance(n, str) and n not in before and self._is_users(n))
+        names = sorted(n for n in list(self.namespace) if type(n) is str and n not in before and self._is_users(n))
         self._restore()
         return {
             "type": "end",
@@ -80,34 +92,44 @@ class Repl:
             "names": [_text(name)[:256] for name in names[: wire.MAX_NAMES]],
         }
 
+    def _use_calls(self) -> Calls:
+        """Made by the first call, for threading is not free to import. Threads may race for it."""
+        with self._calls_lock:
+            if self._calls is None:
+                from .calls import Calls
+
+                window = int(self._limits["calls_in_flight"])
+                self._calls = Calls(self._link, self._shield, window, self._process)
+            return self._calls
+
     # The names of the REPL
 
-    def _make_scaffold(self) -> Dict[str, Any]:
-        calls, namespace, answer = self._calls, self.namespace, self._answer
+    def _make_scaffold(self) -> dict[str, Any]:
+        calls, namespace, answer = self._use_calls, self.namespace, self._answer
 
-        def llm_query(prompt: object, model: Optional[str] = None) -> str:
+        def llm_query(prompt: object, model: str | None = None) -> str:
             """Ask a sub-LM one self-contained question; returns its text."""
-            return calls.ask("llm_query", prompt, model)
+            return calls().ask("llm_query", prompt, model)
 
         def llm_query_batched(
-            prompts: Sequence[object], model: Optional[str] = None, *, on_error: str = "raise"
-        ) -> List[Any]:
+            prompts: Sequence[object], model: str | None = None, *, on_error: str = "raise"
+        ) -> list[Any]:
             """Ask many at once; answers in order. on_error="return" puts exceptions in place of failed answers."""
-            return calls.ask_many("llm_query", prompts, model, on_error)
+            return calls().ask_many("llm_query", prompts, model, on_error)
 
-        def rlm_query(prompt: object, model: Optional[str] = None) -> str:
+        def rlm_query(prompt: object, model: str | None = None) -> str:
             """Give a sub-question to a whole RLM of its own."""
-            return calls.ask("rlm_query", prompt, model)
+            return calls().ask("rlm_query", prompt, model)
 
         def rlm_query_batched(
-            prompts: Sequence[object], model: Optional[str] = None, *, on_error: str = "raise"
-        ) -> List[Any]:
+            prompts: Sequence[object], model: str | None = None, *, on_error: str = "raise"
+        ) -> list[Any]:
             """Give many sub-questions to RLMs of their own."""
-            return calls.ask_many("rlm_query", prompts, model, on_error)
+            return calls().ask_many("rlm_query", prompts, model, on_error)
 
-        def budget() -> Dict[str, Any]:
+        def budget() -> dict[str, Any]:
             """What is left of money, sub-calls and time. Advisory."""
-            return calls.ask("budget", "")
+            return calls().ask("budget", "")
 
         def final(content: object) -> None:
             """Give the answer; it is taken when the cell ends."""
@@ -123,14 +145,14 @@ class Repl:
             else:
                 final(name)
 
-        def show_vars() -> Dict[str, str]:
+        def show_vars() -> dict[str, str]:
             """The variables made so far, with their types."""
             return {name: type(value).__name__ for name, value in namespace.items() if self._is_users(name)}
 
         for function, name in ((final, "FINAL"), (final_var, "FINAL_VAR"), (show_vars, "SHOW_VARS")):
             function.__name__ = function.__qualname__ = name
         named = (llm_query, llm_query_batched, rlm_query, rlm_query_batched, budget, final, final_var, show_vars)
-        scaffold: Dict[str, Any] = {function.__name__: function for function in named}
+        scaffold: dict[str, Any] = {function.__name__: function for function in named}
         scaffold.update({error.__name__: error for error in EXCEPTIONS})
         scaffold["context"] = self._context
         scaffold["answer"] = answer
@@ -142,13 +164,13 @@ class Repl:
     def _restore(self) -> None:
         self.namespace.update(self._scaffold)
 
-    def _take_answer(self) -> Optional[str]:
-        answer = self.namespace.get("answer")
-        if not isinstance(answer, dict) or not answer.get("ready"):
+    def _take_answer(self) -> str | None:
+        answer: Any = self.namespace.get("answer")
+        if not isinstance(answer, dict) or not answer.get("ready"):  # pyright: ignore[reportUnknownMemberType]
             return None
-        content = answer.get("content")
+        content: Any = answer.get("content")  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
         if not isinstance(content, str):
-            content = _as_json(content)
+            content = _as_json(content)  # pyright: ignore[reportUnknownArgumentType]
         content = _text(content)
         most = int(self._limits["answer_chars"])
         if len(content) > most:
@@ -157,7 +179,7 @@ class Repl:
         return content
 
 
-def _limit_memory(limits: Tuple[int, int]) -> None:
+def _limit_memory(limits: tuple[int, int]) -> None:
     # A cell that used up its memory is told so, out of the agent's reserve. Allocates nothing until that is to be had.
     try:
         resource.setrlimit(resource.RLIMIT_DATA, limits)
@@ -174,12 +196,10 @@ def _as_json(value: object) -> str:
         return str(value)
 
 
-def _execute(code: str, name: str, namespace: Dict[str, Any]) -> None:
+def _execute(code: str, name: str, namespace: dict[str, Any]) -> None:
     """Run `code`; as in every REPL, a last expression that is not None is printed."""
-    import ast
-
     _remember_source(code, name)
-    tree = compile(code, name, "exec", ast.PyCF_ONLY_AST, dont_inherit=True)
+    tree: Any = compile(code, name, "exec", ast.PyCF_ONLY_AST, dont_inherit=True)
     last: Any = None
     if tree.body and isinstance(tree.body[-1], ast.Expr):
         last = ast.Expression(tree.body.pop().value)
@@ -199,7 +219,7 @@ def _remember_source(code: str, name: str) -> None:
         _sources[name] = code
 
 
-_sources: Dict[str, str] = {}
+_sources: dict[str, str] = {}
 
 
 def _describe(error: BaseException) -> str:
@@ -234,11 +254,11 @@ def _open_streams() -> None:
     for fd, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name, None)
         try:
-            if stream is _streams.get(fd) and not stream.closed and stream.fileno() == fd:
+            if stream is not None and stream is _streams.get(fd) and not stream.closed and stream.fileno() == fd:
                 continue
         except Exception:  # noqa: S110  an object of the cell's own making: replaced below
             pass
-        _streams[fd] = open(  # noqa: SIM115, PTH123  lives as long as the worker; fd, not path
+        _streams[fd] = open(  # noqa: SIM115  lives as long as the worker; fd, not path
             fd, "w", encoding="utf-8", errors="backslashreplace", buffering=1 << 16, closefd=False
         )
         setattr(sys, name, _streams[fd])
@@ -250,15 +270,15 @@ def renew_streams() -> None:
     _streams.clear()
 
 
-_streams: Dict[int, Any] = {}
-_left: List[Any] = []
+_streams: dict[int, Any] = {}
+_left: list[Any] = []
 
 
 def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except Exception:  # the cell closed it, or put something else in its place: nothing is left to be shown
+        except Exception:  # noqa: S112  the cell closed it, or put something else in its place: nothing is left to be shown
             continue
 
 

@@ -14,14 +14,16 @@ from __future__ import annotations
 import codecs
 import os
 import select
-import signal
-import socket
 import sys
 import time
-from typing import Any, Dict, List, Optional, Set, Tuple
 
 from . import wire
+from .lean import signal, socket
 from .processes import Workers, harden, restrict
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 GRACE_S = 2.0  # from a cell's interrupt to its kill
 FLUSH_S = 0.02  # output waits this long for more: a flood of short writes must not be a flood of frames
@@ -38,10 +40,10 @@ class Cell:
         self.room = output_bytes
         self.dropped = 0
         self.newest_call = 0
-        self.calls: Set[int] = set()
+        self.calls: set[int] = set()
         self.why = ""
         self.flush_at = 0.0
-        self.pending: List[Tuple[str, str]] = []
+        self.pending: list[tuple[str, str]] = []
         self.pending_chars = 0
         decoder = codecs.getincrementaldecoder("utf-8")
         self.decoders = {"out": decoder("replace"), "err": decoder("replace")}
@@ -56,8 +58,8 @@ class Supervisor:
         self._out = channel_out
         self._folder = context_folder
         self._inbox = bytearray()
-        self._frames: List[Dict[str, Any]] = []
-        self._cell: Optional[Cell] = None
+        self._frames: list[dict[str, Any]] = []
+        self._cell: Cell | None = None
         self._attached = False
         self._note = ""
         self._fault = ""
@@ -87,7 +89,7 @@ class Supervisor:
                     self._runner_died(status)
                 self._watch_time()
 
-    def _be_worker(self, fds: Tuple[int, int, int]) -> None:
+    def _be_worker(self, fds: tuple[int, int, int]) -> None:
         for fd in (self._in, self._out, *self._wake):
             os.close(fd)
         signal.set_wakeup_fd(-1)
@@ -123,8 +125,8 @@ class Supervisor:
 
     # Time
 
-    def _wait_ms(self) -> Optional[float]:
-        until: List[float] = []
+    def _wait_ms(self) -> float | None:
+        until: list[float] = []
         if self._cell:
             until.append(self._cell.deadline)
             if self._cell.pending:
@@ -171,7 +173,7 @@ class Supervisor:
             else:
                 self._frames.append(frame)
 
-    def _send(self, frame: Dict[str, Any]) -> None:
+    def _send(self, frame: dict[str, Any]) -> None:
         self._send_line(wire.encode(frame))
 
     def _send_line(self, line: bytes) -> None:
@@ -184,7 +186,7 @@ class Supervisor:
             except BrokenPipeError:
                 os._exit(0)
 
-    def _run(self, frame: Dict[str, Any]) -> None:
+    def _run(self, frame: dict[str, Any]) -> None:
         runner = self._workers.runner
         self._attached = self._attached or frame["context"]
         frame["context"] = self._attached and not runner.has_context
@@ -234,7 +236,7 @@ class Supervisor:
             elif frame["type"] == "end" and self._cell:
                 self._cell_ended(self._cell, frame)
 
-    def _call(self, cell: Cell, frame: Dict[str, Any], line: bytes) -> None:
+    def _call(self, cell: Cell, frame: dict[str, Any], line: bytes) -> None:
         """Let a call out, if it keeps the rules: for one that does not, the host would end the sandbox."""
         if frame["id"] <= cell.newest_call or len(cell.calls) >= int(self._limits["calls_in_flight"]):
             self._kill_runner("made sub-calls against the agent's rules")
@@ -252,7 +254,7 @@ class Supervisor:
         if not self._workers.runner_ends():
             self._kill_runner(fault)
 
-    def _cell_ended(self, cell: Cell, end: Dict[str, Any]) -> None:
+    def _cell_ended(self, cell: Cell, end: dict[str, Any]) -> None:
         status = "timeout" if cell.why else end["status"] if end["status"] in STATUSES else "error"
         detail = "interrupted by %s" % cell.why if cell.why else end["detail"][: wire.MAX_DETAIL]
         self._take_rest()
@@ -272,12 +274,12 @@ class Supervisor:
         kept = "variables are as they were before it" if whole else "the REPL was restarted, all variables are gone"
         self._done(cell, "timeout" if cell.why else "killed", "the cell %s; %s" % (why, kept), None, [])
 
-    def _done(self, cell: Cell, status: str, detail: str, answer: Optional[str], names: List[str]) -> None:
+    def _done(self, cell: Cell, status: str, detail: str, answer: str | None, names: list[str]) -> None:
         for name, decoder in cell.decoders.items():
             self._keep(cell, name, decoder.decode(b"", True))
         self._flush(cell)
         self._cell = None
-        done: Dict[str, Any] = {"type": "done", "cell": cell.number, "status": status, "detail": detail}
+        done: dict[str, Any] = {"type": "done", "cell": cell.number, "status": status, "detail": detail}
         done.update(answer=answer, names=names, dropped=cell.dropped)
         self._send(done)
 
@@ -325,7 +327,7 @@ class Supervisor:
                 self._send({"type": "output", "cell": cell.number, "stream": name, "text": part})
 
 
-def _lines(buffer: bytearray, data: bytes) -> List[bytes]:
+def _lines(buffer: bytearray, data: bytes) -> list[bytes]:
     """Add `data` to `buffer`, take the whole lines out of it."""
     buffer += data
     if b"\n" not in data:
@@ -343,7 +345,7 @@ def _drain(fd: int) -> None:
         return
 
 
-def _wake_on_child() -> Tuple[int, int]:
+def _wake_on_child() -> tuple[int, int]:
     """A pipe that becomes readable when a child ends, so that waiting for input ends too."""
     ends = os.pipe()
     for fd in ends:
@@ -359,7 +361,9 @@ def _cause_of_death(status: int) -> str:
     number = os.WTERMSIG(status)
     if number == signal.SIGKILL:
         return "was killed, most likely for using too much memory"
-    return "crashed with %s" % signal.Signals(number).name
+    from signal import Signals  # late: its import is not cheap
+
+    return "crashed with %s" % Signals(number).name
 
 
 def main() -> None:

@@ -7,8 +7,16 @@ The same table checks frames on both sides: exact fields, exact types, every siz
 
 from __future__ import annotations
 
-import json
-from typing import Any, Dict, Mapping, NoReturn, Tuple
+from .lean import dumps, loads
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
+    Frame = dict[str, Any]
+    # type of frame -> field -> permitted types; `type` itself is checked apart
+    Table = Mapping[str, Mapping[str, tuple[type, ...]]]
 
 VERSION = 1
 MAX_LINE = 16 * 1024 * 1024  # bytes, newline included
@@ -17,13 +25,10 @@ OUTPUT_CHUNK = 32 * 1024  # characters of text in one output frame, at most
 MAX_DETAIL = 2000  # characters that say how a cell ended
 MAX_NAMES = 64  # new variables that are told
 
-Frame = Dict[str, Any]
 _TEXT = (str, type(None))
 _LIST = (list,)
 _MAP = (dict,)
 
-# type of frame -> field -> permitted types. `type` itself is checked apart.
-Table = Mapping[str, Mapping[str, Tuple[type, ...]]]
 TO_GUEST: Table = {
     "hello": {"version": (int,), "limits": _MAP},
     "run": {"id": (int,), "code": (str,), "timeout_s": (int, float), "context": (bool,)},
@@ -61,7 +66,7 @@ class Malformed(ValueError):
 
 def encode(frame: Frame) -> bytes:
     """One line, newline included. Raises ValueError when it would be longer than MAX_LINE."""
-    line = json.dumps(frame, ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode("ascii") + b"\n"
+    line = dumps(frame).encode("ascii") + b"\n"
     if len(line) > MAX_LINE:
         raise ValueError("frame of %d bytes is larger than the %d that the channel carries" % (len(line), MAX_LINE))
     return line
@@ -74,11 +79,15 @@ def decode(line: bytes, table: Table) -> Frame:
     if not line.isascii():
         raise Malformed("not ASCII")
     try:
-        frame: Any = json.loads(line, parse_constant=_no_constant)
+        frame: Any = loads(line.decode("ascii"))
     except (ValueError, RecursionError):
         raise Malformed("not JSON") from None
     if type(frame) is not dict:
         raise Malformed("not an object")
+    return _checked(frame, table)  # pyright: ignore[reportUnknownArgumentType]
+
+
+def _checked(frame: dict[Any, Any], table: Table) -> Frame:
     kind = frame.pop("type", None)
     if type(kind) is not str or kind not in table:
         raise Malformed("unknown type of frame")
@@ -91,7 +100,7 @@ def decode(line: bytes, table: Table) -> Frame:
     return frame
 
 
-def _check(value: Any, types: Tuple[type, ...], where: str) -> None:
+def _check(value: Any, types: tuple[type, ...], where: str) -> None:
     # type() and not isinstance(): True must not pass for a number.
     if type(value) not in types:
         raise Malformed("%s has the wrong type" % where)
@@ -99,8 +108,12 @@ def _check(value: Any, types: Tuple[type, ...], where: str) -> None:
         raise Malformed("%s is out of range" % where)
     if type(value) is str and not _is_text(value):
         raise Malformed("%s is not Unicode text" % where)
-    if type(value) is list and not all(type(item) is str and len(item) <= 256 and _is_text(item) for item in value):
+    if type(value) is list and not all(map(_is_short_text, value)):  # pyright: ignore[reportUnknownArgumentType]
         raise Malformed("%s is not a list of short texts" % where)
+
+
+def _is_short_text(item: object) -> bool:
+    return type(item) is str and len(item) <= 256 and _is_text(item)
 
 
 def _is_text(value: str) -> bool:
@@ -112,7 +125,3 @@ def _is_text(value: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(name)

@@ -7,24 +7,28 @@ checks what it is told, and kills the process when it does not behave.
 from __future__ import annotations
 
 import os
-import socket
 import sys
-from typing import Any, Dict, List
 
+from .lean import socket
 from .link import Link, Shield
 from .repl import Repl, renew_streams, restore_fds
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
 
 class Worker:
-    def __init__(self, limits: Dict[str, Any], context_folder: str) -> None:
+    def __init__(self, limits: dict[str, Any], context_folder: str) -> None:
         self._limits = limits
         self._folder = context_folder
         self._shield = Shield()
-        self._saved: List[int] = []
-        self._snapshots: List[int] = []
+        self._saved: list[int] = []
+        self._snapshots: list[int] = []
 
     def serve(self, ctl: socket.socket, out: int, err: int) -> None:
         """Work until the supervisor goes. Does not return in the child of a fork before that either."""
+        self._process = os.getpid()
         self._link = self._open(ctl, out, err)
         self._repl = Repl(self._link, self._shield, self._limits)
         while True:
@@ -42,18 +46,27 @@ class Worker:
         restore_fds(self._saved)
         return Link(ctl, self._shield)
 
-    def _run(self, frame: Dict[str, Any]) -> None:
+    def _run(self, frame: dict[str, Any]) -> None:
         restore_fds(self._saved)
         if frame["context"]:
             self._repl.load_context(self._folder)
         self._link.set_in_cell(True)
         self._shield.arm()
+        end: dict[str, Any]
         try:
             end = self._repl.run(frame["code"], frame["id"])
             self._shield.disarm()
         except KeyboardInterrupt:  # in the few instructions between the cell's end and disarm()
             self._shield.disarm()
-            end = {"type": "end", "status": "timeout", "detail": "interrupted", "answer": None, "names": []}
+            end = {
+                "type": "end",
+                "status": "timeout",
+                "detail": "interrupted",
+                "answer": None,
+                "names": [],
+            }
+        if os.getpid() != self._process:  # a process that the cell forked, and that came to the cell's end, too
+            os._exit(end["status"] != "ok")
         self._repl.end_cell()
         self._link.send(end)
 
@@ -77,6 +90,7 @@ class Worker:
                 os.close(fd)
             return
         self._snapshots = []
+        self._process = os.getpid()
         if threads:
             renew_streams()
         self._link.close()

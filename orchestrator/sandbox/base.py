@@ -90,7 +90,7 @@ class Guest(ABC):
 
     @abstractmethod
     def last_words(self) -> str:
-        """What the launcher or the agent wrote to standard error, at most one line; for the reason of a failed start."""
+        """The last line that the launcher or the agent wrote to standard error, for the reason of a failed start."""
 
 
 @dataclass(frozen=True, slots=True)

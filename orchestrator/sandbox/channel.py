@@ -35,7 +35,7 @@ class Channel:
             raise SandboxDied("the sandbox ended unexpectedly") from None
 
     async def receive(self) -> wire.Frame:
-        """The next frame. Raises ProtocolViolation on anything that is not one, SandboxDied at the end of the stream."""
+        """The next frame. Raises ProtocolViolation on what is none, SandboxDied at the end of the stream."""
         while not self._lines:
             try:
                 data = await self._stream.receive(1 << 18)

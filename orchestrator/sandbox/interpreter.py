@@ -13,7 +13,9 @@ from pathlib import Path, PurePosixPath
 from orchestrator.core.errors import SandboxUnusable
 
 # Extension modules that only make sense with a terminal, a network, a display or a host database.
-_UNUSED = re.compile(r"^(_curses|_curses_panel|readline|nis|_dbm|_gdbm|_tkinter|_ssl|ossaudiodev|spwd|_test\w*|xx\w*)\.")
+_UNUSED = re.compile(
+    r"^(_curses|_curses_panel|readline|nis|_dbm|_gdbm|_tkinter|_ssl|ossaudiodev|spwd|_test\w*|xx\w*)\."
+)
 _PROBE = "import sys, sysconfig; print(sys.version_info[:2], sys.base_prefix, sysconfig.get_path('stdlib'), sep='\\n')"
 
 

@@ -13,7 +13,14 @@ import anyio
 import anyio.abc
 
 from orchestrator.core.context import Context
-from orchestrator.core.errors import AirlockError, LimitError, MachineError, ProtocolViolation, SandboxDied, SandboxUnusable
+from orchestrator.core.errors import (
+    AirlockError,
+    LimitError,
+    MachineError,
+    ProtocolViolation,
+    SandboxDied,
+    SandboxUnusable,
+)
 from orchestrator.guest import wire
 from orchestrator.sandbox.base import Backend, Guest, SandboxSpec, Slot, Usage
 from orchestrator.sandbox.channel import Channel
@@ -63,6 +70,7 @@ class Sandbox:
         self._channel = Channel(guest.stream)
         self._cells = 0
         self._newest_call = 0
+        self._in_flight: set[int] = set()
         self._attach_pending = False
         self.python = ""
 
@@ -104,27 +112,27 @@ class Sandbox:
                 await self._channel.send(frame | {"context": self._attach_pending})
                 self._attach_pending = False
                 async with anyio.create_task_group() as calls:
-                    done = await self._until_done(result, calls, on_call, on_output)
-                    calls.cancel_scope.cancel()
+                    await self._until_done(result, calls, on_call, on_output)
+                    if self._in_flight:
+                        calls.cancel_scope.cancel()
         except TimeoutError:
             await self._guest.kill()
             raise SandboxDied("the sandbox did not end a cell at its time limit and was killed") from None
         except BaseExceptionGroup as group:
             await self._guest.kill()
-            raise _first(group) from None
+            raise _first(group) from None  # pyright: ignore[reportUnknownArgumentType]
         except SandboxDied:
             await self._guest.kill()
             raise
-        result.status, result.detail, result.answer = done["status"], done["detail"], done["answer"]
-        result.names, result.dropped = tuple(done["names"]), done["dropped"]
         result.duration_s = time.monotonic() - started
         return result
 
     async def _until_done(
         self, result: CellResult, calls: anyio.abc.TaskGroup, on_call: OnCall, on_output: OnOutput | None
-    ) -> wire.Frame:
+    ) -> None:
+        """Fill `result` from what the guest sends, to the end of the cell."""
         room = self._spec.output_bytes + 4096  # the agent's own notes come on top of what the cell may write
-        in_flight: set[int] = set()
+        in_flight = self._in_flight = set[int]()
         while True:
             frame = await self._channel.receive()
             kind = frame["type"]
@@ -146,7 +154,9 @@ class Sandbox:
                     raise ProtocolViolation("the guest sent an answer larger than its cap")
                 if len(frame["detail"]) > wire.MAX_DETAIL or len(frame["names"]) > wire.MAX_NAMES:
                     raise ProtocolViolation("the guest said more of a cell's end than it may")
-                return frame
+                result.status, result.detail, result.answer = frame["status"], frame["detail"], frame["answer"]
+                result.names, result.dropped = tuple(frame["names"]), frame["dropped"]
+                return
             else:
                 raise ProtocolViolation(f"the guest sent a frame of type {kind} that does not fit the moment")
 
@@ -184,7 +194,7 @@ def _for_guest(error: AirlockError) -> dict[str, str]:
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
     error = group.exceptions[0]
-    return _first(error) if isinstance(error, BaseExceptionGroup) else error
+    return _first(error) if isinstance(error, BaseExceptionGroup) else error  # pyright: ignore[reportUnknownArgumentType]
 
 
 @asynccontextmanager

@@ -11,7 +11,7 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from orchestrator.core.errors import SandboxUnusable
 
@@ -25,7 +25,7 @@ def compile_profile(profile: dict[str, Any]) -> bytes:
     Raises SandboxUnusable when libseccomp is missing, ValueError on a profile that is not of the form.
     """
     try:
-        import pyseccomp  # needs libseccomp2, a system package
+        import pyseccomp  # pyright: ignore[reportMissingTypeStubs]  needs libseccomp2, a system package
     except (ImportError, OSError, RuntimeError) as error:
         raise SandboxUnusable(f"libseccomp cannot be loaded ({error}); install the package libseccomp2") from None
 
@@ -50,7 +50,7 @@ def compile_profile(profile: dict[str, Any]) -> bytes:
             continue
         for name in rule["names"]:
             try:
-                number = pyseccomp.resolve_syscall(pyseccomp.Arch.NATIVE, name)
+                number = cast("int", pyseccomp.resolve_syscall(pyseccomp.Arch.NATIVE, name))  # pyright: ignore
             except (ValueError, OSError):
                 continue
             if number >= 0:

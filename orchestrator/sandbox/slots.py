@@ -11,7 +11,7 @@ import os
 import select
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -32,8 +32,8 @@ class Slots:
         self._locks = _MACHINE_WIDE if self._root else home / "slots"
 
     @contextmanager
-    def take(self) -> Iterator[Slot]:
-        """The first free slot, its folder empty; the folder is removed afterwards. Raises StoreError, SandboxUnusable."""
+    def take(self) -> Generator[Slot]:
+        """The first free slot, its folder empty and removed afterwards. Raises StoreError, SandboxUnusable."""
         self._make_folders()
         for number in range(MOST):
             handle = self._lock(number)

@@ -12,7 +12,7 @@ from orchestrator.sandbox.base import Backend, Usage
 from orchestrator.sandbox.cgroup import own_hierarchy
 from orchestrator.sandbox.sandbox import Call
 from orchestrator.store.contexts import ContextStore
-from tests.sandboxes import MIB, Repl, open_repl, processes_of
+from tests.sandboxes import MIB, Repl, open_repl, processes_of, until
 
 pytestmark = pytest.mark.anyio
 
@@ -30,6 +30,14 @@ def groups_of(repl: Repl) -> list[str]:
 
 async def test_cancelling_a_cell_leaves_nothing_behind(backend: Backend, home: Path):
     async with open_repl(backend, home) as repl:
+        code = """
+            import os
+            for _ in range(3):
+                if not os.fork():
+                    while True:
+                        pass
+            llm_query('x')
+            """
         running = anyio.Event()
 
         async def on_call(_call: Call) -> str:
@@ -38,7 +46,7 @@ async def test_cancelling_a_cell_leaves_nothing_behind(backend: Backend, home: P
             return ""
 
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(lambda: repl.run("import os\nos.fork(); os.fork()\nllm_query('x')", on_call=on_call))
+            tasks.start_soon(lambda: repl.run(code, on_call=on_call))
             await running.wait()
             await until(lambda: len(processes_of(repl.slot.uid)) >= 6)  # bwrap, supervisor, runner, and its forks
             mine = processes_of(repl.slot.uid)

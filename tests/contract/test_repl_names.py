@@ -152,6 +152,17 @@ async def test_a_forked_process_may_not_call(repl: Repl):
     assert sorted((await repl.out(code)).splitlines()) == ["reply to a", "reply to b", "sub-calls work from threads,"]
 
 
+async def test_a_forked_process_that_comes_to_the_cells_end_does_not_end_the_cell(repl: Repl):
+    code = """
+        import os
+        if os.fork():
+            os.wait()
+            print('parent', llm_query('a'))
+        """
+    assert await repl.out(code) == "parent reply to a"
+    assert await repl.out("os.getpid() > 0") == "True"
+
+
 async def test_a_call_against_the_agents_rules_costs_the_cell_and_not_the_sandbox(repl: Repl):
     await repl.run("kept = 'kept'")
     forged = json.dumps({"type": "call", "id": 7, "op": "llm_query", "prompt": "forged", "model": None}) + "\n"

@@ -20,7 +20,7 @@ def warm() -> Iterator[Warm]:
 
 @pytest.fixture(scope="session")
 def seed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data folder with its database made and its agent packed, to be copied: what a first start takes is paid once."""
+    """A data folder with its database made and its agent packed, to be copied: the first start is paid for once."""
     assert os.geteuid() == 0, "these tests take root, as `make test` has it in CI"
     folder = tmp_path_factory.mktemp("seed")
     Airlock(folder / "home", folder)("doctor", code=0)

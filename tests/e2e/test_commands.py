@@ -32,7 +32,9 @@ def test_doctor_says_what_works(airlock: Airlock) -> None:
     assert done.lines == ["usable"]
     found = {line[6:].split(":")[0]: line[:4].strip() for line in done.out.splitlines()}
     assert found | {"local models": "", "cgroup": ""} == {
-        **dict.fromkeys(("system", "store", "sandbox bubblewrap", "containment", "leftovers", "bwrap", "user ids"), "ok"),
+        **dict.fromkeys(
+            ("system", "store", "sandbox bubblewrap", "containment", "leftovers", "bwrap", "user ids"), "ok"
+        ),
         "local models": "",
         "cgroup": "",
     }
@@ -146,7 +148,7 @@ def test_a_changed_journal_does_not_pass(airlock: Airlock) -> None:
     run(airlock)
     whole = (airlock.home / "airlock.db").read_bytes()
     changes = [
-        "UPDATE records SET record=replace(record, 'answered', 'refused!') WHERE seq=2",
+        "UPDATE records SET record=replace(record, 'default', 'another') WHERE seq=2",
         "DELETE FROM records WHERE seq=3",
         "UPDATE payloads SET data='another answer' WHERE name='answer'",
     ]

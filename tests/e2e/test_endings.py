@@ -144,7 +144,9 @@ def test_the_orchestrator_is_killed(airlock: Airlock, moment: str) -> None:
     assert "orchestrator-died" in shown.out
     assert shown.out.rstrip().endswith("the chain is whole")
     if any(held(number) for number in range(slot_number)):
-        airlock.before.add(slot_number)  # the next start took a lower slot; this one's empty group goes with its next use
+        airlock.before.add(
+            slot_number
+        )  # the next start took a lower slot; this one's empty group goes with its next use
 
 
 def processes(uid: int) -> list[str]:
@@ -208,11 +210,12 @@ def test_two_first_runs_at_once_make_the_data_folder(airlock: Airlock) -> None:
 def test_a_tenant_has_so_many_queries_at_once_and_no_more(airlock: Airlock) -> None:
     policy = airlock.policy(tenant_queries_at_once="1")
     with Provider(root=[Hang()]) as provider:
-        with airlock.started("run", "What?", *options(provider), "--policy", policy) as query:
+        more = [*options(provider), "--policy", policy]
+        with airlock.started("run", "What?", *more) as query:
             provider.wait("root")
-            refused = airlock("run", "What?", *options(provider), "--policy", policy, code=3)
-            assert "1 queries of this tenant are running already" in refused.said
+            refused = airlock("run", "What?", *more, code=3)
             assert query.interrupt().code == 130
+    assert "1 queries of this tenant are running already" in refused.said
     # Nor does one that was killed count for ever.
     with Provider(root=[Hang(), Say("FINAL(42)")]) as provider:
         with airlock.started("run", "What?", *options(provider), "--policy", policy) as query:

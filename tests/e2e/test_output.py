@@ -1,4 +1,4 @@
-"""What commands print: the answer alone on standard output, JSON with exactly the promised fields, every kind of context."""
+"""What commands print: the answer alone on standard output, JSON with the promised fields; every kind of context."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_run_prints_one_json_object(airlock: Airlock) -> None:
     assert list(usage) == ["calls", "input_tokens", "output_tokens", "cost_usd"]
     assert usage["calls"] == 3
     assert 0 < report["duration_s"] < 60
-    head = airlock.rows(f"SELECT hash FROM records WHERE query='{report['query_id']}' ORDER BY seq DESC LIMIT 1")  # noqa: S608
+    head = airlock.rows("SELECT hash FROM records WHERE query=? ORDER BY seq DESC LIMIT 1", report["query_id"])
     assert report["journal_head"] == head[0][0]
 
 

@@ -66,8 +66,8 @@ async def main():
         async def on_call(call):
             print(repl.slot.number, flush=True)
             await anyio.sleep_forever()
-        await repl.run("import os, subprocess, sys\\nos.fork()\\nif not os.fork():\\n    os.setsid()\\n"
-                       "    while True: pass\\nllm_query('x')", 60.0, on_call=on_call)
+        cell = "import os\\nif not os.fork():\\n    os.setsid()\\n    while True: pass\\nllm_query('x')"
+        await repl.run(cell, 60.0, on_call=on_call)
 
 anyio.run(main)
 """
@@ -113,7 +113,7 @@ async def test_a_guest_dies_with_its_orchestrator(home: Path):
     with orchestrator(ORCHESTRATOR, home) as (process, number):
         uid = 2_000_000_000 + number if AS_ROOT else None
         mine = {pid for pid in processes_of(uid) if _is_below(pid, process.pid)}
-        assert len(mine) >= 4
+        assert len(mine) >= 4, "bwrap, supervisor, runner, and its child"
         process.send_signal(signal.SIGKILL)
         process.wait()
         await until(lambda: not mine & processes_of(uid), 5.0)
