@@ -187,15 +187,31 @@ class Database:
 
     def _commit(self, batch: list[_Job]) -> None:
         try:
-            with self._writing, self._writer.begin():
-                for job in batch:
-                    self._run(job)
+            with self._writing:
+                if not self._commit_whole(batch):
+                    with self._writer.begin():
+                        for job in batch:
+                            self._run(job)
         except SQLAlchemyError as error:
             for job in batch:
                 job.error = job.error or _store_error(error)
         except BaseException as error:
             for job in batch:
                 job.error = error
+
+    def _commit_whole(self, batch: list[_Job]) -> bool:
+        """All parts in one go. False, with nothing done, when one raised: then each has to get a savepoint of its own.
+
+        So a part may run twice; it must do nothing but speak to the database.
+        """
+        with self._writer.begin() as whole:
+            try:
+                for job in batch:
+                    job.result = job.work(self._writer)
+            except Exception:  # whosever it was: the second time round tells
+                whole.rollback()
+                return False
+        return True
 
     def _run(self, job: _Job) -> None:
         part = self._writer.begin_nested()

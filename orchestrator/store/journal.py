@@ -22,6 +22,7 @@ _head = (
     .order_by(records.c.seq.desc())
     .limit(1)
 )
+_add_record, _add_payloads = sa.insert(records), sa.insert(payloads)
 SALT_BYTES = 16
 Connection = sa.Connection  # the transaction that callers hand through, named here so that they need no SQLAlchemy
 
@@ -56,9 +57,9 @@ def append(tx: sa.Connection, key: QueryKey, event: Event) -> Sealed:
         prev=prev,
         payloads=commitments,
     )
-    tx.execute(sa.insert(records), {"query": key.id, "seq": seq, "record": sealed.record, "hash": sealed.hash})
+    tx.execute(_add_record, {"query": key.id, "seq": seq, "record": sealed.record, "hash": sealed.hash})
     if rows and key.keep:
-        tx.execute(sa.insert(payloads), rows)
+        tx.execute(_add_payloads, rows)
     return sealed
 
 

@@ -46,17 +46,20 @@ _hold = (
 )
 _release = (
     sa.update(scopes)
-    .where(scopes.c.id == sa.bindparam("scope"))
+    .where(scopes.c.id.in_(sa.bindparam("scopes", expanding=True)))
     .values(held=scopes.c.held - sa.bindparam("amount"), spent=scopes.c.spent + sa.bindparam("used"))
 )
 _end = (
     sa.update(reservations)
     .where(reservations.c.id == sa.bindparam("reservation"), reservations.c.state == "open")
     .values(state=sa.bindparam("becomes"), settled=sa.bindparam("used"))
+    .returning(reservations.c.amount, reservations.c.scopes)
 )
 _find = sa.select(reservations.c.amount, reservations.c.scopes).where(
     reservations.c.id == sa.bindparam("reservation"), reservations.c.state == "open"
 )
+
+_add = sa.insert(reservations)
 
 
 def open_scopes(tx: sa.Connection, purses: Sequence[Scope]) -> None:
@@ -73,7 +76,7 @@ def reserve(tx: sa.Connection, reservation: str, query: str, node: str, amount: 
         if not fits or tx.execute(_hold, {"scope": scope.id, "amount": amount, "limit": scope.limit}).rowcount != 1:
             raise _refusal(tx, query, number, amount, purses)
     tx.execute(
-        sa.insert(reservations),
+        _add,
         {
             "id": reservation,
             "query": query,
@@ -96,14 +99,12 @@ def void(tx: sa.Connection, reservation: str) -> None:
 
 
 def _close(tx: sa.Connection, reservation: str, used: int, state: str) -> None:
-    row = tx.execute(_find, {"reservation": reservation}).first()
+    row = tx.execute(_end, {"reservation": reservation, "becomes": state, "used": used}).first()
     if row is None:
         raise StoreError(f"reservation {reservation} is not open")
     if not 0 <= used <= row.amount:
         raise StoreError(f"reservation {reservation} of {row.amount} cannot be settled to {used}")
-    for scope in row.scopes:
-        tx.execute(_release, {"scope": scope, "amount": row.amount, "used": used})
-    tx.execute(_end, {"reservation": reservation, "becomes": state, "used": used})
+    tx.execute(_release, {"scopes": row.scopes, "amount": row.amount, "used": used})
 
 
 def open_reservations(tx: sa.Connection, query: str) -> list[tuple[str, str, int]]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.sandbox.base import Slot
-from orchestrator.sandbox.cgroup import own_hierarchy
+from orchestrator.sandbox.cgroup import Cgroup, own_hierarchy
 from orchestrator.sandbox.slots import Slots
 from tests.sandboxes import Repl, processes_of, status_of, until
 from tests.security.attacks import Weak
@@ -119,6 +119,12 @@ async def test_a_guest_dies_with_its_orchestrator(home: Path):
         await until(lambda: not mine & processes_of(uid), 5.0)
         with taken(home, number) as slot:
             assert list(slot.folder.iterdir()) == []
+            # The control group is empty by now; the slot's next sandbox begins with removing it.
+            hierarchy = own_hierarchy()
+            assert hierarchy
+            group = Cgroup(hierarchy, f"airlock-{number}")
+            group.remove()
+            assert not [folder for folder in group.folders.values() if folder.exists()]
 
 
 async def test_what_a_dead_orchestrator_left_under_a_slots_user_is_ended(home: Path):

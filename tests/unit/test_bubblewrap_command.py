@@ -76,7 +76,8 @@ def test_the_agent_runs_isolated_from_its_environment(arguments: list[str]):
     program = arguments[arguments.index("--") + 1 :]
     assert program[0] == "/usr/bin/python3"
     assert {"-I", "-S", "-B"} <= {*program}
-    assert program[-1] == "/agent.pyz"
+    assert program[-2] == "-c"
+    assert "'/agent.pyz'" in program[-1]
 
 
 def test_a_python_of_its_own_prefix_finds_its_libraries():

@@ -6,7 +6,6 @@ import io
 import unicodedata
 from typing import Any, get_args
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
