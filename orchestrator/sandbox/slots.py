@@ -17,6 +17,7 @@ from pathlib import Path
 
 from orchestrator.core.errors import SandboxUnusable, StoreError
 from orchestrator.sandbox.base import Slot
+from orchestrator.sandbox.cgroup import group_of
 
 UID_BASE = 2_000_000_000  # above what distributions, containers (subuid) and systemd give out
 MOST = 4096
@@ -96,6 +97,8 @@ def _prepare(slot: Slot, handle: int) -> None:
 def _clear(slot: Slot, handle: int) -> None:
     if slot.uid is not None and os.fstat(handle).st_size:
         _end_processes(slot.uid)
+        if group := group_of(slot.number):
+            group.remove()
     os.ftruncate(handle, 0)
     shutil.rmtree(slot.folder, ignore_errors=True)
 
