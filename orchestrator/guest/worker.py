@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 
+from . import wire
 from .lean import socket
 from .link import Link, Shield
 from .repl import Repl, renew_streams, restore_fds
@@ -74,10 +75,11 @@ class Worker:
         """Fork a process that has this one's state and waits, on descriptors of its own, to be needed."""
         import warnings
 
-        ctl, out, err = self._link.take_fds()
+        ctl, out, err = fds = self._link.take_fds()
         threads = len(sys._current_frames()) > 1  # pyright: ignore[reportPrivateUsage]
         self._snapshots = [pid for pid in self._snapshots if not _reaped(pid)]
         try:
+            fds += os.pipe()
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # threads that a cell left running are no concern of the child
                 pid = os.fork()
@@ -86,9 +88,15 @@ class Worker:
         if pid:
             if pid > 0:
                 self._snapshots.append(pid)
-            for fd in (ctl, out, err):
+                # The pages that every cell touches are copied now, while the LM thinks, not on the next cell's way.
+                wire.encode(self._repl.run("", 0))
+            for fd in fds:
                 os.close(fd)
             return
+        held, waiting = fds[3:]
+        os.close(waiting)
+        os.read(held, 1)  # until the runner has done so: once this process tells of itself, all are stopped
+        os.close(held)
         self._snapshots = []
         self._process = os.getpid()
         if threads:
