@@ -173,7 +173,7 @@ class RLM:
         from anyio.from_thread import start_blocking_portal
 
         if self._portal is None:
-            self._portal = self._stack.enter_context(start_blocking_portal())
+            self._portal = self._stack.enter_context(start_blocking_portal(backend_options={"use_uvloop": True}))
         call = partial(self._rlm.completion, query, context, prompt=prompt, root_prompt=root_prompt)
         return self._portal.call(call)
 

@@ -12,8 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
-import rfc8785
-
 VERSION = 1
 GENESIS = "0" * 64
 
@@ -76,18 +74,29 @@ def seal(
         "payloads": dict(payloads),
         "prev": prev,
     }
-    if _has_float(fields["body"]):
-        raise ValueError(f"{event.type}: records hold no floats")
-    record = rfc8785.dumps(fields)
+    if _unfit(fields["body"]):
+        raise ValueError(f"{event.type}: records hold no floats, and no integers of more than 53 bits")
+    record = canonical(fields)
     return Sealed(seq, record, hashlib.sha256(record).hexdigest())
 
 
-def _has_float(value: Any) -> bool:
+def canonical(fields: Mapping[str, Any]) -> bytes:
+    """RFC 8785, by the C half of json: without floats, and with ASCII keys, this is what the RFC asks for.
+
+    A test holds it to the library rfc8785, ten times as slow. Raises ValueError on text that is not Unicode.
+    """
+    return json.dumps(fields, ensure_ascii=False, allow_nan=False, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _unfit(value: Any) -> bool:
+    """Whether canonical JSON as other languages read it would not hold the value exactly."""
     if isinstance(value, float):
         return True
-    if isinstance(value, dict):
-        return any(_has_float(item) for item in cast("dict[str, Any]", value).values())
-    return isinstance(value, (list, tuple)) and any(_has_float(item) for item in cast("list[Any]", value))
+    if isinstance(value, int):
+        return abs(value) >= 2**53
+    if isinstance(value, Mapping):
+        return any(_unfit(item) for item in cast("Mapping[str, Any]", value).values())
+    return isinstance(value, list | tuple) and any(_unfit(item) for item in cast("list[Any]", value))
 
 
 def chain_fault(records: list[tuple[bytes, str]]) -> str | None:

@@ -11,6 +11,7 @@ from orchestrator.core.errors import OutcomeUnknown, ProviderBusy, ProviderError
 from orchestrator.lm.base import LM, Reply, Request, Usage
 
 if TYPE_CHECKING:
+    import httpx2
     import openai
 
 CONNECT_S = 10.0  # a connection that is not made costs nothing, so it may be tried again
@@ -30,10 +31,7 @@ class OpenAILM(LM):
         import openai  # half a second: only when something is asked
 
         if self._client is None:
-            plain = self._base_url is not None and self._base_url.startswith("http://")
-            # Without TLS nobody needs the system's certificates, and reading them takes 20 ms and more.
-            # No redirects then: one could lead to a server whose certificate would have to be checked.
-            http = openai.DefaultAsyncHttpx2Client(verify=False, follow_redirects=False) if plain else None
+            http = _plain_http() if (self._base_url or "").startswith("http://") else None
             self._client = openai.AsyncOpenAI(
                 api_key=self._api_key, base_url=self._base_url, max_retries=0, http_client=http
             )
@@ -100,6 +98,20 @@ class OpenAILM(LM):
         if self._client is not None:
             await self._client.close()
             self._client = None
+
+
+def _plain_http() -> httpx2.AsyncClient:
+    """A client for a server without TLS, most often on this machine.
+
+    It does not read the system's certificates, 20 ms and more, and so follows no redirect, which could lead to where
+    they would be needed. It keeps few idle connections: the pool looks at each of them for every request, which costs
+    more than to connect again.
+    """
+    import httpx2
+    import openai
+
+    limits = httpx2.Limits(max_keepalive_connections=8)
+    return openai.DefaultAsyncHttpx2Client(verify=False, follow_redirects=False, limits=limits)
 
 
 def _never_sent(error: BaseException) -> bool:

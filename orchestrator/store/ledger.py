@@ -1,13 +1,15 @@
 """Money: reserve before a request, settle once after it. Integer nano-USD; `spent + held <= limit` at every instant.
 
 All functions work inside a transaction of `Database.write`, together with the journal's record of the same step. The
-guard is one UPDATE a scope whose WHERE clause is the limit: whatever the concurrency, the row decides.
+guard is one UPDATE whose WHERE clause is the limit: whatever the concurrency, the row decides.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.sqlite import insert
@@ -38,12 +40,19 @@ class NotEnough(Exception):
         self.free = free
 
 
-_hold = (
-    sa.update(scopes)
-    .where(scopes.c.id == sa.bindparam("scope"))
-    .where(scopes.c.spent + scopes.c.held + sa.bindparam("amount") <= sa.bindparam("limit"))
-    .values(held=scopes.c.held + sa.bindparam("amount"))
-)
+@cache
+def _hold(count: int) -> Any:
+    """Hold `amount` on those of `count` scopes whose limit permits it, in one statement; returns their ids."""
+    limits: Any = [(scopes.c.id == sa.bindparam(f"scope{n}"), sa.bindparam(f"limit{n}")) for n in range(count)]
+    return (
+        sa.update(scopes)
+        .where(scopes.c.id.in_([sa.bindparam(f"scope{n}") for n in range(count)]))
+        .where(scopes.c.spent + scopes.c.held + sa.bindparam("amount") <= sa.case(*limits))
+        .values(held=scopes.c.held + sa.bindparam("amount"))
+        .returning(scopes.c.id)
+    )
+
+
 _release = (
     sa.update(scopes)
     .where(scopes.c.id.in_(sa.bindparam("scopes", expanding=True)))
@@ -70,11 +79,15 @@ def open_scopes(tx: sa.Connection, purses: Sequence[Scope]) -> None:
 
 def reserve(tx: sa.Connection, reservation: str, query: str, node: str, amount: int, purses: Sequence[Scope]) -> None:
     """Hold `amount` on every scope, or raise NotEnough (the caller's transaction part is then undone)."""
-    for number, scope in enumerate(purses):
-        # An amount above the limit needs no asking, and may be larger than the database's integers.
-        fits = amount <= scope.limit
-        if not fits or tx.execute(_hold, {"scope": scope.id, "amount": amount, "limit": scope.limit}).rowcount != 1:
-            raise _refusal(tx, query, number, amount, purses)
+    held: set[str] = set()
+    # An amount above the limit needs no asking, and may be larger than the database's integers.
+    if all(amount <= scope.limit for scope in purses):
+        values: dict[str, str | int] = {"amount": amount}
+        for number, scope in enumerate(purses):
+            values |= {f"scope{number}": scope.id, f"limit{number}": scope.limit}
+        held.update(tx.execute(_hold(len(purses)), values).scalars())
+    if len(held) != len(purses):
+        raise _refusal(tx, query, held, amount, purses)
     tx.execute(
         _add,
         {
@@ -128,19 +141,19 @@ def set_aside(query: str) -> str:
     return f"{query}:last-word"
 
 
-def _refusal(tx: sa.Connection, query: str, number: int, amount: int, purses: Sequence[Scope]) -> NotEnough:
-    """Why `amount` was refused by the scope at `number`; the scopes before it hold it by now."""
+def _refusal(tx: sa.Connection, query: str, held_by: set[str], amount: int, purses: Sequence[Scope]) -> NotEnough:
+    """Why `amount` was refused by some scope; those in `held_by` hold it by now."""
     books: list[tuple[Scope, int, int]] = []
-    for position, scope in enumerate(purses):
+    for scope in purses:
         spent, held = balance(tx, scope.id)
-        books.append((scope, spent, held - amount if position < number else held))
+        books.append((scope, spent, held - amount if scope.id in held_by else held))
     free = min(scope.limit - spent - held for scope, spent, held in books)
     # Held money comes free again, but for the last word's. Where that and spent money block one scope, waiting for what
     # others hold is of no use.
     last = tx.execute(_find, {"reservation": set_aside(query)}).first()
     aside = [last.amount if last and scope.id in last.scopes else 0 for scope in purses]
     exhausted = [book for book, kept in zip(books, aside, strict=True) if book[1] + kept + amount > book[0].limit]
-    scope, spent, held = exhausted[0] if exhausted else books[number]
+    scope, spent, held = exhausted[0] if exhausted else next(book for book in books if book[0].id not in held_by)
     left = scope.limit - spent - held
     fields = {"limit": f"{usd(scope.limit)} USD", "asked": f"{usd(amount)} USD", "left": f"{usd(left)} USD"}
     kind = BudgetExhausted if exhausted else BudgetInFlight

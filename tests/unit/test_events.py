@@ -7,10 +7,11 @@ import json
 from typing import Any
 
 import pytest
+import rfc8785
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.core.events import GENESIS, Event, Sealed, chain_fault, commitment, seal
+from orchestrator.core.events import GENESIS, Event, Sealed, canonical, chain_fault, commitment, seal
 from tests.unit.helpers import quick
 
 Chain = list[tuple[bytes, str]]
@@ -132,3 +133,15 @@ def test_a_tail_that_was_cut_off_does_not_show_in_the_chain_alone(length: int):
 @given(st.one_of(st.binary(), bodies.map(lambda body: json.dumps(body).encode())))
 def test_bytes_that_are_no_record_are_told_and_not_tripped_over(record: bytes):
     assert chain_fault([(record, hashlib.sha256(record).hexdigest())]) == "record 0 is not a record"
+
+
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**53) + 1, 2**53 - 1) | st.text(st.characters(codec="utf-8")),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text("abcXYZ_.0"), inner, max_size=4),
+    max_leaves=20,
+)
+
+
+@given(st.dictionaries(st.text("abcXYZ_.0"), plain))
+def test_canonical_is_what_the_rfc_asks_for(fields: dict[str, object]):
+    assert canonical(fields) == rfc8785.dumps(fields)  # pyright: ignore[reportArgumentType]
