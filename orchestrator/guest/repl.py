@@ -259,7 +259,7 @@ def _open_streams() -> None:
         except Exception:  # noqa: S110  an object of the cell's own making: replaced below
             pass
         _streams[fd] = open(  # noqa: SIM115  lives as long as the worker; fd, not path
-            fd, "w", encoding="utf-8", errors="backslashreplace", buffering=1 << 16, closefd=False
+            fd, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False
         )
         setattr(sys, name, _streams[fd])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import anyio
 import pytest
 
 from orchestrator.guest import wire
@@ -48,6 +49,19 @@ async def test_only_new_variables_of_the_users_own_are_named(repl: Repl):
     many = await repl.run("for i in range(200): globals()[f'v{i:03}'] = i")
     assert many.names[:2] == ("i", "v000")
     assert len(many.names) == wire.MAX_NAMES
+
+
+async def test_output_is_streamed_while_the_cell_runs(repl: Repl):
+    came = anyio.Event()
+
+    async def answer_once_output_came(_call: Call) -> str:
+        with anyio.fail_after(10):
+            await came.wait()
+        return "seen"
+
+    code = "print('first')\nprint(llm_query('?'))"
+    result = await repl.sandbox.run(code, 20.0, answer_once_output_came, lambda _stream, _text: came.set())
+    assert result.text("out") == "first\nseen\n"
 
 
 async def test_output_comes_in_the_order_it_was_written(repl: Repl):
