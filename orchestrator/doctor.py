@@ -7,12 +7,13 @@ import platform
 import shutil
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from orchestrator import settings
 from orchestrator.core.errors import AirlockError
 from orchestrator.core.policy import Policy
-from orchestrator.sandbox.base import Backend, Finding, SandboxSpec, Slot
+from orchestrator.sandbox.base import Backend, Finding, SandboxSpec
 from orchestrator.sandbox.registry import make_backend
 from orchestrator.sandbox.sandbox import Call, Sandbox, open_sandbox
 from orchestrator.sandbox.slots import Slots
@@ -67,24 +68,9 @@ def _store(home: Path) -> Finding:
 
 
 async def _sandbox(backend: Backend, home: Path, policy: Policy) -> list[Finding]:
-    limits = policy.sandbox
-
-    def spec(slot: Slot) -> SandboxSpec:
-        return SandboxSpec(
-            slot=slot,
-            memory_bytes=limits.memory,
-            cpus=1.0,
-            pids=limits.pids,
-            tmp_bytes=limits.tmp,
-            files=limits.files,
-            output_bytes=limits.output,
-            answer_chars=policy.content.answer_chars,
-            calls_in_flight=1,
-        )
-
     started = time.perf_counter()
     try:
-        async with open_sandbox(backend, Slots(home), spec) as sandbox:
+        async with open_sandbox(backend, Slots(home), partial(SandboxSpec.under, policy)) as sandbox:
             result = await sandbox.run(_PROBE, 10, _no_calls)
             first = (time.perf_counter() - started) * 1000
             trip = await _round_trip(sandbox)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 from _bisect import bisect_right
+from abc import abstractmethod
 
 from .lazytext import LazyText
 from .lean import Sequence, loads
@@ -73,12 +74,12 @@ class LazyList(Values):
         self._data, self._facts, self._memory_bytes = data, facts, memory_bytes
         self._length: int = facts["items"]
 
-    def _item(self, number: int) -> Any:
-        raise NotImplementedError
+    @abstractmethod
+    def _item(self, number: int) -> Any: ...
 
+    @abstractmethod
     def _slice_bytes(self, first: int, last: int) -> int:
         """An upper bound of what items first to last take in memory."""
-        raise NotImplementedError
 
     def __len__(self) -> int:
         return self._length

@@ -246,19 +246,7 @@ class _Query:
         )
 
     def _spec(self, slot: Slot) -> SandboxSpec:
-        limits = self._order.policy.sandbox
-        return SandboxSpec(
-            slot=slot,
-            memory_bytes=limits.memory,
-            cpus=limits.cpu / 1000,
-            pids=limits.pids,
-            tmp_bytes=limits.tmp,
-            files=limits.files,
-            output_bytes=limits.output,
-            answer_chars=self._order.policy.content.answer_chars,
-            calls_in_flight=self._order.policy.counts.in_flight,
-            context_bytes=self._order.context.bytes,
-        )
+        return SandboxSpec.under(self._order.policy, slot, context_bytes=self._order.context.bytes)
 
     async def _in_sandbox(self, messages: list[Message]) -> Outcome:
         async with self._m.open_sandbox(self._spec) as sandbox:
@@ -335,7 +323,7 @@ class _Query:
         if call.op == "llm_query" and not self._order.sub_models:
             text = "there is no model for sub-calls: name one with --model or --sub-model"
         error = NotPermitted(text, limit=f"depth {self._order.policy.counts.depth}", asked=call.op)
-        await self._record(Event("call.refused", ROOT, {"role": "sub", "kind": error.kind, "detail": text}))
+        await self._m.proxy.refuse(self._account, error, call.model or "")
         raise error
 
     async def _record(self, event: Event) -> None:
@@ -364,6 +352,7 @@ class _Query:
             "status": outcome.status,
             "reason": outcome.reason[:1000],
             "sub_calls": self._account.sub_calls,
+            "refused": self._account.refused,
             "turns": turns,
             "duration_ms": int(duration * 1000),
         }

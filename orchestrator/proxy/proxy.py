@@ -46,6 +46,7 @@ Recorded = Callable[[Event], None]
 MESSAGE_TOKENS = 16  # what a chat template adds to a message, at most
 REQUEST_TOKENS = 64  # and to a request
 LONGEST_WAIT_S = 30.0
+RECORDED_REFUSALS = 100  # of a query, one by one: a refusal costs a guest nothing, and must not fill the disk
 
 
 @dataclass(slots=True)
@@ -75,6 +76,7 @@ class Account:
     sub_calls: int = 0
     calls: int = 0
     running: int = 0
+    refused: int = 0
     usage: dict[str, ModelUsage] = field(default_factory=dict[str, ModelUsage])
     conversation: Sequence[Message] = ()
 
@@ -129,8 +131,14 @@ class Proxy:
             async with account.in_flight:
                 return (await self.ask(account, "sub", name, [message], account.policy.models.output_tokens)).text
         except AirlockError as error:
-            await self._record(account, Event("call.refused", account.node, _refusal(error, "sub", name)))
+            await self.refuse(account, error, name)
             raise
+
+    async def refuse(self, account: Account, error: AirlockError, model: str) -> None:
+        """Record that a sub-call was refused. After RECORDED_REFUSALS they are only counted, for `query.closed`."""
+        account.refused += 1
+        if account.refused <= RECORDED_REFUSALS:
+            await self._record(account, Event("call.refused", account.node, _refusal(error, "sub", model)))
 
     async def ask(
         self,

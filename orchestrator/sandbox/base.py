@@ -10,6 +10,8 @@ from typing import Any
 
 from anyio.abc import ByteStream
 
+from orchestrator.core.policy import Policy
+
 _GIB = 1 << 30
 
 
@@ -51,6 +53,23 @@ class SandboxSpec:
     answer_chars: int
     calls_in_flight: int
     context_bytes: int = 0
+
+    @classmethod
+    def under(cls, policy: Policy, slot: Slot, context_bytes: int = 0) -> SandboxSpec:
+        """What `policy` grants a sandbox."""
+        limits = policy.sandbox
+        return cls(
+            slot=slot,
+            memory_bytes=limits.memory,
+            cpus=limits.cpu / 1000,
+            pids=limits.pids,
+            tmp_bytes=limits.tmp,
+            files=limits.files,
+            output_bytes=limits.output,
+            answer_chars=policy.content.answer_chars,
+            calls_in_flight=policy.counts.in_flight,
+            context_bytes=context_bytes,
+        )
 
     def guest_limits(self) -> dict[str, Any]:
         """The part that the guest agent enforces on its workers, as the hello frame carries it."""

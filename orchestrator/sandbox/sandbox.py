@@ -138,7 +138,7 @@ class Sandbox:
             kind = frame["type"]
             if kind == "output" and frame["cell"] == self._cells and frame["stream"] in ("out", "err"):
                 room -= len(frame["text"])
-                if room < 0:
+                if room < 0 or not frame["text"]:  # an empty one would take nothing of the cap, and never end
                     raise ProtocolViolation("the guest sent more output than its cap")
                 result.output.append((frame["stream"], frame["text"]))
                 if on_output:

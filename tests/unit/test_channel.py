@@ -192,6 +192,7 @@ async def test_a_guest_that_dies_at_its_start_leaves_its_last_words():
         ([CALL | {"id": 5}, CALL | {"id": 4}], "reused a call's id"),
         ([CALL | {"id": number + 1} for number in range(9)], "too many calls in flight"),
         ([OUTPUT | {"text": "x" * 1_000_000}] * 2, "more output than its cap"),
+        ([OUTPUT | {"text": ""}], "more output than its cap"),
         ([DONE | {"answer": "x" * 100_001}], "an answer larger than its cap"),
         ([DONE | {"detail": "x" * 2001}], "more of a cell's end"),
         ([DONE | {"names": ["x"] * 65}], "more of a cell's end"),

@@ -28,7 +28,7 @@ from orchestrator.core.errors import (
 from orchestrator.core.policy import Policy
 from orchestrator.lm.base import LM, Message, Reply, Usage
 from orchestrator.proxy.prices import Prices
-from orchestrator.proxy.proxy import MESSAGE_TOKENS, REQUEST_TOKENS, Proxy
+from orchestrator.proxy.proxy import MESSAGE_TOKENS, RECORDED_REFUSALS, REQUEST_TOKENS, Proxy
 from orchestrator.store import journal, ledger
 from orchestrator.store.db import Database
 from tests.unit.helpers import DEFAULT, FakeLM, HangingLM, Query, database, policy, said, user
@@ -276,6 +276,15 @@ async def test_a_model_that_a_guest_names_only_selects(db: Database):
     assert [len(body["model"]) for body in at.bodies("call.refused")][-1] == 200
     assert await at.sub(model="other") == "yes"
     assert lm.requests[0].model == "provider's other"
+
+
+async def test_refusals_do_not_fill_the_journal(db: Database):
+    at = desk(db, FakeLM(said("yes")))
+    for _ in range(RECORDED_REFUSALS + 5):
+        with pytest.raises(NotPermitted):
+            await at.sub(model="nobody")
+    assert len(at.bodies("call.refused")) == RECORDED_REFUSALS
+    assert at.query.account.refused == RECORDED_REFUSALS + 5
 
 
 async def test_a_model_that_the_policy_leaves_out_is_refused(db: Database):
