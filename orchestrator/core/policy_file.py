@@ -19,14 +19,8 @@ _PLAIN = {
 }
 
 
-class _Loader(yaml.SafeLoader):
-    """Without aliases: a policy needs none, and a few lines of them can stand for gigabytes."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):  # pyright: ignore[reportUnknownMemberType]
-            event = cast("Any", self.peek_event())  # pyright: ignore[reportUnknownMemberType]
-            raise yaml.MarkedYAMLError(problem="a policy has no aliases", problem_mark=event.start_mark)
-        return super().compose_node(parent, index)  # pyright: ignore[reportUnknownMemberType]
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # PyYAML's binding of libyaml, where it was built with it
+_DEEPEST = 20
 
 
 def parse_policy(text: str, name: str) -> Policy:
@@ -48,11 +42,12 @@ def parse_policy(text: str, name: str) -> Policy:
 
 def _read(text: str, name: str) -> tuple[yaml.MappingNode, Any]:
     try:
+        _refuse_tricks(text)
         loader = _Loader(text)
         root: Any = loader.get_single_node()
         if not isinstance(root, yaml.MappingNode) or root.tag != "tag:yaml.org,2002:map":
             raise PolicyError(f"{name}:1: a policy is a mapping of sections; see policies/default.yaml")
-        return root, loader.construct_document(root)  # pyright: ignore[reportUnknownMemberType]
+        return root, loader.construct_document(root)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise PolicyError(f"{name}:{line}: not YAML: {error.problem}") from None
@@ -61,6 +56,18 @@ def _read(text: str, name: str) -> tuple[yaml.MappingNode, Any]:
     # The library's own faults on values such as `!!bool x`: KeyError, AttributeError and more, all without a line.
     except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError, RecursionError) as error:
         raise PolicyError(f"{name}:1: not YAML: a value cannot be read ({type(error).__name__})") from None
+
+
+def _refuse_tricks(text: str) -> None:
+    """Aliases, of which a few lines can stand for gigabytes, and nesting that no recursion survives."""
+    depth = 0
+    for event in cast("Any", yaml.parse(text, Loader=_Loader)):
+        mark: Any = event.start_mark
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(problem="a policy has no aliases", problem_mark=mark)
+        if depth > _DEEPEST:
+            raise yaml.MarkedYAMLError(problem=f"more than {_DEEPEST} levels", problem_mark=mark)
 
 
 def _duplicates(node: Any, name: str) -> list[str]:

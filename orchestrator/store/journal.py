@@ -15,14 +15,15 @@ import sqlalchemy as sa
 
 from orchestrator.core.events import GENESIS, Event, Sealed, chain_fault, commitment, seal
 from orchestrator.store.db import now, payloads, queries, records
+from orchestrator.store.prepared import Prepared
 
-_head = (
+_head = Prepared(
     sa.select(records.c.seq, records.c.hash)
     .where(records.c.query == sa.bindparam("q"))
     .order_by(records.c.seq.desc())
     .limit(1)
 )
-_add_record, _add_payloads = sa.insert(records), sa.insert(payloads)
+_add_record, _add_payload = Prepared(sa.insert(records)), Prepared(sa.insert(payloads))
 SALT_BYTES = 16
 Connection = sa.Connection  # the transaction that callers hand through, named here so that they need no SQLAlchemy
 
@@ -39,8 +40,7 @@ class QueryKey:
 
 def append(tx: sa.Connection, key: QueryKey, event: Event) -> Sealed:
     """Add `event` to the query's chain."""
-    head = tx.execute(_head, {"q": key.id}).first()
-    seq, prev = (head.seq + 1, head.hash) if head else (0, GENESIS)
+    seq, prev = _next(tx, key.id)
     commitments: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
     for name, text in event.payloads.items():
@@ -57,10 +57,17 @@ def append(tx: sa.Connection, key: QueryKey, event: Event) -> Sealed:
         prev=prev,
         payloads=commitments,
     )
-    tx.execute(_add_record, {"query": key.id, "seq": seq, "record": sealed.record, "hash": sealed.hash})
-    if rows and key.keep:
-        tx.execute(_add_payloads, rows)
+    _add_record(tx, {"query": key.id, "seq": seq, "record": sealed.record, "hash": sealed.hash})
+    if key.keep:
+        for row in rows:
+            _add_payload(tx, row)
     return sealed
+
+
+def _next(tx: sa.Connection, query: str) -> tuple[int, str]:
+    """The place of the query's next record, and the hash of the record before it."""
+    head = _head(tx, {"q": query})
+    return (head[0][0] + 1, head[0][1]) if head else (0, GENESIS)
 
 
 def open_query(tx: sa.Connection, key: QueryKey, owner: str, event: Event) -> Sealed:
@@ -79,8 +86,7 @@ def open_query(tx: sa.Connection, key: QueryKey, owner: str, event: Event) -> Se
 
 def close_query(tx: sa.Connection, key: QueryKey, status: str, event: Event) -> Sealed:
     """End a query's chain with its `query.closed`, which commits how many records there are."""
-    head = tx.execute(_head, {"q": key.id}).first()
-    length = head.seq + 2 if head else 1
+    length = _next(tx, key.id)[0] + 1
     tx.execute(sa.update(queries).where(queries.c.id == key.id).values(status=status))
     body = {**event.body, "records": length}
     return append(tx, key, Event(event.type, event.node, body, event.payloads))

@@ -6,6 +6,7 @@ guard is one UPDATE whose WHERE clause is the limit: whatever the concurrency, t
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -17,6 +18,7 @@ from sqlalchemy.dialects.sqlite import insert
 from orchestrator.core.errors import BudgetExhausted, BudgetInFlight, StoreError
 from orchestrator.core.units import usd
 from orchestrator.store.db import reservations, scopes
+from orchestrator.store.prepared import Prepared
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,25 +42,33 @@ class NotEnough(Exception):
         self.free = free
 
 
+def _named(count: int) -> Any:
+    return scopes.c.id.in_([sa.bindparam(f"scope{n}") for n in range(count)])
+
+
 @cache
-def _hold(count: int) -> Any:
+def _hold(count: int) -> Prepared:
     """Hold `amount` on those of `count` scopes whose limit permits it, in one statement; returns their ids."""
     limits: Any = [(scopes.c.id == sa.bindparam(f"scope{n}"), sa.bindparam(f"limit{n}")) for n in range(count)]
-    return (
+    return Prepared(
         sa.update(scopes)
-        .where(scopes.c.id.in_([sa.bindparam(f"scope{n}") for n in range(count)]))
+        .where(_named(count))
         .where(scopes.c.spent + scopes.c.held + sa.bindparam("amount") <= sa.case(*limits))
         .values(held=scopes.c.held + sa.bindparam("amount"))
         .returning(scopes.c.id)
     )
 
 
-_release = (
-    sa.update(scopes)
-    .where(scopes.c.id.in_(sa.bindparam("scopes", expanding=True)))
-    .values(held=scopes.c.held - sa.bindparam("amount"), spent=scopes.c.spent + sa.bindparam("used"))
-)
-_end = (
+@cache
+def _release(count: int) -> Prepared:
+    return Prepared(
+        sa.update(scopes)
+        .where(_named(count))
+        .values(held=scopes.c.held - sa.bindparam("amount"), spent=scopes.c.spent + sa.bindparam("used"))
+    )
+
+
+_end = Prepared(
     sa.update(reservations)
     .where(reservations.c.id == sa.bindparam("reservation"), reservations.c.state == "open")
     .values(state=sa.bindparam("becomes"), settled=sa.bindparam("used"))
@@ -67,8 +77,7 @@ _end = (
 _find = sa.select(reservations.c.amount, reservations.c.scopes).where(
     reservations.c.id == sa.bindparam("reservation"), reservations.c.state == "open"
 )
-
-_add = sa.insert(reservations)
+_add = Prepared(sa.insert(reservations))
 
 
 def open_scopes(tx: sa.Connection, purses: Sequence[Scope]) -> None:
@@ -85,20 +94,12 @@ def reserve(tx: sa.Connection, reservation: str, query: str, node: str, amount: 
         values: dict[str, str | int] = {"amount": amount}
         for number, scope in enumerate(purses):
             values |= {f"scope{number}": scope.id, f"limit{number}": scope.limit}
-        held.update(tx.execute(_hold(len(purses)), values).scalars())
+        held.update(scope for (scope,) in _hold(len(purses))(tx, values))
     if len(held) != len(purses):
         raise _refusal(tx, query, held, amount, purses)
-    tx.execute(
-        _add,
-        {
-            "id": reservation,
-            "query": query,
-            "node": node,
-            "amount": amount,
-            "state": "open",
-            "scopes": [scope.id for scope in purses],
-        },
-    )
+    names = json.dumps([scope.id for scope in purses])
+    row = {"id": reservation, "query": query, "node": node, "amount": amount, "state": "open", "scopes": names}
+    _add(tx, row)
 
 
 def settle(tx: sa.Connection, reservation: str, used: int) -> None:
@@ -112,12 +113,14 @@ def void(tx: sa.Connection, reservation: str) -> None:
 
 
 def _close(tx: sa.Connection, reservation: str, used: int, state: str) -> None:
-    row = tx.execute(_end, {"reservation": reservation, "becomes": state, "used": used}).first()
-    if row is None:
+    ended = _end(tx, {"reservation": reservation, "becomes": state, "used": used})
+    if not ended:
         raise StoreError(f"reservation {reservation} is not open")
-    if not 0 <= used <= row.amount:
-        raise StoreError(f"reservation {reservation} of {row.amount} cannot be settled to {used}")
-    tx.execute(_release, {"scopes": row.scopes, "amount": row.amount, "used": used})
+    amount, names = ended[0]
+    if not 0 <= used <= amount:
+        raise StoreError(f"reservation {reservation} of {amount} cannot be settled to {used}")
+    purses = {f"scope{number}": scope for number, scope in enumerate(json.loads(names))}
+    _release(len(purses))(tx, {**purses, "amount": amount, "used": used})
 
 
 def open_reservations(tx: sa.Connection, query: str) -> list[tuple[str, str, int]]:
