@@ -92,7 +92,7 @@ class Platform:
         prices = {**self.config.prices, **choices.prices}
         self._machinery = Machinery(
             db=self.db,
-            proxy=Proxy(self.db, Prices(prices), self.find_model),
+            proxy=Proxy(Prices(prices), self.find_model),
             backend=self.backend,
             open_sandbox=partial(open_sandbox, self.backend, self.slots),
             verify=self.contexts.verify,

@@ -51,7 +51,7 @@ class Loop:
     iterations: int
     ask: Ask
     run_cell: Callable[[str], Awaitable[CellResult]]
-    record: Callable[[Event], Awaitable[None]]
+    record: Callable[[Event], None]
     accept: Callable[[str], str | None]
     cells: int = 0
     turns: int = 0
@@ -68,7 +68,7 @@ class Loop:
             limit: LimitError = CountExceeded(f"all {self.iterations} turns are used", limit=str(self.iterations))
         except LimitError as error:
             limit = error
-        await self.record(Event("limit.hit", "root", {"kind": limit.kind, "detail": str(limit), "limit": limit.limit}))
+        self.record(Event("limit.hit", "root", {"kind": limit.kind, "detail": str(limit), "limit": limit.limit}))
         return await self._last_word(messages, limit)
 
     async def _turn(self, messages: list[Message]) -> str | None:

@@ -34,6 +34,7 @@ from orchestrator.store import journal, ledger
 from orchestrator.store.db import Database
 from orchestrator.store.journal import QueryKey
 from orchestrator.store.ledger import Scope
+from orchestrator.store.writer import Writer
 
 ROOT = "root"
 
@@ -109,6 +110,7 @@ class _Query:
             Scope(f"tenant-month:{order.tenant}:{now:%Y-%m}", policy.money.tenant_month),
         ]
         self._started = time.monotonic()
+        self._writer = Writer(machinery.db)
         self._account = Account(
             key=self._key,
             node=ROOT,
@@ -117,6 +119,7 @@ class _Query:
             deadline=self._started + policy.time.query / 1000,
             sub_models=order.sub_models,
             in_flight=anyio.Semaphore(policy.counts.in_flight),
+            writer=self._writer,
             recorded=order.observe,
         )
         self._reserve: str | None = ledger.set_aside(query_id)
@@ -126,11 +129,12 @@ class _Query:
 
     async def run(self) -> Closed:
         opened = self._opened()
-        await self._m.db.write(lambda tx: self._open(tx, opened))
+        running = await self._writer.write(lambda tx: self._open(tx, opened))
         self._order.observe(opened)
         self._order.on_account(self._account)
         error: AirlockError | None = None
         try:
+            self._admit(running)
             outcome = await self._bounded()
         except AirlockError as caught:
             error = caught
@@ -164,18 +168,20 @@ class _Query:
         }
         return Event("query.opened", ROOT, body, {"question": order.question})
 
-    def _open(self, tx: journal.Connection, opened: Event) -> None:
+    def _open(self, tx: journal.Connection, opened: Event) -> int:
+        """Returns how many queries of the tenant are open now, this one included."""
         ledger.open_scopes(tx, self._scopes)
         journal.open_query(tx, self._key, self._m.db.owner, opened)
+        return journal.open_queries(tx, self._order.tenant)
 
-    async def _admit(self) -> None:
+    def _admit(self, running: int) -> None:
         """Refuse what cannot come to a good end, before anything is started. Raises LimitError, RequestError."""
         order, policy = self._order, self._order.policy
         if len(order.question) > policy.content.question_chars:
             most = policy.content.question_chars
             raise CountExceeded(f"the question has {len(order.question):,} characters; {most:,} are permitted")
         most = policy.tenant.queries_at_once
-        if await anyio.to_thread.run_sync(self._m.db.read, self._count_open) > most:
+        if running > most:
             raise CountExceeded(
                 f"{most} queries of this tenant are running already; wait for one to end", limit=str(most)
             )
@@ -183,9 +189,6 @@ class _Query:
             for name in names:
                 if not policy.models.permits(role, name):  # pyright: ignore[reportArgumentType]
                     raise NotPermitted(f"the policy does not permit model {name!r} for {role} calls")
-
-    def _count_open(self, tx: journal.Connection) -> int:
-        return journal.open_queries(tx, self._order.tenant)
 
     async def _set_aside(self, messages: Sequence[Message]) -> None:
         """Hold the price of the last word. Raises BudgetExhausted when the budget does not also pay for a turn."""
@@ -207,15 +210,15 @@ class _Query:
             ledger.reserve(tx, str(self._reserve), self._key.id, ROOT, words, self._scopes)
 
         try:
-            await self._m.db.write(work)
+            await self._writer.write(work)
         except ledger.NotEnough as short:
             self._reserve = None
             raise short.error from None
+        self._account.held[str(self._reserve)] = words
 
     # Running
 
     async def _bounded(self) -> Outcome:
-        await self._admit()
         messages = self._messages()
         if self._order.code is None:
             await self._set_aside(messages)
@@ -225,7 +228,7 @@ class _Query:
             return await self._in_sandbox(messages)
         text = f"time-exceeded: the query's {self._order.policy.time.query / 1000:g} s are over"
         body = {"kind": "time-exceeded", "detail": text, "limit": f"{self._order.policy.time.query} ms"}
-        await self._record(Event("limit.hit", ROOT, body))
+        self._record(Event("limit.hit", ROOT, body))
         return Outcome("limit", self._loop.partial if self._loop else None, text)
 
     def _messages(self) -> list[Message]:
@@ -252,7 +255,7 @@ class _Query:
         async with self._m.open_sandbox(self._spec) as sandbox:
             try:
                 started = {"backend": self._m.backend.name, "isolation": self._m.backend.isolation.name}
-                await self._record(Event("sandbox.started", ROOT, {**started, "python": sandbox.python, "image": None}))
+                self._record(Event("sandbox.started", ROOT, {**started, "python": sandbox.python, "image": None}))
                 sandbox.attach(self._order.context)
                 if self._order.code is not None:
                     return await self._one_cell(sandbox, self._order.code)
@@ -266,7 +269,7 @@ class _Query:
         used = await sandbox.usage()
         cpu = None if used.cpu_s is None else int(used.cpu_s * 1000)
         body = {"cpu_ms": cpu, "peak_memory_bytes": used.peak_memory_bytes, "oom": used.oom}
-        await self._record(Event("sandbox.ended", ROOT, body))
+        self._record(Event("sandbox.ended", ROOT, body))
 
     async def _one_cell(self, sandbox: Sandbox, code: str) -> Outcome:
         self._cell = await self._run_cell(sandbox, code)
@@ -297,7 +300,9 @@ class _Query:
 
     async def _run_cell(self, sandbox: Sandbox, code: str) -> CellResult:
         self._cells += 1
-        await self._record(Event("cell.started", ROOT, {"cell": self._cells}, {"code": code}))
+        started = Event("cell.started", ROOT, {"cell": self._cells}, {"code": code})
+        await self._writer.write(lambda tx: journal.append(tx, self._key, started))  # before it runs
+        self._order.observe(started)
         timeout = min(self._order.policy.time.cell / 1000, self._account.remaining_s())
         result = await sandbox.run(code, timeout, self._on_call, self._order.on_output)
         body = {
@@ -310,7 +315,7 @@ class _Query:
             "answered": result.answer is not None,
         }
         shown = {"stdout": result.text("out"), "stderr": result.text("err")}
-        await self._record(Event("cell.ended", ROOT, body, {name: text for name, text in shown.items() if text}))
+        self._record(Event("cell.ended", ROOT, body, {name: text for name, text in shown.items() if text}))
         return result
 
     async def _on_call(self, call: Call) -> str | dict[str, Any]:
@@ -323,11 +328,11 @@ class _Query:
         if call.op == "llm_query" and not self._order.sub_models:
             text = "there is no model for sub-calls: name one with --model or --sub-model"
         error = NotPermitted(text, limit=f"depth {self._order.policy.counts.depth}", asked=call.op)
-        await self._m.proxy.refuse(self._account, error, call.model or "")
+        self._m.proxy.refuse(self._account, error, call.model or "")
         raise error
 
-    async def _record(self, event: Event) -> None:
-        await self._m.db.write(lambda tx: journal.append(tx, self._key, event))
+    def _record(self, event: Event) -> None:
+        self._writer.post(lambda tx: journal.append(tx, self._key, event))
         self._order.observe(event)
 
     # Closing
@@ -343,9 +348,7 @@ class _Query:
     async def _settle_and_close(self, outcome: Outcome) -> Closed:
         if self._order.policy.audit.verify_context:
             whole = await anyio.to_thread.run_sync(self._m.verify, self._order.context)
-            await self._record(
-                Event("context.verified", ROOT, {"sha256": self._order.context.sha256, "unchanged": whole})
-            )
+            self._record(Event("context.verified", ROOT, {"sha256": self._order.context.sha256, "unchanged": whole}))
         duration = time.monotonic() - self._started
         turns = self._loop.turns if self._loop else 0
         body = {
@@ -359,14 +362,17 @@ class _Query:
         answer = {} if outcome.answer is None else {"answer": outcome.answer}
 
         def work(tx: journal.Connection) -> tuple[str, int, Event]:
-            for reservation, _node, _amount in ledger.open_reservations(tx, self._key.id):
-                ledger.void(tx, reservation)  # the last word's alone: every call settles its own
+            for reservation, node, amount in ledger.open_reservations(tx, self._key.id):
+                if reservation in self._account.sent:  # its result could not be recorded
+                    _pay(tx, self._key, reservation, node, amount, "the result was lost")
+                else:  # the last word's, or one that was cancelled before it went out
+                    ledger.void(tx, reservation)
             # The ledger's word, not the account's: it also has what a call cost that was cancelled in between.
             spent, _held = ledger.balance(tx, self._scopes[0].id)
             event = Event("query.closed", ROOT, {**body, "cost_usd": usd(spent)}, answer)
             return journal.close_query(tx, self._key, outcome.status, event).hash, spent, event
 
-        head, spent, event = await self._m.db.write(work)
+        head, spent, event = await self._writer.write(work)
         self._order.observe(event)
         return Closed(
             query_id=self._key.id,
@@ -405,11 +411,15 @@ def _close_abandoned(tx: journal.Connection, key: QueryKey) -> None:
         if reservation == ledger.set_aside(key.id):
             ledger.void(tx, reservation)
             continue
-        ledger.settle(tx, reservation, amount)
-        call = reservation.split(":")[1]
-        body = {"call": call, "outcome": "unknown", "detail": "the orchestrator died", "cost_usd": usd(amount)}
-        journal.append(tx, key, Event("call.result", node, {**body, "usage": None}))
+        _pay(tx, key, reservation, node, amount, "the orchestrator died")
     spent, _held = ledger.balance(tx, f"query:{key.id}")
     reason = "orchestrator-died: the process that ran this query ended without closing it"
     body = {"status": "failed", "reason": reason, "cost_usd": usd(spent)}
     journal.close_query(tx, key, "failed", Event("query.closed", ROOT, body))
+
+
+def _pay(tx: journal.Connection, key: QueryKey, reservation: str, node: str, amount: int, why: str) -> None:
+    """Settle in full a call of which nobody knows whether it was answered."""
+    ledger.settle(tx, reservation, amount)
+    body = {"call": reservation.split(":")[1], "outcome": "unknown", "detail": why, "cost_usd": usd(amount)}
+    journal.append(tx, key, Event("call.result", node, {**body, "usage": None}))

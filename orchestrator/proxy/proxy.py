@@ -36,9 +36,9 @@ from orchestrator.core.units import usd
 from orchestrator.lm.base import LM, Message, Reply, Request
 from orchestrator.proxy.prices import Prices
 from orchestrator.store import journal, ledger
-from orchestrator.store.db import Database
 from orchestrator.store.journal import QueryKey
 from orchestrator.store.ledger import Scope
+from orchestrator.store.writer import Writer
 
 Role = Literal["root", "sub"]
 Recorded = Callable[[Event], None]
@@ -62,7 +62,8 @@ class Account:
     """Who is asking: made by the host when a query opens, bound to its sandbox's channel, never told by a guest.
 
     deadline: on the clock of time.monotonic. scopes: every purse the query's money comes out of, its own first.
-    sub_models: what a cell may name; without a name it gets the first.
+    sub_models: what a cell may name; without a name it gets the first. held: reservation -> nano-USD. sent: what was
+    asked for real, and is to be paid whatever happens to its record.
     """
 
     key: QueryKey
@@ -72,7 +73,10 @@ class Account:
     deadline: float
     sub_models: Sequence[str]
     in_flight: anyio.Semaphore
+    writer: Writer
     recorded: Recorded
+    held: dict[str, int] = field(default_factory=dict[str, int])
+    sent: set[str] = field(default_factory=set[str])
     sub_calls: int = 0
     calls: int = 0
     running: int = 0
@@ -105,8 +109,7 @@ class _Plan:
 class Proxy:
     """models: finds the LM for a model's name, and the provider's name for it; raises ModelError."""
 
-    def __init__(self, db: Database, prices: Prices, models: Callable[[str], tuple[LM, str]]) -> None:
-        self._db = db
+    def __init__(self, prices: Prices, models: Callable[[str], tuple[LM, str]]) -> None:
         self._prices = prices
         self._models = models
 
@@ -131,14 +134,16 @@ class Proxy:
             async with account.in_flight:
                 return (await self.ask(account, "sub", name, [message], account.policy.models.output_tokens)).text
         except AirlockError as error:
-            await self.refuse(account, error, name)
+            self.refuse(account, error, name)
             raise
 
-    async def refuse(self, account: Account, error: AirlockError, model: str) -> None:
+    def refuse(self, account: Account, error: AirlockError, model: str) -> None:
         """Record that a sub-call was refused. After RECORDED_REFUSALS they are only counted, for `query.closed`."""
         account.refused += 1
         if account.refused <= RECORDED_REFUSALS:
-            await self._record(account, Event("call.refused", account.node, _refusal(error, "sub", model)))
+            event = Event("call.refused", account.node, _refusal(error, "sub", model))
+            account.writer.post(lambda tx: journal.append(tx, account.key, event))
+            account.recorded(event)
 
     async def ask(
         self,
@@ -196,6 +201,7 @@ class Proxy:
         reply: Reply | None = None
         outcome, detail = "unknown", "cancelled"
         account.running += 1
+        account.sent.add(reservation)
         try:
             reply = await plan.lm.ask(request)
             outcome, detail = "answered", reply.finish_reason
@@ -208,8 +214,7 @@ class Proxy:
             raise
         finally:
             account.running -= 1
-            with anyio.CancelScope(shield=True):
-                await self._settle(account, plan, reservation, bound, outcome, detail, reply)
+            self._settle(account, plan, reservation, bound, outcome, detail, reply)
 
     async def _reserve(
         self, account: Account, plan: _Plan, output_tokens: int, reservation: str, number: int, release: str | None
@@ -252,7 +257,10 @@ class Proxy:
             ledger.reserve(tx, reservation, account.key.id, account.node, bound, account.scopes)
             journal.append(tx, account.key, event)
 
-        await self._db.write(work)
+        await account.writer.write(work)
+        account.held[reservation] = bound
+        if release:
+            account.held.pop(release, None)
         if plan.role == "root":
             account.conversation = list(plan.messages)
         account.recorded(event)
@@ -270,7 +278,7 @@ class Proxy:
                 high = middle - 1
         return best
 
-    async def _settle(
+    def _settle(
         self,
         account: Account,
         plan: _Plan,
@@ -298,7 +306,8 @@ class Proxy:
                 ledger.settle(tx, reservation, cost)
             journal.append(tx, account.key, event)
 
-        await self._db.write(work)
+        account.writer.post(work)
+        del account.held[reservation]
         total = account.usage.setdefault(plan.name, ModelUsage())
         total.calls += 1
         total.cost += cost
@@ -306,17 +315,9 @@ class Proxy:
         total.output_tokens += usage.output_tokens if usage else 0
         account.recorded(event)
 
-    async def _record(self, account: Account, event: Event) -> None:
-        await self._db.write(lambda tx: journal.append(tx, account.key, event))
-        account.recorded(event)
-
     def budget(self, account: Account) -> dict[str, object]:
         """What a cell's `budget()` shows: advisory, for this query alone."""
-
-        def work(tx: journal.Connection) -> tuple[int, int]:
-            return ledger.balance(tx, account.scopes[0].id)
-
-        spent, held = self._db.read(work)
+        spent, held = account.spent, sum(account.held.values())
         limit = account.scopes[0].limit
         return {
             "usd_left": usd(max(0, limit - spent - held)),

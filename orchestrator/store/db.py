@@ -14,7 +14,7 @@ import queue
 import secrets
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -85,12 +85,19 @@ def now() -> str:
 
 
 @dataclass(slots=True)
-class _Job:
+class Job:
+    """A transaction, or a part of one. told: called from the writing thread when it is done."""
+
     work: Callable[[sa.Connection], Any]
-    done: anyio.Event = field(default_factory=anyio.Event)
-    told: Callable[[], object] = lambda: None  # from the writing thread: that it is done
+    told: Callable[[], object] = lambda: None
+    done: bool = False
     result: Any = None
     error: BaseException | None = None
+
+    def outcome(self) -> Any:
+        if self.error:
+            raise self.error
+        return self.result
 
 
 class Database:
@@ -102,7 +109,7 @@ class Database:
     def __init__(self, home: Path) -> None:
         self.owner = secrets.token_hex(10)
         self._owners = home / "owners"
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._writing = threading.Lock()
         self._lock = -1
@@ -158,19 +165,22 @@ class Database:
         Raises StoreError when the database cannot be written. Once begun it is not cancelled: asyncio's own `cancel`,
         which no shield keeps off, ends the waiting and not the transaction, and later writes come after it.
         """
+        done, loop = anyio.Event(), asyncio.get_running_loop()
+        job = self.post(work, lambda: loop.call_soon_threadsafe(done.set))
+        with anyio.CancelScope(shield=True):
+            await done.wait()
+        return job.outcome()
+
+    def post(self, work: Callable[[sa.Connection], object], told: Callable[[], object] = lambda: None) -> Job:
+        """`write` without waiting: `work` has its turn after everything that was posted or written before it."""
         if self._lock < 0:
             raise StoreError("the database is closed")
         if self._thread is None:
             self._thread = threading.Thread(target=self._serve, name="airlock-writer", daemon=True)
             self._thread.start()
-        job, loop = _Job(work), asyncio.get_running_loop()
-        job.told = lambda: loop.call_soon_threadsafe(job.done.set)
+        job = Job(work, told)
         self._jobs.put(job)
-        with anyio.CancelScope(shield=True):
-            await job.done.wait()
-        if job.error:
-            raise job.error
-        return job.result
+        return job
 
     def _serve(self) -> None:
         going = True
@@ -182,10 +192,11 @@ class Database:
             going = len(batch) == len(taken)
             self._commit(batch)
             for job in batch:
+                job.done = True
                 with contextlib.suppress(RuntimeError):  # its event loop is closed: nobody waits any more
                     job.told()
 
-    def _commit(self, batch: list[_Job]) -> None:
+    def _commit(self, batch: list[Job]) -> None:
         try:
             with self._writing:
                 if not self._commit_whole(batch):
@@ -199,7 +210,7 @@ class Database:
             for job in batch:
                 job.error = error
 
-    def _commit_whole(self, batch: list[_Job]) -> bool:
+    def _commit_whole(self, batch: list[Job]) -> bool:
         """All parts in one go. False, with nothing done, when one raised: then each has to get a savepoint of its own.
 
         So a part may run twice; it must do nothing but speak to the database.
@@ -213,7 +224,7 @@ class Database:
                 return False
         return True
 
-    def _run(self, job: _Job) -> None:
+    def _run(self, job: Job) -> None:
         part = self._writer.begin_nested()
         try:
             job.result = job.work(self._writer)
@@ -227,14 +238,16 @@ class Database:
 
     def write_sync(self, work: Callable[[sa.Connection], T]) -> T:
         """`write` for code that runs before or after the event loop does."""
-        job = _Job(work)
+        job = Job(work)
         self._commit([job])
-        if job.error:
-            raise job.error
-        return job.result
+        return job.outcome()
 
     def read(self, work: Callable[[sa.Connection], T]) -> T:
-        """Run `work` on a snapshot. Raises StoreError."""
+        """Run `work` on a snapshot that has all that was posted before. Blocks. Raises StoreError."""
+        if self._thread is not None:
+            reached = threading.Event()
+            self.post(lambda _tx: None, reached.set)
+            reached.wait()
         try:
             with self._engine.connect().execution_options(readonly=True) as connection:
                 return work(connection)

@@ -7,6 +7,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Generator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Self
@@ -38,6 +39,8 @@ class Draft:
     def __init__(self, folder: Path) -> None:
         self.size = 0
         self._hash = hashlib.sha256()
+        self._hasher = ThreadPoolExecutor(1)  # large pieces are hashed while they are written
+        self._hashed: Future[None] | None = None
         handle, path = tempfile.mkstemp(dir=folder)
         self._path = Path(path)
         self.stream = os.fdopen(handle, "w+b", buffering=_BUFFER)
@@ -47,13 +50,19 @@ class Draft:
 
     def __exit__(self, *_: object) -> None:
         try:
+            self._hasher.shutdown()
             self.stream.close()
         finally:
             self._path.unlink(missing_ok=True)
 
     def write(self, data: bytes) -> None:
+        if self._hashed:
+            self._hashed.result()
+        if len(data) >= _BUFFER:
+            self._hashed = self._hasher.submit(self._hash.update, data)
+        else:
+            self._hash.update(data)
         self.stream.write(data)
-        self._hash.update(data)
         self.size += len(data)
 
     def place(self, folder: Path) -> str:
@@ -65,6 +74,7 @@ class Draft:
         self.stream.flush()
         os.fchmod(self.stream.fileno(), 0o444)
         os.fsync(self.stream.fileno())
+        self._hasher.shutdown()
         name = self._hash.hexdigest()
         self._path.replace(folder / name)
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -104,6 +105,23 @@ def test_the_disk_fills_up_in_mid_query(airlock: Airlock, seed: Path, moment: st
         there.nothing_left()
         ends = dict(there.rows("SELECT status, count(*) FROM queries GROUP BY status"))
         assert ends == {"failed": 1, "answered": 1}
+
+
+def test_an_answer_that_cannot_be_recorded_is_paid_in_full(airlock: Airlock) -> None:
+    """It goes on to the cell before it is on record; the query's end finds that the record is missing."""
+    with closing(sqlite3.connect(airlock.home / "airlock.db")) as db:
+        db.execute(
+            "CREATE TRIGGER lose BEFORE INSERT ON payloads WHEN NEW.name='completion' "
+            "BEGIN SELECT RAISE(ABORT, 'lost'); END"
+        )
+    with Provider(sub=[Say("yes", usage=(1, 1))]) as provider:
+        options = ["--context", "context.txt", "--model", "mine", "--base-url", provider.url, *PRICED]
+        done = airlock("exec", airlock.file("cell.py", "print(llm_query('What?'))"), *options, code=4)
+    assert "ledger and journal cannot be used: lost" in done.said
+    (intent,) = (record["body"] for record in airlock.records() if record["type"] == "call.intent")
+    (result,) = (record["body"] for record in airlock.records() if record["type"] == "call.result")
+    assert (result["outcome"], result["detail"]) == ("unknown", "the result was lost")
+    assert result["cost_usd"] == intent["bound_usd"] == airlock.closing()["cost_usd"]
 
 
 def test_a_data_folder_that_cannot_be_used(airlock: Airlock) -> None:

@@ -24,6 +24,7 @@ from orchestrator.store import journal, ledger
 from orchestrator.store.db import Database
 from orchestrator.store.journal import QueryKey
 from orchestrator.store.ledger import Scope
+from orchestrator.store.writer import Writer
 
 POLICIES = Path(__file__).parents[2] / "policies"
 DEFAULT = parse_policy((POLICIES / "default.yaml").read_text(), "default.yaml")
@@ -113,6 +114,7 @@ class Query:
             deadline=time.monotonic() + 60,
             sub_models=sub_models,
             in_flight=anyio.Semaphore(rules.counts.in_flight),
+            writer=Writer(db),
             recorded=self.seen.append,
         )
         db.write_sync(self._open)

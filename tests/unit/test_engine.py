@@ -58,7 +58,7 @@ class Stage:
             raise result
         return result
 
-    async def record(self, event: Event) -> None:
+    def record(self, event: Event) -> None:
         self.events.append(event)
 
     def loop(

@@ -71,7 +71,7 @@ def desk(db: Database, lm: LM, rules: Policy = DEFAULT, price: str = "1") -> Des
         return lm, f"provider's {name}"
 
     prices = Prices({name: (Decimal(price), Decimal(price)) for name in ("root", "sub", "other")})
-    return Desk(Proxy(db, prices, find), Query(db, rules, sub_models=("sub", "other")))
+    return Desk(Proxy(prices, find), Query(db, rules, sub_models=("sub", "other")))
 
 
 def bound(text: str, tokens: int) -> int:

@@ -1,0 +1,38 @@
+"""The writes of one query, in the order in which they are given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import sqlalchemy as sa
+
+from orchestrator.store.db import Database, Job
+
+T = TypeVar("T")
+
+
+class Writer:
+    """What has to be on record before something happens is written; what has happened is posted.
+
+    A post does not wait. It is committed before the next write is, or with it, and what it raises, that write raises.
+    So nothing that was posted can be missing from a query whose closing was written.
+    """
+
+    def __init__(self, db: Database) -> None:
+        self._db = db
+        self._posted: list[Job] = []
+
+    async def write(self, work: Callable[[sa.Connection], T]) -> T:
+        """See `Database.write`."""
+        try:
+            return await self._db.write(work)
+        finally:
+            done = [job for job in self._posted if job.done]
+            self._posted = [job for job in self._posted if not job.done]
+            for job in done:
+                job.outcome()
+
+    def post(self, work: Callable[[sa.Connection], object]) -> None:
+        """Raises StoreError only when the database is closed."""
+        self._posted.append(self._db.post(work))
