@@ -23,7 +23,13 @@ _head = Prepared(
     .order_by(records.c.seq.desc())
     .limit(1)
 )
-_add_record, _add_payload = Prepared(sa.insert(records)), Prepared(sa.insert(payloads))
+_add_query, _add_record, _add_payload = (Prepared(sa.insert(table)) for table in (queries, records, payloads))
+_end_query = Prepared(sa.update(queries).where(queries.c.id == sa.bindparam("q")).values(status=sa.bindparam("how")))
+_count_open = Prepared(
+    sa.select(sa.func.count())
+    .select_from(queries)
+    .where(queries.c.status == "open", queries.c.tenant == sa.bindparam("of"))
+)
 SALT_BYTES = 16
 Connection = sa.Connection  # the transaction that callers hand through, named here so that they need no SQLAlchemy
 
@@ -80,22 +86,21 @@ def open_query(tx: sa.Connection, key: QueryKey, owner: str, event: Event) -> Se
         "opened_at": now(),
         "status": "open",
     }
-    tx.execute(sa.insert(queries), row)
+    _add_query(tx, row)
     return append(tx, key, event)
 
 
 def close_query(tx: sa.Connection, key: QueryKey, status: str, event: Event) -> Sealed:
     """End a query's chain with its `query.closed`, which commits how many records there are."""
     length = _next(tx, key.id)[0] + 1
-    tx.execute(sa.update(queries).where(queries.c.id == key.id).values(status=status))
+    _end_query(tx, {"q": key.id, "how": status})
     body = {**event.body, "records": length}
     return append(tx, key, Event(event.type, event.node, body, event.payloads))
 
 
 def open_queries(tx: sa.Connection, tenant: str) -> int:
     """How many queries of the tenant are open."""
-    count = sa.select(sa.func.count()).select_from(queries)
-    return tx.execute(count.where(queries.c.status == "open", queries.c.tenant == tenant)).scalar_one()
+    return _count_open(tx, {"of": tenant})[0][0]
 
 
 def abandoned(tx: sa.Connection, owners: list[str]) -> list[QueryKey]:

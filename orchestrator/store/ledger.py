@@ -74,16 +74,25 @@ _end = Prepared(
     .values(state=sa.bindparam("becomes"), settled=sa.bindparam("used"))
     .returning(reservations.c.amount, reservations.c.scopes)
 )
-_find = sa.select(reservations.c.amount, reservations.c.scopes).where(
-    reservations.c.id == sa.bindparam("reservation"), reservations.c.state == "open"
+_find = Prepared(
+    sa.select(reservations.c.amount, reservations.c.scopes).where(
+        reservations.c.id == sa.bindparam("reservation"), reservations.c.state == "open"
+    )
 )
+_open = Prepared(
+    sa.select(reservations.c.id, reservations.c.node, reservations.c.amount).where(
+        reservations.c.query == sa.bindparam("of"), reservations.c.state == "open"
+    )
+)
+_balance = Prepared(sa.select(scopes.c.spent, scopes.c.held).where(scopes.c.id == sa.bindparam("scope")))
 _add = Prepared(sa.insert(reservations))
+_add_scope = Prepared(insert(scopes).on_conflict_do_nothing())
 
 
 def open_scopes(tx: sa.Connection, purses: Sequence[Scope]) -> None:
     """Make sure that the scopes' rows are there."""
-    rows = [{"id": scope.id, "spent": 0, "held": 0} for scope in purses]
-    tx.execute(insert(scopes).on_conflict_do_nothing(), rows)
+    for scope in purses:
+        _add_scope(tx, {"id": scope.id, "spent": 0, "held": 0})
 
 
 def reserve(tx: sa.Connection, reservation: str, query: str, node: str, amount: int, purses: Sequence[Scope]) -> None:
@@ -125,18 +134,13 @@ def _close(tx: sa.Connection, reservation: str, used: int, state: str) -> None:
 
 def open_reservations(tx: sa.Connection, query: str) -> list[tuple[str, str, int]]:
     """(id, node, amount) of the query's reservations that are still open."""
-    rows = tx.execute(
-        sa.select(reservations.c.id, reservations.c.node, reservations.c.amount).where(
-            reservations.c.query == query, reservations.c.state == "open"
-        )
-    )
-    return [(row.id, row.node, row.amount) for row in rows]
+    return [(name, node, amount) for name, node, amount in _open(tx, {"of": query})]
 
 
 def balance(tx: sa.Connection, scope: str) -> tuple[int, int]:
     """(spent, held) of a scope; zeros when it was never used."""
-    row = tx.execute(sa.select(scopes.c.spent, scopes.c.held).where(scopes.c.id == scope)).first()
-    return (row.spent, row.held) if row else (0, 0)
+    rows = _balance(tx, {"scope": scope})
+    return (rows[0][0], rows[0][1]) if rows else (0, 0)
 
 
 def set_aside(query: str) -> str:
@@ -153,8 +157,9 @@ def _refusal(tx: sa.Connection, query: str, held_by: set[str], amount: int, purs
     free = min(scope.limit - spent - held for scope, spent, held in books)
     # Held money comes free again, but for the last word's. Where that and spent money block one scope, waiting for what
     # others hold is of no use.
-    last = tx.execute(_find, {"reservation": set_aside(query)}).first()
-    aside = [last.amount if last and scope.id in last.scopes else 0 for scope in purses]
+    last = _find(tx, {"reservation": set_aside(query)})
+    amount_aside, names = last[0] if last else (0, "[]")
+    aside = [amount_aside if scope.id in json.loads(names) else 0 for scope in purses]
     exhausted = [book for book, kept in zip(books, aside, strict=True) if book[1] + kept + amount > book[0].limit]
     scope, spent, held = exhausted[0] if exhausted else next(book for book in books if book[0].id not in held_by)
     left = scope.limit - spent - held
