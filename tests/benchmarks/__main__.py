@@ -18,6 +18,8 @@ from tests.benchmarks.peers import peer_python
 from tests.benchmarks.queries import queries
 from tests.benchmarks.sandboxes import cells, start
 
+LOOP = {"use_uvloop": True}  # as the command line and `RLM` have it
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
@@ -40,8 +42,8 @@ def main() -> int:
 
 
 def groups(home: Path, peer: Path | None, quick: bool) -> Iterator[tuple[str, Callable[[], list[Figure]]]]:
-    yield "cells", lambda: anyio.run(cells, home, quick)
-    yield "start", lambda: [anyio.run(start, home, quick)]
+    yield "cells", lambda: anyio.run(cells, home, quick, backend_options=LOOP)
+    yield "start", lambda: [anyio.run(start, home, quick, backend_options=LOOP)]
     yield "queries", lambda: queries(home, peer or peer_python(), quick)
     yield "large", lambda: large(home, quick)
 
