@@ -122,7 +122,7 @@ class Link:
         """Whatever has come, without waiting for more."""
         try:
             # Not socket.recv_fds, which forgets its flags.
-            data, ancillary, _flags, _addr = self._sock.recvmsg(1 << 18, socket.CMSG_SPACE(32), socket.MSG_DONTWAIT)
+            data, ancillary, _flags, _addr = self._sock.recvmsg(1 << 16, socket.CMSG_SPACE(32), socket.MSG_DONTWAIT)
         except BlockingIOError:
             return
         for level, kind, value in ancillary:

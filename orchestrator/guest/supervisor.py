@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 GRACE_S = 2.0  # from a cell's interrupt to its kill
 FLUSH_S = 0.02  # output waits this long for more: a flood of short writes must not be a flood of frames
-READ = 1 << 16
+READ = 1 << 16  # more, and each read would map and unmap its memory
 STATUSES = ("ok", "error", "timeout")
 
 
@@ -159,7 +159,7 @@ class Supervisor:
     # The channel
 
     def _read_channel(self) -> None:
-        data = os.read(self._in, 1 << 18)
+        data = os.read(self._in, READ)
         if not data:
             os._exit(0)  # the host has gone: nobody is left to work for
         for line in _lines(self._inbox, data):
@@ -216,7 +216,7 @@ class Supervisor:
     def _read_worker(self) -> None:
         runner = self._workers.runner
         try:
-            data = runner.ctl.recv(1 << 18, socket.MSG_DONTWAIT)
+            data = runner.ctl.recv(READ, socket.MSG_DONTWAIT)
             lines = _lines(runner.buffer, data) if data else None
         except BlockingIOError:
             return

@@ -38,7 +38,7 @@ class Channel:
         """The next frame. Raises ProtocolViolation on what is none, SandboxDied at the end of the stream."""
         while not self._lines:
             try:
-                data = await self._stream.receive(1 << 18)
+                data = await self._stream.receive(1 << 16)
             except (anyio.EndOfStream, anyio.BrokenResourceError, anyio.ClosedResourceError):
                 raise SandboxDied("the sandbox ended unexpectedly") from None
             self._buffer += data
