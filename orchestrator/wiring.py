@@ -11,6 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import anyio
+import anyio.from_thread
+
 from orchestrator import settings
 from orchestrator.core.context import Context
 from orchestrator.core.errors import ModelError, PolicyError, RequestError
@@ -87,7 +90,7 @@ class Platform:
         recover(self.db)
         self.slots = Slots(home)
         self.slots.clear_dead()
-        self.contexts = ContextStore(home / "contexts")
+        self.contexts = ContextStore(home / "contexts", check=anyio.from_thread.check_cancelled)
         self._lms: dict[str, LM] = {}
         prices = {**self.config.prices, **choices.prices}
         self._machinery = Machinery(
@@ -188,8 +191,6 @@ class Platform:
 @asynccontextmanager
 async def open_platform(choices: Choices, home: Path | None = None) -> AsyncGenerator[Platform]:
     """Raises RequestError (policy, configuration), LimitError (isolation), StoreError."""
-    import anyio
-
     platform = Platform(home or settings.home(), choices)
     try:
         yield platform

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import secrets
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from orchestrator.lm.base import LM, Reply, Request, Usage
 
 LOAD_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 5.0
+_CONTROL = re.compile(r"<\|([^\s|<>]{1,64})\|>")
 
 
 class LocalLM(LM):
@@ -50,7 +52,7 @@ class LocalLM(LM):
         """
         client = await self._ready()
         body = {
-            "messages": list(request.messages),
+            "messages": [{**message, "content": _plain(message["content"])} for message in request.messages],
             "max_tokens": request.max_output_tokens,
             "temperature": 0,
             "cache_prompt": True,
@@ -121,6 +123,11 @@ class LocalLM(LM):
         if "error" in said:
             raise ModelError(f"llama.cpp cannot load {self._path.name}: damaged, too large, or of an unknown kind")
         return said["address"]
+
+
+def _plain(text: str) -> str:
+    """`text` with no control token in it: llama.cpp reads `<|im_end|>` as the end of a message, whoever wrote it."""
+    return _CONTROL.sub(r"<| \1 |>", text)
 
 
 def _environment() -> dict[str, str]:

@@ -11,10 +11,13 @@ from orchestrator.core.errors import OutcomeUnknown, ProviderBusy, ProviderError
 from orchestrator.lm.base import LM, Reply, Request, Usage
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
     import httpx2
     import openai
 
 CONNECT_S = 10.0  # a connection that is not made costs nothing, so it may be tried again
+REPLY_BYTES = 16 << 20
 _BUSY = (408, 409, 429)
 
 
@@ -31,9 +34,11 @@ class OpenAILM(LM):
         import openai  # half a second: only when something is asked
 
         if self._client is None:
-            http = _plain_http() if (self._base_url or "").startswith("http://") else None
             self._client = openai.AsyncOpenAI(
-                api_key=self._api_key, base_url=self._base_url, max_retries=0, http_client=http
+                api_key=self._api_key,
+                base_url=self._base_url,
+                max_retries=0,
+                http_client=_http(tls=not (self._base_url or "").startswith("http://")),
             )
         return self._client
 
@@ -100,18 +105,41 @@ class OpenAILM(LM):
             self._client = None
 
 
-def _plain_http() -> httpx2.AsyncClient:
-    """A client for a server without TLS, most often on this machine.
+def _http(*, tls: bool) -> httpx2.AsyncClient:
+    """A client that takes replies of REPLY_BYTES at most.
 
-    It does not read the system's certificates, 20 ms and more, and so follows no redirect, which could lead to where
-    they would be needed. It keeps few idle connections: the pool looks at each of them for every request, which costs
-    more than to connect again.
+    Without TLS, most often to a server on this machine, it does not read the system's certificates, 20 ms and more, and
+    so follows no redirect, which could lead to where they would be needed. It keeps few idle connections then: the pool
+    looks at each of them for every request, which costs more than to connect again.
     """
     import httpx2
     import openai
 
-    limits = httpx2.Limits(max_keepalive_connections=8)
-    return openai.DefaultAsyncHttpx2Client(verify=False, follow_redirects=False, limits=limits)
+    class Bounded(httpx2.AsyncByteStream):
+        def __init__(self, stream: Any) -> None:
+            self._stream = stream
+
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            size = 0
+            async for piece in self._stream:
+                size += len(piece)
+                if size > REPLY_BYTES:
+                    raise httpx2.ReadError(f"the reply has more than {REPLY_BYTES:,} bytes")
+                yield piece
+
+        async def aclose(self) -> None:
+            await self._stream.aclose()
+
+    async def bound(response: httpx2.Response) -> None:
+        if response.headers.get("content-encoding", "identity") != "identity":  # it would be unpacked without a bound
+            raise httpx2.ReadError("the reply is compressed, which was not asked for")
+        response.stream = Bounded(response.stream)
+
+    options: dict[str, Any] = {"event_hooks": {"response": [bound]}, "headers": {"Accept-Encoding": "identity"}}
+    if not tls:
+        limits = httpx2.Limits(max_keepalive_connections=8)
+        options |= {"verify": False, "follow_redirects": False, "limits": limits}
+    return openai.DefaultAsyncHttpx2Client(**options)
 
 
 def _never_sent(error: BaseException) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, cast
 
-from orchestrator.core.errors import BudgetExhausted, CountExceeded, LimitError
+from orchestrator.core.errors import BudgetExhausted, BudgetInFlight, CountExceeded, LimitError
 from orchestrator.core.events import Event
 from orchestrator.lm.base import Message, Reply
 from orchestrator.loop import prompts
@@ -143,7 +143,7 @@ class Loop:
     async def _last_word(self, messages: list[Message], limit: LimitError) -> Outcome:
         """Ask once more, out of the reserve; failing that, whatever partial answer there is."""
         reason = f"{limit.kind}: {limit}"
-        if not isinstance(limit, (CountExceeded, BudgetExhausted)):
+        if not isinstance(limit, (CountExceeded, BudgetExhausted, BudgetInFlight)):
             return Outcome("limit", self.partial, reason)
         asked = prompts.last_word(messages, str(limit), min(prompts.LAST_WORD_BYTES, self.limits.prompt_bytes))
         try:

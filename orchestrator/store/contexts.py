@@ -58,12 +58,13 @@ _ID = re.compile(r"[0-9a-f]{64}")
 
 class ContextStore:
     """root: a folder on the file system of the slot folders. stride: see the manifest; small ones are for tests.
+    check: called for every piece that is stored; what it raises ends the ingest, of which nothing stays behind.
 
     Safe for threads and processes at once. Every method blocks: call it in a thread from async code.
     """
 
-    def __init__(self, root: Path, *, stride: int = STRIDE) -> None:
-        self._root, self._stride = root, stride
+    def __init__(self, root: Path, *, stride: int = STRIDE, check: Callable[[], object] = lambda: None) -> None:
+        self._root, self._stride, self._check = root, stride, check
 
     def ingest(self, source: Path, *, encoding: Encoding = "utf-8") -> Context:
         """Store a file (.json: json, .jsonl or .ndjson: jsonl, else text) or a folder (documents).
@@ -152,7 +153,7 @@ class ContextStore:
         with _storing(self._root):
             for folder in (self._root, *folders):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with drafts(folders[0]), Draft(folders[0]) as data, Draft(folders[0]) as manifest:
+            with drafts(folders[0]), Draft(folders[0], self._check) as data, Draft(folders[0]) as manifest:
                 facts = fill(data)
                 if not data.size:
                     raise ContextError(f"{name}: is empty; give a context that holds text")

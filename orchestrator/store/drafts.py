@@ -6,7 +6,7 @@ import fcntl
 import hashlib
 import os
 import tempfile
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -34,10 +34,11 @@ def drafts(folder: Path) -> Generator[None]:
 
 
 class Draft:
-    """One file under way. stream: may be read from its start; only `write` may change it."""
+    """One file under way. stream: may be read from its start; only `write` may change it. check: see ContextStore."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, check: Callable[[], object] = lambda: None) -> None:
         self.size = 0
+        self._check = check
         self._hash = hashlib.sha256()
         self._hasher = ThreadPoolExecutor(1)  # large pieces are hashed while they are written
         self._hashed: Future[None] | None = None
@@ -56,6 +57,7 @@ class Draft:
             self._path.unlink(missing_ok=True)
 
     def write(self, data: bytes) -> None:
+        self._check()
         if self._hashed:
             self._hashed.result()
         if len(data) >= _BUFFER:

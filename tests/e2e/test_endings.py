@@ -60,6 +60,17 @@ def test_a_query_is_interrupted(airlock: Airlock, number: int, moment: str) -> N
     assert provider_saw == len([r for r in airlock.records() if r["type"] == "call.intent"])
 
 
+def test_a_large_context_is_interrupted_while_it_is_read(airlock: Airlock) -> None:
+    airlock.file("large.jsonl", b'{"line": "of many"}\n' * 10_000_000)
+    file = airlock.file("cell.py", "pass")
+    with airlock.started("exec", file, "--context", "large.jsonl") as query:
+        until(lambda: list(airlock.home.glob("contexts/drafts/*")))
+        before = set(airlock.home.glob("contexts/data/*"))
+        done = query.interrupt()
+    assert (done.code, done.out) == (130, "")
+    assert set(airlock.home.glob("contexts/data/*")) == before  # it was not read to its end
+
+
 def types(airlock: Airlock) -> list[str]:
     found = airlock.rows("SELECT id FROM queries")
     return [record["type"] for record in airlock.records(found[-1][0])] if found else []

@@ -12,6 +12,7 @@ from orchestrator.core.errors import (
     BudgetExhausted,
     BudgetInFlight,
     CountExceeded,
+    NotPermitted,
     ProviderRefused,
     SandboxDied,
     TimeExceeded,
@@ -195,13 +196,20 @@ async def test_the_last_word_when_money_is_spent(reply: str, answer: str | None)
     assert stage.events[0].body == {"kind": "budget-exhausted", "detail": "no money", "limit": "1 USD"}
 
 
+async def test_the_last_word_when_other_queries_hold_the_tenants_money():
+    """Its own is set aside, so it can be paid all the same."""
+    stage = Stage(CODE, BudgetInFlight("held"), "FINAL(42)")
+    assert await stage.run() == Outcome("limit", "42", "budget-in-flight: held")
+    assert stage.last == [False, False, True]
+
+
 async def test_without_money_for_the_last_word_there_is_the_partial_answer():
     stage = Stage("FINAL(rejected)", BudgetExhausted("no money"), BudgetExhausted("none at all"))
     outcome = await stage.run(accept=lambda answer: "too short")
     assert outcome == Outcome("limit", "rejected", "budget-exhausted: no money")
 
 
-@pytest.mark.parametrize("error", [TimeExceeded("time is over"), BudgetInFlight("held")])
+@pytest.mark.parametrize("error", [TimeExceeded("time is over"), NotPermitted("not this model")])
 async def test_no_last_word_where_it_could_not_be_paid_or_waited_for(error: AirlockError):
     stage = Stage(CODE, error)
     assert await stage.run() == Outcome("limit", None, f"{error.kind}: {error}")

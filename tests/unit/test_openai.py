@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import httpx2
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from orchestrator.core.errors import OutcomeUnknown, ProviderBusy, ProviderError, ProviderRefused
 from orchestrator.lm.base import Reply, Request, Usage
-from orchestrator.lm.openai import OpenAILM
+from orchestrator.lm.openai import REPLY_BYTES, OpenAILM, _http
 from tests.unit.helpers import quick, user
 
 pytestmark = pytest.mark.anyio
@@ -31,7 +32,8 @@ Handler = Callable[[httpx2.Request], httpx2.Response]
 def connected(handler: Handler, base_url: str | None = "http://lm.test/v1", **options: Any) -> OpenAILM:
     """An LM whose connection ends in `handler`."""
     lm = OpenAILM(base_url, KEY, **options)
-    http = httpx2.AsyncClient(transport=httpx2.MockTransport(handler))
+    http = _http(tls=False)
+    http._transport = httpx2.MockTransport(handler)
     lm._client = openai.AsyncOpenAI(api_key=KEY, base_url=base_url, max_retries=0, http_client=http)
     return lm
 
@@ -189,6 +191,29 @@ async def test_no_content_is_an_empty_text():
 )
 async def test_a_usage_that_cannot_be_read_is_none_at_all(usage: Any):
     assert (await ask(says({**WHOLE, "usage": usage}))).usage is None
+
+
+async def test_a_reply_without_end_is_given_up():
+    async def body() -> AsyncIterator[bytes]:
+        piece = b" " * (1 << 20)
+        for number in range(1 << 10):
+            assert number <= REPLY_BYTES >> 20, "it is still read"
+            yield piece
+
+    error = await refusal(lambda _request: httpx2.Response(200, content=body()))
+    assert isinstance(error, OutcomeUnknown)
+
+
+async def test_a_reply_that_would_unpack_to_anything_is_not_unpacked():
+    packed = gzip.compress(b" " * (1 << 20) + json.dumps(WHOLE).encode())
+    seen: list[httpx2.Request] = []
+
+    def handler(request: httpx2.Request) -> httpx2.Response:
+        seen.append(request)
+        return httpx2.Response(200, headers={"content-encoding": "gzip"}, stream=httpx2.ByteStream(packed))
+
+    assert isinstance(await refusal(handler), OutcomeUnknown)
+    assert seen[0].headers["accept-encoding"] == "identity"
 
 
 async def test_half_a_character_does_not_get_through():
