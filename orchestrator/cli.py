@@ -5,19 +5,14 @@ The answer alone goes to standard output, progress to standard error. Errors are
 
 from __future__ import annotations
 
-import asyncio
-import errno
 import json
 import os
-import select
-import signal
 import sys
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from decimal import Decimal, InvalidOperation
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 import anyio
 import anyio.to_thread
@@ -26,6 +21,7 @@ import click
 from orchestrator import settings
 from orchestrator.core.errors import AirlockError, RequestError
 from orchestrator.core.units import nano, parse_price, usd
+from orchestrator.interrupts import StandardInput, cancelled_by_signals
 from orchestrator.named_policy import load_policy
 
 if TYPE_CHECKING:  # loaded by the commands that need them: it takes longer than `policy show` does in all
@@ -247,7 +243,7 @@ async def _watched(platform: Platform, options: dict[str, Any], start: Callable[
     """Ingest the context and run the query; Ctrl-C and SIGTERM end it in good order. None if it never began."""
     result: list[Any] = []
     watch.closed = result.append
-    with anyio.CancelScope() as scope, _cancelled_by_signals(scope), _StandardInput() as stdin:
+    with anyio.CancelScope() as scope, cancelled_by_signals(scope), StandardInput() as stdin:
         ingest = partial(_ingest, platform, options["context"], options["encoding"], stdin)
         context = await anyio.to_thread.run_sync(ingest, abandon_on_cancel=True)
         await start(context=context, watch=watch)
@@ -258,44 +254,6 @@ def _ingest(platform: Platform, path: str, encoding: Any, stdin: Any) -> Any:
     if path == "-":
         return platform.contexts.ingest_stream(stdin, encoding=encoding)
     return platform.contexts.ingest(Path(path), encoding=encoding)
-
-
-class _StandardInput:
-    """Standard input, for a thread to read. Whoever waits for it is woken at the end: a thread cannot be cancelled."""
-
-    def __enter__(self) -> Self:
-        self._woken, self._wake = os.pipe()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._wake)  # the other end stays for the thread that may be waiting
-
-    def read(self, size: int) -> bytes:
-        stdin = sys.stdin.fileno()
-        if self._woken in select.select([stdin, self._woken], [], [])[0]:
-            raise InterruptedError(errno.EINTR, os.strerror(errno.EINTR))
-        return os.read(stdin, size)
-
-
-@contextmanager
-def _cancelled_by_signals(scope: anyio.CancelScope) -> Generator[None]:
-    """The first Ctrl-C or SIGTERM cancels the scope. Further ones are ignored: what is left is to end in good order."""
-    loop = asyncio.get_running_loop()
-
-    def cancel(_number: int, _frame: object) -> None:
-        for number in before:
-            signal.signal(number, signal.SIG_IGN)
-        loop.call_soon_threadsafe(scope.cancel)
-
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number in before:
-        signal.signal(number, cancel)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            if signal.getsignal(number) is cancel:
-                signal.signal(number, handler)
 
 
 @app.group()

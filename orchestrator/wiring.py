@@ -22,7 +22,8 @@ from orchestrator.core.policy import Policy
 from orchestrator.lm.base import LM
 from orchestrator.loop.engine import schema_check
 from orchestrator.loop.prompts import RootLimits
-from orchestrator.loop.query import Closed, Machinery, Order, recover, run_query
+from orchestrator.loop.query import Closed, Machinery, Order, run_query
+from orchestrator.loop.recovery import recover
 from orchestrator.named_policy import load_policy
 from orchestrator.proxy.prices import Prices
 from orchestrator.proxy.proxy import Account, Proxy

@@ -27,6 +27,7 @@ from orchestrator.lm.base import Message, Reply
 from orchestrator.loop import prompts
 from orchestrator.loop.engine import Loop, Outcome, Status
 from orchestrator.loop.prompts import RootLimits
+from orchestrator.loop.recovery import ROOT, pay
 from orchestrator.proxy.proxy import Account, ModelUsage, Proxy
 from orchestrator.sandbox.base import Backend, SandboxSpec, Slot
 from orchestrator.sandbox.sandbox import Call, CellResult, Sandbox
@@ -35,8 +36,6 @@ from orchestrator.store.db import Database
 from orchestrator.store.journal import QueryKey
 from orchestrator.store.ledger import Scope
 from orchestrator.store.writer import Writer
-
-ROOT = "root"
 
 
 @dataclass(frozen=True, slots=True)
@@ -364,7 +363,7 @@ class _Query:
         def work(tx: journal.Connection) -> tuple[str, int, Event]:
             for reservation, node, amount in ledger.open_reservations(tx, self._key.id):
                 if reservation in self._account.sent:  # its result could not be recorded
-                    _pay(tx, self._key, reservation, node, amount, "the result was lost")
+                    pay(tx, self._key, reservation, node, amount, "the result was lost")
                 else:  # the last word's, or one that was cancelled before it went out
                     ledger.void(tx, reservation)
             # The ledger's word, not the account's: it also has what a call cost that was cancelled in between.
@@ -385,41 +384,3 @@ class _Query:
             journal_head=head,
             cell=self._cell,
         )
-
-
-def recover(db: Database) -> int:
-    """Close the queries whose orchestrator died: what was held for calls is charged in full, for they may have been
-    answered. Returns how many there were."""
-    dead = db.dead_owners()
-    if not dead:
-        return 0
-
-    def work(tx: journal.Connection) -> int:
-        keys = journal.abandoned(tx, dead)
-        for key in keys:
-            _close_abandoned(tx, key)
-        return len(keys)
-
-    closed = db.write_sync(work)
-    for owner in dead:
-        db.forget_owner(owner)
-    return closed
-
-
-def _close_abandoned(tx: journal.Connection, key: QueryKey) -> None:
-    for reservation, node, amount in ledger.open_reservations(tx, key.id):
-        if reservation == ledger.set_aside(key.id):
-            ledger.void(tx, reservation)
-            continue
-        _pay(tx, key, reservation, node, amount, "the orchestrator died")
-    spent, _held = ledger.balance(tx, f"query:{key.id}")
-    reason = "orchestrator-died: the process that ran this query ended without closing it"
-    body = {"status": "failed", "reason": reason, "cost_usd": usd(spent)}
-    journal.close_query(tx, key, "failed", Event("query.closed", ROOT, body))
-
-
-def _pay(tx: journal.Connection, key: QueryKey, reservation: str, node: str, amount: int, why: str) -> None:
-    """Settle in full a call of which nobody knows whether it was answered."""
-    ledger.settle(tx, reservation, amount)
-    body = {"call": reservation.split(":")[1], "outcome": "unknown", "detail": why, "cost_usd": usd(amount)}
-    journal.append(tx, key, Event("call.result", node, {**body, "usage": None}))

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.core.events import Event
-from orchestrator.loop.query import recover
+from orchestrator.loop.recovery import recover
 from orchestrator.store import journal, ledger
 from orchestrator.store.db import Database, payloads, queries, records
 from orchestrator.store.journal import QueryKey
