@@ -7,6 +7,7 @@ backend with `backend_kwargs` and an `environment`, and puts the context first: 
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -119,9 +120,10 @@ class AsyncRLM:
         from orchestrator.wiring import Choices, open_platform
 
         if self._stack is None:
-            self._stack = contextlib.AsyncExitStack()
             choices: Choices = Choices(**self._choices)
-            self._platform = await self._stack.enter_async_context(open_platform(choices, self._home))
+            stack = contextlib.AsyncExitStack()
+            self._platform = await stack.enter_async_context(open_platform(choices, self._home))
+            self._stack = stack
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -168,14 +170,25 @@ class RLM:
         self, query: Any = None, context: Any = None, *, prompt: Any = None, root_prompt: str | None = None
     ) -> Completion:
         """See `AsyncRLM.completion`."""
-        from functools import partial
-
         from anyio.from_thread import start_blocking_portal
 
         if self._portal is None:
             self._portal = self._stack.enter_context(start_blocking_portal(backend_options={"use_uvloop": True}))
-        call = partial(self._rlm.completion, query, context, prompt=prompt, root_prompt=root_prompt)
-        return self._portal.call(call)
+        ended = threading.Event()
+
+        async def complete() -> Completion:
+            try:
+                return await self._rlm.completion(query, context, prompt=prompt, root_prompt=root_prompt)
+            finally:
+                ended.set()
+
+        future = self._portal.start_task_soon(complete)
+        try:
+            return future.result()
+        except BaseException:  # Ctrl-C: the query must not go on behind the caller's back
+            future.cancel()
+            ended.wait()
+            raise
 
     def close(self) -> None:
         """Release models and store. Idempotent."""

@@ -184,6 +184,7 @@ class Platform:
         )
 
     async def aclose(self) -> None:
+        await self._machinery.shelter.aclose()
         for lm in self._lms.values():
             await lm.aclose()
         self.db.close()

@@ -24,9 +24,11 @@ def _quantity(parse: Callable[[object], int], show: Callable[[int], str]) -> tup
     return BeforeValidator(parse), PlainSerializer(show, return_type=str)
 
 
+# Beyond these a number is a slip, and further down some kernel or clock would not take it.
+_MOST_BYTES, _MOST_MS = 1 << 44, 366 * 24 * 3600 * 1000
 _positive = Field(gt=0)
-Bytes = Annotated[int, *_quantity(parse_bytes, lambda n: f"{n} B"), _positive]
-Millis = Annotated[int, *_quantity(parse_ms, lambda n: f"{n} ms"), _positive]
+Bytes = Annotated[int, *_quantity(parse_bytes, lambda n: f"{n} B"), Field(gt=0, le=_MOST_BYTES)]
+Millis = Annotated[int, *_quantity(parse_ms, lambda n: f"{n} ms"), Field(gt=0, le=_MOST_MS)]
 Millicores = Annotated[int, *_quantity(parse_millicores, cores), _positive]
 Nano = Annotated[int, *_quantity(parse_usd, lambda n: f"{usd(n)} USD"), Field(ge=0)]
 _MOST = 2**53 - 1  # the largest integer of canonical JSON

@@ -21,10 +21,13 @@ _PLAIN = {
 
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # PyYAML's binding of libyaml, where it was built with it
 _DEEPEST = 20
+MAX_CHARS = 1 << 16
 
 
 def parse_policy(text: str, name: str) -> Policy:
     """The policy in `text`. Raises PolicyError: one line for each fault, `name:line: key: what is wrong`."""
+    if len(text) > MAX_CHARS:
+        raise PolicyError(f"{name}:1: has {len(text):,} characters; a policy has {MAX_CHARS:,} at most")
     root, values = _read(text, name)
     faults = _duplicates(root, name)
     try:

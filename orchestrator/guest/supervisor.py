@@ -174,10 +174,7 @@ class Supervisor:
                 self._frames.append(frame)
 
     def _send(self, frame: dict[str, Any]) -> None:
-        self._send_line(wire.encode(frame))
-
-    def _send_line(self, line: bytes) -> None:
-        view = memoryview(line)
+        view = memoryview(wire.encode(frame))
         while view:
             try:
                 view = view[os.write(self._out, view) :]
@@ -232,18 +229,18 @@ class Supervisor:
                 self._kill_runner("wrote to the agent's socket")
                 return
             if frame["type"] == "call" and self._cell:
-                self._call(self._cell, frame, line)
+                self._call(self._cell, frame)
             elif frame["type"] == "end" and self._cell:
                 self._cell_ended(self._cell, frame)
 
-    def _call(self, cell: Cell, frame: dict[str, Any], line: bytes) -> None:
+    def _call(self, cell: Cell, frame: dict[str, Any]) -> None:
         """Let a call out, if it keeps the rules: for one that does not, the host would end the sandbox."""
         if frame["id"] <= cell.newest_call or len(cell.calls) >= int(self._limits["calls_in_flight"]):
             self._kill_runner("made sub-calls against the agent's rules")
             return
         cell.newest_call = frame["id"]
         cell.calls.add(frame["id"])
-        self._send_line(line + b"\n")
+        self._send(frame)  # as it was understood here, not as it was written
 
     def _kill_runner(self, fault: str) -> None:
         self._fault = self._fault or "%s and was killed" % fault

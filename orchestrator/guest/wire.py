@@ -24,6 +24,8 @@ MAX_ID = 2**53
 OUTPUT_CHUNK = 32 * 1024  # characters of text in one output frame, at most
 MAX_DETAIL = 2000  # characters that say how a cell ended
 MAX_NAMES = 64  # new variables that are told
+MAX_STRINGS = 2 * MAX_NAMES  # in a frame, its keys included
+MAX_STRUCTURE = 2048  # bytes of a frame outside of its strings
 
 _TEXT = (str, type(None))
 _LIST = (list,)
@@ -72,12 +74,19 @@ def encode(frame: Frame) -> bytes:
     return line
 
 
+def fits(frame: Frame) -> bool:
+    """Whether `encode` would take it."""
+    return len(dumps(frame)) < MAX_LINE
+
+
 def decode(line: bytes, table: Table) -> Frame:
     """The frame in `line` (without its newline), checked against `table`. Raises Malformed."""
     if len(line) > MAX_LINE:
         raise Malformed("line too long")
     if not line.isascii():
         raise Malformed("not ASCII")
+    if not _is_small_outside_of_strings(line):
+        raise Malformed("more than a frame holds")
     try:
         frame: Any = loads(line.decode("ascii"))
     except (ValueError, RecursionError):
@@ -85,6 +94,19 @@ def decode(line: bytes, table: Table) -> Frame:
     if type(frame) is not dict:
         raise Malformed("not an object")
     return _checked(frame, table)  # pyright: ignore[reportUnknownArgumentType]
+
+
+def _is_small_outside_of_strings(line: bytes) -> bool:
+    """Whether parsing can cost no more than copying: 16 MiB of `[],` would take seconds and hundreds of megabytes.
+
+    Backslashes are taken away two by two, then the quotes that one escapes: what is left delimits strings. Outside of
+    strings a backslash is no JSON.
+    """
+    if b"\\" in line:
+        line = line.replace(b"\\\\", b"").replace(b'\\"', b"")
+    if line.count(b'"') > 2 * MAX_STRINGS:
+        return False
+    return sum(map(len, line.split(b'"')[::2])) <= MAX_STRUCTURE
 
 
 def _checked(frame: dict[Any, Any], table: Table) -> Frame:

@@ -66,7 +66,10 @@ class OpenAILM(LM):
             raise self._too_late(request) from None
         except openai.APIError as error:
             raise self._translate(error, request) from None
-        except ValueError:  # a body that is not JSON, though its status was 200
+        except (
+            ValueError,
+            RecursionError,
+        ):  # a body that is not JSON, or nested without end, though its status was 200
             raise OutcomeUnknown("the provider sent something that is not a chat completion") from None
         return _reply(completion)
 
@@ -89,8 +92,9 @@ class OpenAILM(LM):
 
     def _from_status(self, error: openai.APIStatusError, where: str, model: str) -> ProviderError:
         status = error.status_code
-        said = " ".join(str(error.message).split()).removeprefix(f"Error code: {status} - ")[:300]
-        said = said.replace(self._api_key, "***") if self._api_key else said
+        said = str(error.message).removeprefix(f"Error code: {status} - ")
+        said = said.replace(self._api_key, "***") if self._api_key else said  # before it is cut, and the key with it
+        said = " ".join(_clean(said).split())[:300]
         if status == 401 or status == 403:
             return ProviderRefused(f"{where} refused the API key ({status}): check the key and what it may use")
         if status == 404:
@@ -185,9 +189,12 @@ def _reply(completion: Any) -> Reply:
     tokens = [_get(reported, name) for name in ("prompt_tokens", "completion_tokens")]
     whole = [count for count in tokens if type(count) is int and 0 <= count < 10**12]
     usage = Usage(whole[0], whole[1]) if len(whole) == 2 else None
-    # A lone surrogate in JSON passes the SDK and is not text.
-    clean = text if text.isascii() else text.encode("utf-8", "replace").decode()
-    return Reply(clean, str(_get(choice, "finish_reason") or "stop"), usage)
+    return Reply(_clean(text), _clean(str(_get(choice, "finish_reason") or "stop"))[:100], usage)
+
+
+def _clean(text: str) -> str:
+    """Half of a surrogate pair is valid in JSON, and is no text."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
 def _get(value: Any, name: str) -> Any:

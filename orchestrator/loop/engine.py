@@ -5,9 +5,16 @@ Read top to bottom. Everything that touches the world (LM, sandbox, journal) is 
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, cast
+from pathlib import Path
+from typing import Literal, Protocol
+
+import anyio
 
 from orchestrator.core.errors import BudgetExhausted, BudgetInFlight, CountExceeded, LimitError
 from orchestrator.core.events import Event
@@ -18,6 +25,7 @@ from orchestrator.loop.prompts import RootLimits
 from orchestrator.sandbox.sandbox import CellResult
 
 MAX_CONTINUATIONS = 3
+SCHEMA_S = 10.0  # for checking one answer
 MAX_CELLS = 8  # of one reply; a model that writes more has stopped looking at what comes out
 
 Status = Literal["answered", "limit", "refused", "failed", "cancelled"]
@@ -44,6 +52,7 @@ class Loop:
     run_cell      runs code in the sandbox; raises SandboxDied when there is none any more
     record        journals an event
     accept        what is wrong with an answer (schema, size), or None
+    most_chars    of an answer that nobody accepted, but that is the best there is
     """
 
     question: str
@@ -52,7 +61,8 @@ class Loop:
     ask: Ask
     run_cell: Callable[[str], Awaitable[CellResult]]
     record: Callable[[Event], None]
-    accept: Callable[[str], str | None]
+    accept: Callable[[str], Awaitable[str | None]]
+    most_chars: int
     cells: int = 0
     turns: int = 0
     partial: str | None = None  # the best there is so far, should a limit strike
@@ -97,11 +107,11 @@ class Loop:
         if answer is None and step.final_var is not None and not failed:
             answer = await self._variable(step.final_var, said)
         if answer is not None:
-            fault = self.accept(answer)
+            fault = await self.accept(answer)
             if fault is None:
                 return answer
             said.append(prompts.not_accepted(fault))
-        self.partial = answer or self.partial
+        self.partial = answer[: self.most_chars] if answer else self.partial
         style = self.limits.style
         told = prompts.observation(said, style, self.question, silent=silent) if said else prompts.no_code(style)
         messages.append({"role": "user", "content": told})
@@ -156,40 +166,29 @@ class Loop:
             answer = await self._variable(step.final_var, [])
         if answer is None and not step.cells:
             answer = reply.text.strip() or None
-        return Outcome("limit", answer or self.partial, reason)
+        return Outcome("limit", answer[: self.most_chars] if answer else self.partial, reason)
 
 
-def schema_check(schema: Mapping[str, object] | None, most: int) -> Callable[[str], str | None]:
+def schema_check(schema: Mapping[str, object] | None, most: int) -> Callable[[str], Awaitable[str | None]]:
     """What `Loop.accept` asks: is the answer at most `most` characters and, given a JSON Schema, JSON that fits it?"""
 
-    def small(answer: str) -> str | None:
-        return f"it has {len(answer):,} characters, and {most:,} are permitted" if len(answer) > most else None
-
-    if schema is None:
-        return small
-
-    import json
-
-    from jsonschema.exceptions import best_match  # pyright: ignore[reportUnknownVariableType]
-    from jsonschema.validators import validator_for
-    from referencing import Registry
-    from referencing.exceptions import Unresolvable
-
-    # A registry of its own: the default one would fetch a schema's remote references over the network.
-    validator: Any = validator_for(schema)(schema, registry=Registry())
-
-    def accept(answer: str) -> str | None:
-        if fault := small(answer):
-            return fault
-        try:
-            value = json.loads(answer)
-            error = cast("Any", best_match)(validator.iter_errors(value))
-        except ValueError as error:
-            return f"it has to be JSON alone, and is not ({error})"
-        except RecursionError:
-            return "it is nested too deeply"
-        except Unresolvable as error:
-            return f"the schema refers to {error.ref!r}, which is not part of it"
-        return f"it does not fit the schema: {error.message[:500]} at {error.json_path}" if error else None
+    async def accept(answer: str) -> str | None:
+        if len(answer) > most:
+            return f"it has {len(answer):,} characters, and {most:,} are permitted"
+        return None if schema is None else await _fault(schema, answer)
 
     return accept
+
+
+async def _fault(schema: Mapping[str, object], answer: str) -> str | None:
+    command = [sys.executable, "-P", str(Path(__file__).with_name("fits.py"))]
+    environment = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    asked = json.dumps({"schema": schema, "answer": answer}).encode()
+    try:
+        with anyio.fail_after(SCHEMA_S):
+            done = await anyio.run_process(command, input=asked, env=environment, stderr=subprocess.DEVNULL)
+        return json.loads(done.stdout)
+    except TimeoutError:
+        return f"it could not be checked against the schema within {SCHEMA_S:g} s: make it simpler"
+    except (subprocess.CalledProcessError, ValueError):
+        return "it could not be checked against the schema: make it simpler"

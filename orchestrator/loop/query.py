@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -18,7 +18,7 @@ import anyio
 import anyio.to_thread
 
 from orchestrator.core.context import Context
-from orchestrator.core.errors import AirlockError, BudgetExhausted, CountExceeded, LimitError, NotPermitted
+from orchestrator.core.errors import AirlockError, BudgetExhausted, CountExceeded, LimitError, NotPermitted, StoreError
 from orchestrator.core.events import Event
 from orchestrator.core.policy import Policy
 from orchestrator.core.units import usd
@@ -27,7 +27,8 @@ from orchestrator.lm.base import Message, Reply
 from orchestrator.loop import prompts
 from orchestrator.loop.engine import Loop, Outcome, Status
 from orchestrator.loop.prompts import RootLimits
-from orchestrator.loop.recovery import ROOT, pay
+from orchestrator.loop.recovery import ROOT, close_abandoned, pay
+from orchestrator.loop.shelter import Shelter
 from orchestrator.proxy.proxy import Account, ModelUsage, Proxy
 from orchestrator.sandbox.base import Backend, SandboxSpec, Slot
 from orchestrator.sandbox.sandbox import Call, CellResult, Sandbox
@@ -52,7 +53,7 @@ class Order:
     sub_models: Sequence[str]
     limits: RootLimits
     policy: Policy
-    accept: Callable[[str], str | None]
+    accept: Callable[[str], Awaitable[str | None]]
     code: str | None = None
     observe: Callable[[Event], None] = lambda _event: None
     on_output: Callable[[str, str], None] | None = None
@@ -78,13 +79,15 @@ class Closed:
 
 @dataclass(frozen=True, slots=True)
 class Machinery:
-    """What a query runs on; the parts that `wiring` chose."""
+    """What a query runs on; the parts that `wiring` chose. unclosed: queries whose end could not be recorded."""
 
     db: Database
     proxy: Proxy
     backend: Backend
     open_sandbox: Callable[[Callable[[Slot], SandboxSpec]], AbstractAsyncContextManager[Sandbox]]
     verify: Callable[[Context], bool]
+    shelter: Shelter = field(default_factory=Shelter)
+    unclosed: list[QueryKey] = field(default_factory=list[QueryKey])
 
 
 async def run_query(order: Order, machinery: Machinery) -> Closed:
@@ -92,7 +95,7 @@ async def run_query(order: Order, machinery: Machinery) -> Closed:
 
     When it is cancelled, it closes the query as `cancelled`, tells `on_closed`, and lets the cancellation go on.
     """
-    return await _Query(order, machinery).run()
+    return await machinery.shelter.run(_Query(order, machinery).run)
 
 
 class _Query:
@@ -128,11 +131,13 @@ class _Query:
 
     async def run(self) -> Closed:
         opened = self._opened()
-        running = await self._writer.write(lambda tx: self._open(tx, opened))
-        self._order.observe(opened)
-        self._order.on_account(self._account)
+        late = list(self._m.unclosed)
+        running = await self._writer.write(lambda tx: self._open(tx, opened, late))
+        del self._m.unclosed[: len(late)]
         error: AirlockError | None = None
         try:
+            self._order.observe(opened)
+            self._order.on_account(self._account)
             self._admit(running)
             outcome = await self._bounded()
         except AirlockError as caught:
@@ -167,8 +172,10 @@ class _Query:
         }
         return Event("query.opened", ROOT, body, {"question": order.question})
 
-    def _open(self, tx: journal.Connection, opened: Event) -> int:
-        """Returns how many queries of the tenant are open now, this one included."""
+    def _open(self, tx: journal.Connection, opened: Event, late: Sequence[QueryKey]) -> int:
+        """Returns how many queries of the tenant are open now, this one included. late: to be closed first."""
+        for key in late:
+            close_abandoned(tx, key, "the end of this query could not be recorded when it came")
         ledger.open_scopes(tx, self._scopes)
         journal.open_query(tx, self._key, self._m.db.owner, opened)
         return journal.open_queries(tx, self._order.tenant)
@@ -288,6 +295,7 @@ class _Query:
             run_cell=run_cell,
             record=self._record,
             accept=self._order.accept,
+            most_chars=self._order.policy.content.answer_chars,
         )
         return await self._loop.run(messages)
 
@@ -338,7 +346,11 @@ class _Query:
 
     async def _close(self, outcome: Outcome, error: AirlockError | None) -> Closed:
         with anyio.CancelScope(shield=True):
-            closed = await self._settle_and_close(outcome)
+            try:
+                closed = await self._settle_and_close(outcome)
+            except StoreError:
+                self._m.unclosed.append(self._key)
+                raise
             closed.error = error
             self._order.on_closed(closed)
             return closed
@@ -366,10 +378,13 @@ class _Query:
                     pay(tx, self._key, reservation, node, amount, "the result was lost")
                 else:  # the last word's, or one that was cancelled before it went out
                     ledger.void(tx, reservation)
+            how: dict[str, Any] = body
+            if lost := self._writer.lost():
+                how = {**body, "status": "failed", "reason": f"a record was lost: {lost}"}
             # The ledger's word, not the account's: it also has what a call cost that was cancelled in between.
             spent, _held = ledger.balance(tx, self._scopes[0].id)
-            event = Event("query.closed", ROOT, {**body, "cost_usd": usd(spent)}, answer)
-            return journal.close_query(tx, self._key, outcome.status, event).hash, spent, event
+            event = Event("query.closed", ROOT, {**how, "cost_usd": usd(spent)}, answer)
+            return journal.close_query(tx, self._key, how["status"], event).hash, spent, event
 
         head, spent, event = await self._writer.write(work)
         self._order.observe(event)

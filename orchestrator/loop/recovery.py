@@ -21,7 +21,7 @@ def recover(db: Database) -> int:
     def work(tx: journal.Connection) -> int:
         keys = journal.abandoned(tx, dead)
         for key in keys:
-            _close_abandoned(tx, key)
+            close_abandoned(tx, key, "the process that ran this query ended without closing it")
         return len(keys)
 
     closed = db.write_sync(work)
@@ -30,15 +30,17 @@ def recover(db: Database) -> int:
     return closed
 
 
-def _close_abandoned(tx: journal.Connection, key: QueryKey) -> None:
+def close_abandoned(tx: journal.Connection, key: QueryKey, why: str) -> None:
+    """Close a query that nobody runs any more, if it is open. What was held for calls may have been billed."""
+    if journal.is_closed(tx, key.id):
+        return
     for reservation, node, amount in ledger.open_reservations(tx, key.id):
         if reservation == ledger.set_aside(key.id):
             ledger.void(tx, reservation)
             continue
-        pay(tx, key, reservation, node, amount, "the orchestrator died")
+        pay(tx, key, reservation, node, amount, why)
     spent, _held = ledger.balance(tx, f"query:{key.id}")
-    reason = "orchestrator-died: the process that ran this query ended without closing it"
-    body = {"status": "failed", "reason": reason, "cost_usd": usd(spent)}
+    body = {"status": "failed", "reason": f"orchestrator-died: {why}", "cost_usd": usd(spent)}
     journal.close_query(tx, key, "failed", Event("query.closed", ROOT, body))
 
 

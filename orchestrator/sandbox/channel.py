@@ -11,7 +11,10 @@ from anyio.abc import ByteStream
 from orchestrator.core.errors import ProtocolViolation, SandboxDied
 from orchestrator.guest import wire
 
-FRAMES_PER_SECOND = 10_000  # beyond it the host reads no further for the rest of the second; the guest waits
+# Beyond either the host reads no further for the rest of the second, and the guest waits: it may not have more than a
+# part of the host's time, whatever it sends.
+FRAMES_PER_SECOND = 2_000
+BYTES_PER_SECOND = 32 << 20
 
 
 class Channel:
@@ -24,6 +27,7 @@ class Channel:
         self._sending = anyio.Lock()
         self._second = 0.0
         self._frames = 0
+        self._bytes = 0
 
     async def send(self, frame: wire.Frame) -> None:
         """Raises SandboxDied when the guest has gone."""
@@ -48,18 +52,20 @@ class Channel:
                 self._buffer = bytearray(rest)
             if len(self._buffer) > wire.MAX_LINE:
                 raise ProtocolViolation(f"the guest sent a line of more than {wire.MAX_LINE:,} bytes")
-        await self._throttle()
+        line = self._lines.popleft()
+        await self._throttle(len(line))
         try:
-            return wire.decode(self._lines.popleft(), wire.TO_HOST)
+            return wire.decode(line, wire.TO_HOST)
         except wire.Malformed as error:
             raise ProtocolViolation(f"the guest sent a malformed frame: {error}") from None
 
-    async def _throttle(self) -> None:
+    async def _throttle(self, size: int) -> None:
         now = time.monotonic()
         if now - self._second >= 1.0:
-            self._second, self._frames = now, 0
+            self._second, self._frames, self._bytes = now, 0, 0
         self._frames += 1
-        if self._frames > FRAMES_PER_SECOND:
+        self._bytes += size
+        if self._frames > FRAMES_PER_SECOND or self._bytes > BYTES_PER_SECOND:
             await anyio.sleep(1.0 - (now - self._second))
 
     async def aclose(self) -> None:

@@ -17,6 +17,7 @@ from orchestrator.core.errors import (
     AirlockError,
     LimitError,
     MachineError,
+    OutcomeUnknown,
     ProtocolViolation,
     SandboxDied,
     SandboxUnusable,
@@ -164,7 +165,8 @@ class Sandbox:
         reply: wire.Frame = {"type": "reply", "id": frame["id"], "ok": True, "value": None, "error": None}
         try:
             reply["value"] = await on_call(Call(frame["op"], frame["prompt"], frame["model"]))
-            wire.encode(reply)
+            if not wire.fits(reply):
+                raise OutcomeUnknown("the answer is larger than the channel to the sandbox carries")
         except MachineError:  # not the cell's affair: nothing may go on without ledger and journal
             raise
         except AirlockError as error:

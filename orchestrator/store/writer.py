@@ -33,6 +33,10 @@ class Writer:
             for job in done:
                 job.outcome()
 
+    def lost(self) -> str:
+        """What a post before has raised; empty when all is well. For the work of a write."""
+        return next((str(job.error) for job in self._posted if job.error), "")
+
     def post(self, work: Callable[[sa.Connection], object]) -> None:
         """Raises StoreError only when the database is closed."""
         self._posted.append(self._db.post(work))

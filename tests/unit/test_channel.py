@@ -159,6 +159,18 @@ async def test_a_flood_of_frames_is_slowed_down(monkeypatch: pytest.MonkeyPatch)
     await channel.aclose()
 
 
+async def test_a_flood_of_bytes_is_slowed_down(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(channel_module, "BYTES_PER_SECOND", 3 * len(lines(OUTPUT)))
+    stream = Scripted(lambda frame: b"")
+    stream.push(lines(*[OUTPUT] * 5))
+    channel = Channel(stream)
+    started = time.monotonic()
+    for _ in range(5):
+        await channel.receive()
+    assert time.monotonic() - started >= 0.9
+    await channel.aclose()
+
+
 @pytest.mark.parametrize(
     "ready",
     [lines(READY | {"version": 2}), lines(DONE), lines(OUTPUT), b"Traceback (most recent call last):\n"],

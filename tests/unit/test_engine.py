@@ -65,6 +65,9 @@ class Stage:
     def loop(
         self, iterations: int = 5, accept: Callable[[str], str | None] = lambda _answer: None, **limits: Any
     ) -> Loop:
+        async def accepting(answer: str) -> str | None:
+            return accept(answer)
+
         sizes = {"prompt_bytes": 100_000, "output_tokens": 77, "shown_chars": 100, "style": "standard"} | limits
         return Loop(
             limits=RootLimits(**sizes),
@@ -73,7 +76,8 @@ class Stage:
             ask=self.ask,
             run_cell=self.run_cell,
             record=self.record,
-            accept=accept,
+            accept=accepting,
+            most_chars=1000,
         )
 
     async def run(self, **options: Any) -> Outcome:
@@ -214,6 +218,11 @@ async def test_no_last_word_where_it_could_not_be_paid_or_waited_for(error: Airl
     stage = Stage(CODE, error)
     assert await stage.run() == Outcome("limit", None, f"{error.kind}: {error}")
     assert stage.last == [False, False]
+
+
+async def test_an_answer_nobody_accepted_is_no_longer_than_any_other():
+    stage = Stage(CODE, BudgetExhausted("no money"), "FINAL(" + "x" * 5000 + ")")
+    assert await stage.run() == Outcome("limit", "x" * 1000, "budget-exhausted: no money")
 
 
 async def test_an_answer_that_is_not_accepted_is_told_and_asked_for_again():

@@ -26,6 +26,8 @@ WHOLE = {
     "choices": [{"message": {"role": "assistant", "content": "42"}, "finish_reason": "stop"}],
     "usage": {"prompt_tokens": 3, "completion_tokens": 2},
 }
+BAD = b'{"error": {"message": "bad \\ud800 thing"}}'
+JSON = {"content-type": "application/json"}
 Handler = Callable[[httpx2.Request], httpx2.Response]
 
 
@@ -191,6 +193,24 @@ async def test_no_content_is_an_empty_text():
 )
 async def test_a_usage_that_cannot_be_read_is_none_at_all(usage: Any):
     assert (await ask(says({**WHOLE, "usage": usage}))).usage is None
+
+
+async def test_the_key_is_not_told_where_the_providers_words_are_cut():
+    long = {"error": {"message": "x" * 280 + f" your key {KEY}-and-more-of-it"}}
+    assert KEY[:8] not in str(await refusal(says(long, 400)))
+
+
+async def test_half_a_character_in_an_error_or_a_reason():
+    assert "bad ? thing" in str(await refusal(lambda _request: httpx2.Response(400, content=BAD)))
+    whole = json.loads(json.dumps(WHOLE))
+    whole["choices"][0]["finish_reason"] = "\ud800"
+    reply = await ask(lambda _request: httpx2.Response(200, content=json.dumps(whole).encode(), headers=JSON))
+    assert reply.finish_reason == "?"
+
+
+async def test_a_reply_nested_without_end_may_have_been_billed():
+    error = await refusal(lambda _request: httpx2.Response(200, content=b"[" * 200_000, headers=JSON))
+    assert isinstance(error, OutcomeUnknown)
 
 
 async def test_a_reply_without_end_is_given_up():

@@ -42,7 +42,7 @@ def values(key: str) -> st.SearchStrategy[Any]:
         case "counts.depth":
             return st.integers(0, 1)
         case _:
-            return st.integers(32, 2**53 - 1)
+            return st.integers(32, 1 << 34)
 
 
 def assemble(flat: dict[str, Any]) -> Policy:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from orchestrator.guest import wire
 from orchestrator.guest.wire import TO_GUEST, TO_HOST, TO_SUPERVISOR, Malformed, decode, encode
+from tests.unit.helpers import quick
 
 DONE = {"type": "done", "cell": 1, "status": "ok", "detail": "", "answer": None, "names": ["x"], "dropped": 0}
 CALL = {"type": "call", "id": 1, "op": "llm_query", "prompt": "é", "model": None}
@@ -125,6 +126,32 @@ def test_frames_with_any_values(sample: tuple[wire.Table, wire.Frame], changes: 
 )
 def test_hostile_lines(line: bytes):
     assert len(malformed(line)) < 100
+
+
+@pytest.mark.parametrize(
+    "junk",
+    [
+        b"[" + b"[]," * 100_000 + b"0]",
+        b"[" * 100_000 + b"]" * 100_000,
+        b"{}" + b" " * 10_000,
+        b"1" * 10_000,
+        b"[" + b'"",' * 10_000 + b'""]',
+        rb'["\\",' * 5000 + b'""]',
+        rb'["\"",' * 5000 + b'""]',
+    ],
+)
+def test_what_would_be_slow_to_parse_is_not_parsed(junk: bytes):
+    """A key may be given twice, so what is checked need not be what is parsed."""
+    line = b'{"type":"call","id":1,"op":"budget","model":null,"prompt":%s,"prompt":"x"}' % junk
+    with pytest.raises(wire.Malformed, match="more than a frame holds"):
+        wire.decode(line, TO_HOST)
+
+
+@quick
+@given(st.text(st.sampled_from('\\"[]{},:a\u20ac'), max_size=5000))
+def test_any_text_fits_in_a_frame(text: str):
+    frame = {"type": "call", "id": 1, "op": "llm_query", "prompt": text, "model": None}
+    assert wire.decode(wire.encode(dict(frame))[:-1], TO_HOST) == frame
 
 
 def test_of_a_key_given_twice_the_last_counts_and_is_checked():
