@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -91,7 +92,7 @@ class Platform:
         recover(self.db)
         self.slots = Slots(home)
         self.slots.clear_dead()
-        self.contexts = ContextStore(home / "contexts", check=anyio.from_thread.check_cancelled)
+        self.contexts = ContextStore(home / "contexts", check=_check_cancelled)
         self._lms: dict[str, LM] = {}
         prices = {**self.config.prices, **choices.prices}
         self._machinery = Machinery(
@@ -199,6 +200,11 @@ async def open_platform(choices: Choices, home: Path | None = None) -> AsyncGene
     finally:
         with anyio.CancelScope(shield=True):
             await platform.aclose()
+
+
+def _check_cancelled() -> None:
+    with contextlib.suppress(RuntimeError):  # called outside of anyio's threads, where nobody can cancel it
+        anyio.from_thread.check_cancelled()
 
 
 def _config(home: Path) -> settings.Config:
