@@ -55,6 +55,23 @@ async def test_frames_written_to_every_descriptor_do_not_break_the_channel(repl:
     assert await repl.out("kept") == "'kept'"
 
 
+async def test_a_frame_that_is_slow_to_parse_is_not_parsed(repl: Repl):
+    """A key given twice: the last is checked, and both would be parsed, 16 MB of empty lists in seconds."""
+    await repl.run("kept = 'kept'")
+    result = await repl.run(
+        """
+        import gc
+        link, = (found for found in gc.get_objects() if type(found).__name__ == 'Link')
+        junk = b'[' + b'[],' * 5_000_000 + b'0]'
+        link._sock.sendall(b'{"type":"call","id":1,"op":"budget","model":null,"prompt":%s,"prompt":"x"}\\n' % junk)
+        while True: pass
+        """
+    )
+    assert (result.status, repl.calls) == ("killed", [])
+    assert "agent's socket" in result.detail
+    assert await repl.out("kept") == "'kept'"
+
+
 @pytest.mark.parametrize(
     "code",
     [
