@@ -188,8 +188,8 @@ def test_user_namespaces_are_switched_off(airlock: Airlock) -> None:
     [
         ("#!/bin/sh\necho 'something odd' >&2\nexit 1\n", "bwrap could not make a sandbox: something odd"),
         ("#!/bin/sh\nexit 0\n", "bwrap could not make a sandbox: "),
-        ("#!/nowhere/sh\n", "cannot start bwrap: No such file or directory"),
-        ("\x7fELF, but nothing follows", "cannot start bwrap: "),
+        ("#!/nowhere/sh\n", "bwrap could not make a sandbox: setpriv: failed to execute "),
+        ("\x7fELF, but nothing follows", "bwrap could not make a sandbox: "),
     ],
 )
 def test_a_bwrap_that_does_not_work(airlock: Airlock, program: str, says: str) -> None:
