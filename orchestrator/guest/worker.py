@@ -88,8 +88,10 @@ class Worker:
         if pid:
             if pid > 0:
                 self._snapshots.append(pid)
-                # The pages that every cell touches are copied now, while the LM thinks, not on the next cell's way.
-                wire.encode(self._repl.run("", 0))
+                try:
+                    self._warm_up()
+                except OSError:  # the cell has left no descriptor to be had: the next one will be a little slower
+                    self._shield.disarm()
             for fd in fds:
                 os.close(fd)
             return
@@ -105,6 +107,18 @@ class Worker:
         self._link = self._open(socket.socket(fileno=ctl), out, err)
         self._repl.connect(self._link, self._shield)
         self._link.send({"type": "snapshot"})  # the kernel adds this process's id
+
+    def _warm_up(self) -> None:
+        """An empty cell, all the way: the pages that every cell touches are copied now, while the LM thinks."""
+        link, (here, there) = self._link, socket.socketpair()
+        self._link, supervisor = Link(here, self._shield), Link(there, self._shield)
+        try:
+            supervisor.send({"type": "run", "id": 0, "code": "", "timeout_s": 0, "context": False})
+            self._run(self._link.receive())
+        finally:
+            supervisor.close()
+            self._link.close()
+            self._link = link
 
 
 def _reaped(pid: int) -> bool:
