@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import sys
 
-from . import wire
 from .lean import socket
 from .link import Link, Shield
 from .repl import Repl, renew_streams, restore_fds
