@@ -21,8 +21,9 @@ demo: setup ## find a needle in ten million characters with a local model (SCRIP
 
 test: ## set up, lint, run all tests
 	@bash deploy/setup.sh tests
+	@bash deploy/engines.sh
 	@$(MAKE) lint
-	@AIRLOCK_REQUIRE_BACKENDS=bubblewrap $(bin)/python -m pytest tests --ignore=tests/benchmarks \
+	@AIRLOCK_REQUIRE_BACKENDS=$${AIRLOCK_REQUIRE_BACKENDS-bubblewrap,docker,gvisor} $(bin)/python -m pytest tests --ignore=tests/benchmarks \
 		|| { echo "test: step 'pytest' failed" >&2; exit 1; }
 
 bench: setup ## measure, and compare with the peers

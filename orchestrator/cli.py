@@ -1,4 +1,4 @@
-"""The command line: `airlock run | exec | models | doctor | policy | audit`.
+"""The command line: `airlock run | exec | models | images | doctor | policy | audit`.
 
 The answer alone goes to standard output, progress to standard error. Errors are one line; exit codes are in `_EXIT`.
 """
@@ -330,6 +330,20 @@ def doctor(backend: str, as_json: bool) -> int:
             click.echo(f"{mark}  {finding.name}: {finding.text}")
         click.echo("usable" if usable else "not usable", err=True)
     return 0 if usable else 4
+
+
+@app.group()
+def images() -> None:
+    """The image that containers run."""
+
+
+@images.command(name="build")
+@click.option("--offline", is_flag=True, help="From Debian packages, where no registry is reached.")
+def images_build(offline: bool) -> None:
+    """Build the image with the Docker engine of this machine, and put it on record."""
+    from orchestrator.sandbox.registry import build_image
+
+    click.echo(build_image(settings.home(), offline=offline, say=lambda text: click.echo(text, err=True)))
 
 
 @app.group()

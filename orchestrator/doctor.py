@@ -10,7 +10,6 @@ import time
 from functools import partial
 from pathlib import Path
 
-from orchestrator import settings
 from orchestrator.core.errors import AirlockError
 from orchestrator.core.policy import Policy
 from orchestrator.sandbox.base import Backend, Finding, SandboxSpec
@@ -29,7 +28,11 @@ def attempt(what):
     except OSError as error:
         return error.strerror
     return "POSSIBLE"
-print("network:", attempt(lambda: socket.socket(socket.AF_INET)))
+def reach():
+    with socket.socket(socket.AF_INET) as sock:
+        sock.settimeout(1)
+        sock.connect(("169.254.169.254", 80))
+print("network:", attempt(reach))
 print("write to /usr:", attempt(lambda: open("/usr/x", "w")))
 print("read /etc/passwd:", attempt(lambda: open("/etc/passwd")))
 print("environment:", sorted(os.environ))
@@ -38,15 +41,16 @@ print("environment:", sorted(os.environ))
 
 async def examine(home: Path, backend_name: str) -> list[Finding]:
     """Every finding, the needed ones first. Raises RequestError for an unknown backend."""
-    seccomp = settings.data_folder("policies") / "seccomp.json"
-    backend = make_backend(backend_name, least="namespace", cache=home / "cache", seccomp=seccomp)
+    backend = make_backend(backend_name, least="namespace", home=home)
     findings = [_system(), _store(home)]
     if findings[-1].ok:
         cleared = Slots(home).clear_dead()
         findings += await _sandbox(backend, home, load_policy("default"))
         left = f"removed what {cleared} dead sandboxes had left" if cleared else "nothing was left by dead sandboxes"
         findings.append(Finding("leftovers", True, False, left))
+    findings += [Finding("otherwise", True, False, text) for text in backend.deviations.values()]
     findings += await backend.diagnose()
+    await backend.aclose()
     findings.append(_models(home))
     return findings
 

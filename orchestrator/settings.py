@@ -74,7 +74,18 @@ def api_key(variable: str) -> SecretStr | None:
     return SecretStr(key) if key else None
 
 
+def docker_socket() -> str:
+    """The engine's socket: that of DOCKER_HOST, else the usual one. Raises ValueError for an engine elsewhere.
+
+    The context is shared with a container by mounting a folder, so the engine has to be on this machine.
+    """
+    named = os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock")
+    if not named.startswith("unix://"):
+        raise ValueError(f"DOCKER_HOST={named}: sandboxes need an engine on this machine, unix:///path/of/its.sock")
+    return named.removeprefix("unix://")
+
+
 def data_folder(name: str) -> Path:
-    """`policies` as shipped: inside the package when installed, beside it in a checkout."""
+    """`policies` or `sandbox_images` as shipped: inside the package when installed, beside it in a checkout."""
     inside = _PACKAGE / name
     return inside if inside.is_dir() else _PACKAGE.parent / name

@@ -80,12 +80,7 @@ class Platform:
         self.choices = choices
         self.config = _config(home)
         self.policy = effective_policy(choices)
-        self.backend: Backend = make_backend(
-            choices.backend,
-            least=self.policy.sandbox.least_isolation,
-            cache=home / "cache",
-            seccomp=settings.data_folder("policies") / "seccomp.json",
-        )
+        self.backend: Backend = make_backend(choices.backend, least=self.policy.sandbox.least_isolation, home=home)
         self.model = choices.model or self.config.model or ""
         self.sub_model = choices.sub_model or self.config.sub_model or self.model
         self.db = Database(home)
@@ -188,6 +183,7 @@ class Platform:
         await self._machinery.shelter.aclose()
         for lm in self._lms.values():
             await lm.aclose()
+        await self.backend.aclose()
         self.db.close()
 
 

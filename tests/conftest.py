@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
+from orchestrator.core.errors import SandboxUnusable
 from orchestrator.sandbox.base import Backend
-from orchestrator.sandbox.bubblewrap import Bubblewrap
-from tests.sandboxes import SECCOMP
+from orchestrator.sandbox.registry import NAMES, build_image, make_backend
+
+REQUIRED = [name for name in os.environ.get("AIRLOCK_REQUIRE_BACKENDS", "").split(",") if name]
+assert set(REQUIRED) <= set(NAMES), f"AIRLOCK_REQUIRE_BACKENDS names what is no backend: {REQUIRED}"
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +27,22 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("home")
 
 
-@pytest.fixture(scope="session", params=["bubblewrap"])
-def backend(request: pytest.FixtureRequest, home: Path) -> Backend:
-    """Every backend there is; a new one joins with its name and a line here."""
-    return {"bubblewrap": lambda: Bubblewrap(home / "cache", SECCOMP)}[request.param]()
+@pytest.fixture(scope="session")
+def image(home: Path) -> str:
+    """The containers' image, built once. An engine that is absent is a failure where it is required."""
+    try:
+        return build_image(home, offline=True, say=lambda _text: None)
+    except SandboxUnusable as error:
+        if set(REQUIRED) & {"docker", "gvisor"}:
+            raise
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session", params=NAMES)
+async def backend(request: pytest.FixtureRequest, home: Path) -> AsyncIterator[Backend]:
+    """Every backend there is."""
+    if request.param != "bubblewrap":
+        request.getfixturevalue("image")
+    made = make_backend(request.param, least="namespace", home=home)
+    yield made
+    await made.aclose()

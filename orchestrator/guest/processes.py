@@ -217,7 +217,11 @@ def restrict(limits: dict[str, Any]) -> None:
     ):
         hard = resource.getrlimit(what)[1]
         most = int(most) if hard == resource.RLIM_INFINITY else min(int(most), hard)
-        resource.setrlimit(what, (most, most))
+        try:
+            resource.setrlimit(what, (most, most))
+        except ValueError:  # gVisor refuses this one, and has no message queues
+            if what != resource.RLIMIT_MSGQUEUE:
+                raise
 
 
 def _sender(ctl: socket.socket) -> int:

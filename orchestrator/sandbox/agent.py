@@ -19,20 +19,34 @@ _UNCHECKED_HASH = (1).to_bytes(4, "little")  # PEP 552: a pyc that is never chec
 
 
 @cache
+def _sources() -> dict[str, str]:
+    package = importlib.resources.files("orchestrator") / "guest"
+    texts = {
+        f"agent/{entry.name}": entry.read_text(encoding="utf-8")
+        for entry in package.iterdir()
+        if entry.name.endswith(".py") and entry.name != "__main__.py"
+    }
+    return {"__main__.py": _MAIN, **texts}
+
+
+def agent_version() -> str:
+    """SHA-256 of the agent's sources. Not of the archive: marshal does not always write the same for the same code."""
+    digest = hashlib.sha256()
+    for name, source in sorted(_sources().items()):
+        digest.update(f"{name} {len(source)}\n{source}".encode())
+    return digest.hexdigest()
+
+
+@cache
 def agent_bytes() -> bytes:
-    """The archive, the same bytes for the same sources and Python version.
+    """The archive.
 
     Each module is there twice: as source for any Python from 3.9, and compiled for the Python that runs Airlock, which
     is most often the sandbox's too and then starts 20 ms sooner. zipimport takes the compiled one when it fits.
     """
-    sources = {"__main__.py": _MAIN}
-    package = importlib.resources.files("orchestrator") / "guest"
-    for entry in package.iterdir():
-        if entry.name.endswith(".py") and entry.name != "__main__.py":
-            sources[f"agent/{entry.name}"] = entry.read_text(encoding="utf-8")
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
-        for name, source in sorted(sources.items()):
+        for name, source in sorted(_sources().items()):
             code = marshal.dumps(compile(source, f"/agent.pyz/{name}", "exec", dont_inherit=True))
             hashed = importlib.util.source_hash(source.encode())
             compiled = importlib.util.MAGIC_NUMBER + _UNCHECKED_HASH + hashed + code

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,11 +123,26 @@ class Finding:
     text: str
 
 
+EXHAUSTION = "exhaustion"  # a deviation: a cell that uses up memory or processes ends the sandbox, not itself alone
+
+
 class Backend(ABC):
-    """One way of isolating guests. Constructing it does no I/O."""
+    """One way of isolating guests. Constructing it does no I/O.
+
+    deviations: name -> what this backend does otherwise than promised; `doctor` shows them, tests hold it to them.
+    """
 
     name: str
     isolation: Isolation
+    deviations: Mapping[str, str] = {}
+
+    def require_usable(self) -> None:
+        """A quick look, for choosing among backends: raises SandboxUnusable when `launch` would for certain. Blocks."""
+        return
+
+    async def aclose(self) -> None:
+        """Release what it holds on the host. Idempotent."""
+        return
 
     @abstractmethod
     async def launch(self, spec: SandboxSpec) -> Guest:

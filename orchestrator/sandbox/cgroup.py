@@ -172,6 +172,17 @@ def group_of(slot: int) -> Cgroup | None:
     return Cgroup(hierarchy, f"airlock-{slot}") if hierarchy else None
 
 
+def group_with(pid: int) -> Cgroup | None:
+    """The group that a process of this machine is in, to be read."""
+    try:
+        mountinfo = Path("/proc/self/mountinfo").read_text(encoding="utf-8")
+        its = Path(f"/proc/{pid}/cgroup").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    hierarchy = find_hierarchy(mountinfo, its)
+    return Cgroup(hierarchy, "") if hierarchy else None
+
+
 def _enable(parent: Path) -> None:
     """Let children of `parent` have the controllers (version 2). Refused where processes live in `parent` itself."""
     have = (parent / "cgroup.subtree_control").read_text().split()

@@ -2,34 +2,84 @@
 
 from __future__ import annotations
 
-import importlib
+from collections.abc import Callable
 from pathlib import Path
 
+from orchestrator import settings
 from orchestrator.core.errors import NotPermitted, RequestError, SandboxUnusable
 from orchestrator.sandbox.base import Backend, Isolation
+from orchestrator.sandbox.images import Images
 
-_CLASSES = {"bubblewrap": "orchestrator.sandbox.bubblewrap:Bubblewrap"}
-NAMES = tuple(_CLASSES)
+_ISOLATION = {
+    "bubblewrap": Isolation.namespace,
+    "docker": Isolation.container,
+    "gvisor": Isolation.gvisor,
+}
+NAMES = tuple(_ISOLATION)
 
 
-def make_backend(name: str, *, least: str, cache: Path, seccomp: Path) -> Backend:
-    """The backend called `name`, or, for `auto`, the strongest there is.
+def make_backend(name: str, *, least: str, home: Path) -> Backend:
+    """The backend called `name`, or, for `auto`, the strongest that is usable. home: the data folder.
 
     Raises RequestError for an unknown name, NotPermitted when the policy asks for more isolation than it gives,
-    SandboxUnusable when it cannot be loaded. Weaker isolation than `least` is never picked.
+    SandboxUnusable when it cannot be loaded, or `auto` finds none. Weaker isolation than `least` is never picked.
     """
-    if name != "auto" and name not in _CLASSES:
+    if name == "auto":
+        return _strongest(least, home)
+    if name not in NAMES:
         raise RequestError(f"there is no backend {name!r}; there are {', '.join(NAMES)} and auto")
-    chosen = NAMES[-1] if name == "auto" else name
-    module, _, attribute = _CLASSES[chosen].partition(":")
-    try:
-        kind: type[Backend] = getattr(importlib.import_module(module), attribute)
-    except ImportError as error:
-        raise SandboxUnusable(f"backend {chosen} cannot be loaded: {error}; run `make setup` again") from None
-    if kind.isolation < Isolation[least]:
+    if _ISOLATION[name] < Isolation[least]:
         raise NotPermitted(
-            f"the policy asks for isolation of at least {least!r}, and backend {chosen} gives {kind.isolation.name!r}",
+            f"the policy asks for isolation of at least {least!r}, and backend {name} gives {_ISOLATION[name].name!r}",
             limit=least,
-            asked=kind.isolation.name,
+            asked=_ISOLATION[name].name,
         )
-    return kind(cache, seccomp)  # pyright: ignore[reportCallIssue]  every backend's constructor takes these two
+    return _make(name, home)
+
+
+def _strongest(least: str, home: Path) -> Backend:
+    enough = [name for name in reversed(NAMES) if _ISOLATION[name] >= Isolation[least]]
+    why: list[str] = []
+    for name in enough:
+        try:
+            backend = _make(name, home)
+            backend.require_usable()
+        except SandboxUnusable as error:
+            why.append(f"{name}: {error}")
+        else:
+            return backend
+    said = "; ".join(why) or "there is none"
+    raise SandboxUnusable(f"no backend with isolation of at least {least!r}, which the policy asks for: {said}")
+
+
+def _make(name: str, home: Path) -> Backend:
+    seccomp = settings.data_folder("policies") / "seccomp.json"
+    try:
+        if name == "bubblewrap":
+            from orchestrator.sandbox.bubblewrap import Bubblewrap
+
+            return Bubblewrap(home / "cache", seccomp)
+        from orchestrator.sandbox.docker import RUNC, RUNSC, Docker
+
+        return Docker(images(home).expected, seccomp, RUNSC if name == "gvisor" else RUNC, settings.docker_socket())
+    except ValueError as error:
+        raise SandboxUnusable(str(error)) from None
+    except ImportError as error:
+        extra = "" if name == "bubblewrap" else ", with the extra `docker`"
+        raise SandboxUnusable(f"backend {name} cannot be loaded: {error}; install Airlock again{extra}") from None
+
+
+def build_image(home: Path, *, offline: bool, say: Callable[[str], None]) -> str:
+    """Build the containers' image, and put it on record; its id. Raises SandboxUnusable."""
+    try:
+        from orchestrator.sandbox.docker import engine
+
+        home.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with engine(settings.docker_socket()) as api:
+            return images(home).build(api, offline=offline, say=say)
+    except (ImportError, ValueError, OSError) as error:
+        raise SandboxUnusable(f"the image cannot be built: {error}") from None
+
+
+def images(home: Path) -> Images:
+    return Images(home / "images.json", settings.data_folder("sandbox_images"))

@@ -8,7 +8,7 @@ import anyio
 import pytest
 
 from orchestrator.core.errors import SandboxDied
-from orchestrator.sandbox.base import Backend, Usage
+from orchestrator.sandbox.base import Backend, Isolation, Usage
 from orchestrator.sandbox.cgroup import own_hierarchy
 from orchestrator.sandbox.sandbox import Call
 from orchestrator.store.contexts import ContextStore
@@ -26,6 +26,11 @@ def groups_of(repl: Repl) -> list[str]:
         if hierarchy
         else []
     )
+
+
+def seen_from_outside(backend: Backend) -> bool:
+    """Whether the host sees a guest's processes as such: gVisor's run in a kernel of their own."""
+    return backend.isolation < Isolation.gvisor
 
 
 async def test_cancelling_a_cell_leaves_nothing_behind(backend: Backend, home: Path):
@@ -48,9 +53,10 @@ async def test_cancelling_a_cell_leaves_nothing_behind(backend: Backend, home: P
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(lambda: repl.run(code, on_call=on_call))
             await running.wait()
-            await until(lambda: len(processes_of(repl.slot.uid)) >= 6)  # bwrap, supervisor, runner, and its forks
+            if seen_from_outside(backend):
+                await until(lambda: len(processes_of(repl.slot.uid)) >= 5)  # supervisor, runner, and its forks
             mine = processes_of(repl.slot.uid)
-            assert groups_of(repl) or not own_hierarchy()
+            assert groups_of(repl) or not own_hierarchy() or backend.name != "bubblewrap"
             tasks.cancel_scope.cancel()
     assert not mine & processes_of(repl.slot.uid)
     assert groups_of(repl) == []
@@ -67,7 +73,7 @@ async def test_an_error_of_the_caller_ends_the_sandbox_and_is_not_changed(backen
 
     with pytest.raises(FileNotFoundError, match="the caller's own"):
         await fail()
-    assert mine
+    assert mine or not seen_from_outside(backend)
 
 
 async def test_kill_is_idempotent_and_concurrent(backend: Backend, home: Path):

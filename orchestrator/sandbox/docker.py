@@ -1,0 +1,389 @@
+"""Backends `docker` (runc) and `gvisor` (runsc): the guest agent in a container, spoken to over attached stdio.
+
+Nothing is ever run in a container but the agent (no exec), nothing is written into one, and the engine is asked for
+containers alone: no network, no volume. The engine's API: https://docs.docker.com/reference/api/engine/
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import select
+import signal
+import socket
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import anyio
+import anyio.to_thread
+import docker
+import docker.errors
+import requests.exceptions
+from anyio.abc import ByteStream
+
+from orchestrator.core.errors import SandboxUnusable
+from orchestrator.sandbox.base import EXHAUSTION, Backend, Finding, Guest, Isolation, SandboxSpec, Usage
+from orchestrator.sandbox.cgroup import Cgroup, group_with
+from orchestrator.sandbox.hostsocket import HostSocket
+from orchestrator.sandbox.slots import UID_BASE
+
+T = TypeVar("T")
+API_TIMEOUT_S = 30
+MEMORY_OF_AIRLOCK = 32 << 20  # supervisor, and the page tables and stacks of a snapshot
+PIDS_OF_AIRLOCK = 8  # supervisor, snapshots
+PIDS_OF_SENTRY = 512  # gVisor's own threads count, too, and die first; the guest's are bounded by rlimits there
+INODES = 16_384  # of /tmp
+WORDS = 4096  # bytes of standard error that are kept
+_STDERR = 2  # stream number in the engine's frames
+_MASKED = (
+    *("/proc/acpi", "/proc/asound", "/proc/interrupts", "/proc/kcore", "/proc/keys", "/proc/latency_stats"),
+    *("/proc/sched_debug", "/proc/scsi", "/proc/timer_list", "/proc/timer_stats", "/proc/config.gz"),
+    *("/sys/devices/virtual/powercap", "/sys/firmware", "/sys/kernel"),
+)
+_READ_ONLY = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """name: as the daemon knows it."""
+
+    name: str
+    isolation: Isolation
+    pids: int
+
+
+_OF_GVISOR = {
+    EXHAUSTION: "a cell that uses up memory or processes ends the sandbox: gVisor holds no process to either limit"
+}
+RUNC = Runtime("runc", Isolation.container, PIDS_OF_AIRLOCK)
+RUNSC = Runtime("runsc", Isolation.gvisor, PIDS_OF_SENTRY)
+KATA = Runtime("kata", Isolation.microvm, PIDS_OF_AIRLOCK)
+
+
+def request(spec: SandboxSpec, runtime: Runtime, image: str, seccomp: str, *, apparmor: bool) -> dict[str, Any]:
+    """The body of POST /containers/create. Pure. image: by digest. seccomp: the profile's JSON text."""
+    uid = UID_BASE + spec.slot.number if spec.slot.uid is None else spec.slot.uid
+    memory = spec.memory_bytes + MEMORY_OF_AIRLOCK
+    tmpfs = f"rw,noexec,nosuid,nodev,mode=1777,size={spec.tmp_bytes},nr_inodes={INODES}"
+    security = ["no-new-privileges", f"seccomp={seccomp}"]
+    return {
+        "Image": image,
+        "User": f"{uid}:{uid}",  # of the slot alone: RLIMIT_NPROC counts by it, and no two sandboxes share an owner
+        "WorkingDir": "/tmp",  # noqa: S108  the sandbox's own
+        "Env": ["PATH=/usr/bin", "HOME=/tmp", "LANG=C.UTF-8"],
+        "Hostname": "sandbox",
+        "NetworkDisabled": True,
+        "AttachStdin": True,
+        "AttachStdout": True,
+        "AttachStderr": True,
+        "OpenStdin": True,
+        "StdinOnce": True,  # when the orchestrator goes, standard input ends, and with it the agent
+        "Tty": False,
+        "Labels": {"airlock.slots": str(spec.slot.folder.parent), "airlock.slot": str(spec.slot.number)},
+        "HostConfig": {
+            "Runtime": runtime.name,
+            "NetworkMode": "none",
+            "IpcMode": "none",
+            "PidMode": "",
+            "CgroupnsMode": "private",
+            "UTSMode": "",
+            "Privileged": False,
+            "ReadonlyRootfs": True,
+            "CapDrop": ["ALL"],
+            "SecurityOpt": [*security, "apparmor=docker-default"] if apparmor else security,
+            "MaskedPaths": list(_MASKED),
+            "ReadonlyPaths": list(_READ_ONLY),
+            "Mounts": [
+                {"Type": "bind", "Source": str(spec.slot.folder), "Target": "/context", "ReadOnly": True}
+                | {"BindOptions": {"Propagation": "rprivate"}}
+            ],
+            "Tmpfs": {"/tmp": tmpfs},  # noqa: S108
+            "Memory": memory,
+            "MemorySwap": memory,  # both together: no swap
+            "MemorySwappiness": 0,
+            "NanoCpus": int(spec.cpus * 1_000_000_000),
+            "PidsLimit": spec.pids + runtime.pids,
+            "OomScoreAdj": 500,
+            "Ulimits": [
+                {"Name": "nofile", "Soft": spec.files, "Hard": spec.files},
+                {"Name": "fsize", "Soft": spec.tmp_bytes, "Hard": spec.tmp_bytes},
+                {"Name": "core", "Soft": 0, "Hard": 0},
+                {"Name": "memlock", "Soft": 0, "Hard": 0},
+                {"Name": "msgqueue", "Soft": 0, "Hard": 0},
+            ],
+            "Init": False,  # the agent has to be process 1 itself
+            "AutoRemove": False,  # how it ended is asked for first
+            "RestartPolicy": {"Name": "no"},
+            "LogConfig": {"Type": "none"},
+        },
+    }
+
+
+class Demultiplexer:
+    """Takes the engine's frames apart: 8 bytes of header (stream, 0, 0, 0, size in big endian), then the data."""
+
+    def __init__(self) -> None:
+        self._head = b""
+        self._left = 0
+        self._stream = 0
+        self.words = b""  # the end of standard error
+
+    def feed(self, data: bytes) -> bytes:
+        """What of `data` is standard output."""
+        out: list[bytes] = []
+        while data:
+            if not self._left:
+                need = 8 - len(self._head)
+                self._head, data = self._head + data[:need], data[need:]
+                if len(self._head) == 8:
+                    self._stream, self._left = self._head[0], int.from_bytes(self._head[4:], "big")
+                    self._head = b""
+                continue
+            piece, data = data[: self._left], data[self._left :]
+            self._left -= len(piece)
+            if self._stream == _STDERR:
+                self.words = (self.words + piece)[-WORDS:]
+            else:
+                out.append(piece)
+        return b"".join(out)
+
+
+class AttachedStream(ByteStream):
+    """The channel's bytes over an attach connection."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = HostSocket(sock)
+        self._frames = Demultiplexer()
+
+    @property
+    def words(self) -> bytes:
+        return self._frames.words
+
+    async def receive(self, max_bytes: int = 65536) -> bytes:
+        while True:
+            if data := self._frames.feed(await self._socket.receive(max_bytes)):
+                return data
+
+    async def send(self, item: bytes) -> None:
+        await self._socket.send(item)
+
+    async def send_eof(self) -> None:
+        await self._socket.send_eof()
+
+    async def aclose(self) -> None:
+        await self._socket.aclose()
+
+
+def attach(engine: str, container: str) -> socket.socket:
+    """A connection to a container's standard streams. Not the SDK's: that hands out parts of a response, never closed.
+
+    https://docs.docker.com/reference/api/engine/ ContainerAttach. Raises OSError.
+    """
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        connection.settimeout(API_TIMEOUT_S)
+        connection.connect(engine)
+        query = "stream=1&stdin=1&stdout=1&stderr=1"
+        connection.sendall(
+            f"POST /containers/{container}/attach?{query} HTTP/1.1\r\n"
+            "Host: docker\r\nConnection: Upgrade\r\nUpgrade: tcp\r\nContent-Length: 0\r\n\r\n".encode()
+        )
+        head = b""
+        while not head.endswith(b"\r\n\r\n"):  # a byte at a time: what follows the head is the stream's
+            piece = connection.recv(1)
+            if not piece or len(head) > WORDS:
+                raise ConnectionError(f"the engine did not attach: {head[:100]!r}")
+            head += piece
+        if not head.startswith(b"HTTP/1.1 101 "):
+            raise ConnectionError(f"the engine did not attach: {head[:100]!r}")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+class Docker(Backend):
+    """image: digest of the image to run. seccomp: the profile's file. engine: its socket."""
+
+    def __init__(
+        self, image: Callable[[], str], seccomp: Path, runtime: Runtime, engine: str = "/var/run/docker.sock"
+    ) -> None:
+        self.name = {"runc": "docker", "runsc": "gvisor"}.get(runtime.name, runtime.name)
+        self.isolation = runtime.isolation
+        if runtime is RUNSC:
+            self.deviations = _OF_GVISOR
+        self._runtime = runtime
+        self._image = image
+        self._seccomp = seccomp
+        self._engine = engine
+        self._api: Any = None  # docker.APIClient, whose types say little
+
+    async def launch(self, spec: SandboxSpec) -> Guest:
+        # Not to be cancelled: a container that is being made has no name here that could be removed.
+        with anyio.CancelScope(shield=True):
+            return await anyio.to_thread.run_sync(self._launch, spec)
+        raise AssertionError("a shielded scope is not cancelled")
+
+    def _launch(self, spec: SandboxSpec) -> Guest:
+        api = self._connect()
+        image = self._image()
+        body = request(spec, self._runtime, image, self._seccomp.read_text(), apparmor=self._apparmor)
+        name = _name(spec)
+        guest: DockerGuest | None = None
+        try:
+            with _told(self._runtime):
+                guest = DockerGuest(api, self._engine, self._create(api, body, name))
+                guest.start()
+        except BaseException:
+            if guest is not None:
+                guest.end()
+            raise
+        return guest
+
+    @staticmethod
+    def _create(api: Any, body: dict[str, Any], name: str) -> str:
+        try:
+            return api.create_container_from_config(body, name)["Id"]
+        except docker.errors.APIError as error:
+            if error.status_code != 409:
+                raise
+        # Whoever holds the slot owns the name: what has it was left by an orchestrator that died.
+        api.remove_container(name, force=True, v=True)
+        return api.create_container_from_config(body, name)["Id"]
+
+    def _connect(self) -> Any:
+        if self._api is None:
+            with _told(self._runtime):
+                api: Any = docker.APIClient(f"unix://{self._engine}", version="auto", timeout=API_TIMEOUT_S)
+                self._apparmor = any("apparmor" in option for option in api.info().get("SecurityOptions", ()))
+                self._api = api
+        return self._api
+
+    def require_usable(self) -> None:
+        self._image()
+        api = self._connect()
+        with _told(self._runtime):
+            if self._runtime.name not in api.info().get("Runtimes", {}):
+                raise SandboxUnusable(f"Docker has no runtime {self._runtime.name!r}: see /etc/docker/daemon.json")
+
+    async def aclose(self) -> None:
+        if self._api is not None:
+            self._api.close()
+            self._api = None
+
+    async def diagnose(self) -> list[Finding]:
+        return await anyio.to_thread.run_sync(self._diagnose)
+
+    def _diagnose(self) -> list[Finding]:
+        try:
+            version = self._connect().version()
+            parts = {part["Name"]: part["Version"] for part in version.get("Components", ())}
+            self.require_usable()
+        except SandboxUnusable as error:
+            return [Finding("engine", False, True, str(error))]
+        text = f"Docker {version['Version']}, {', '.join(f'{name} {number}' for name, number in parts.items())}"
+        return [Finding("engine", True, True, text), Finding("image", True, True, self._image())]
+
+
+class DockerGuest(Guest):
+    """container: its id. engine: the engine's socket. What it holds on the host goes with `end` and the stream."""
+
+    def __init__(self, api: Any, engine: str, container: str) -> None:
+        self._api = api
+        self._engine = engine
+        self._container = container
+        self._attached: AttachedStream | None = None
+        self._first = -1
+        self._group: Cgroup | None = None
+        self._usage = Usage(None, None, oom=False)
+        self._dead = False
+        self._killing = anyio.Lock()
+
+    def start(self) -> None:
+        """Attach, then start: not a byte of the agent's is lost. Blocks. Raises what `docker` raises."""
+        self.stream = self._attached = AttachedStream(attach(self._engine, self._container))
+        self._api.start(self._container)
+        pid = int(self._api.inspect_container(self._container)["State"]["Pid"])
+        if pid:  # 0: it has ended already
+            self._group = group_with(pid)
+            with contextlib.suppress(OSError):
+                self._first = os.pidfd_open(pid)
+
+    async def kill(self) -> None:
+        with anyio.CancelScope(shield=True):
+            async with self._killing:
+                if not self._dead:
+                    self._usage = self._measure()
+                    await anyio.to_thread.run_sync(self.end)
+                    self._dead = True
+
+    def end(self) -> None:
+        """Kill and remove it. Blocks. When the engine is gone, root still has the pidfd. Raises SandboxUnusable."""
+        try:
+            self._api.remove_container(self._container, force=True, v=True)
+        except docker.errors.NotFound:
+            pass
+        except (docker.errors.DockerException, requests.exceptions.RequestException) as error:
+            if not self._killed_directly():
+                raise SandboxUnusable(f"container {self._container[:12]} cannot be ended: {error}") from None
+        finally:
+            if self._first >= 0:
+                os.close(self._first)
+                self._first = -1
+
+    def _killed_directly(self) -> bool:
+        try:
+            signal.pidfd_send_signal(self._first, signal.SIGKILL)
+        except ProcessLookupError:
+            return True
+        except OSError:
+            return False
+        return bool(select.select([self._first], [], [], 10.0)[0])
+
+    async def usage(self) -> Usage:
+        return self._usage if self._dead else self._measure()
+
+    def _measure(self) -> Usage:
+        if not self._group:
+            return self._usage
+        return Usage(self._group.cpu_s(), self._group.peak_memory(), self._group.oom_kills() > 0)
+
+    def last_words(self) -> str:
+        text = (self._attached.words if self._attached else b"").decode("utf-8", "replace").strip()
+        return text.splitlines()[-1][:300] if text else ""
+
+
+@contextlib.contextmanager
+def engine(path: str) -> Generator[Any]:
+    """A client of the engine behind this socket. Raises SandboxUnusable for whatever goes wrong with it."""
+    with _told(RUNC):
+        api: Any = docker.APIClient(f"unix://{path}", version="auto", timeout=API_TIMEOUT_S)
+        try:
+            yield api
+        finally:
+            api.close()
+
+
+def _name(spec: SandboxSpec) -> str:
+    folder = hashlib.sha256(str(spec.slot.folder.parent).encode()).hexdigest()[:8]
+    return f"airlock-{folder}-{spec.slot.number}"
+
+
+@contextlib.contextmanager
+def _told(runtime: Runtime) -> Generator[None]:
+    """Makes of what the engine says one line with the remedy."""
+    try:
+        yield
+    except docker.errors.ImageNotFound:
+        raise SandboxUnusable("the sandbox's image is not here: run `airlock images build`") from None
+    except docker.errors.APIError as error:
+        said = " ".join(str(error.explanation or error).split())[:300]
+        if "runtime" in said and runtime.name in said:
+            raise SandboxUnusable(f"Docker has no runtime {runtime.name!r} ({said})") from None
+        raise SandboxUnusable(f"Docker could not make a sandbox: {said}") from None
+    except (docker.errors.DockerException, requests.exceptions.RequestException, OSError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise SandboxUnusable(f"Docker does not answer ({said}): start it, and let this user speak to it") from None
