@@ -219,6 +219,7 @@ class Docker(Backend):
         self._image = image
         self._seccomp = seccomp
         self._engine = engine
+        self._reaped: set[Path] = set()
         self._api: Any = None  # docker.APIClient, whose types say little
 
     async def launch(self, spec: SandboxSpec) -> Guest:
@@ -229,6 +230,7 @@ class Docker(Backend):
 
     def _launch(self, spec: SandboxSpec) -> Guest:
         api = self._connect()
+        self._reap(api, spec.slot.folder.parent)
         image = self._image()
         body = request(spec, self._runtime, image, self._seccomp.read_text(), apparmor=self._apparmor)
         name = _name(spec)
@@ -242,6 +244,17 @@ class Docker(Backend):
                 guest.end()
             raise
         return guest
+
+    def _reap(self, api: Any, slots: Path) -> None:
+        """Once: remove what orchestrators that died have left, which ended with them. Running ones are somebody's."""
+        if slots in self._reaped:
+            return
+        self._reaped.add(slots)
+        filters = {"label": f"airlock.slots={slots}", "status": ["exited", "dead"]}
+        with _told(self._runtime):
+            for container in api.containers(all=True, filters=filters):
+                with contextlib.suppress(docker.errors.APIError):  # another orchestrator was faster
+                    api.remove_container(container["Id"], force=True, v=True)
 
     @staticmethod
     def _create(api: Any, body: dict[str, Any], name: str) -> str:

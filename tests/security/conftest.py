@@ -5,8 +5,15 @@ from pathlib import Path
 import pytest
 
 from orchestrator.sandbox.base import Backend
+from orchestrator.sandbox.registry import make_backend
 from tests.sandboxes import open_repl
 from tests.security.attacks import Weak
+
+
+@pytest.fixture(scope="session", params=["bubblewrap"])
+def backend(request: pytest.FixtureRequest, home: Path) -> Backend:
+    """The attacks are written against this one; what containers hold is asserted by tests of their own so far."""
+    return make_backend(request.param, least="namespace", home=home)
 
 
 @pytest.fixture

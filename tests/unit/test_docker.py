@@ -1,0 +1,164 @@
+"""What a container is asked for, and how the engine's frames are taken apart: pure, without an engine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orchestrator.core.errors import NotPermitted, RequestError, SandboxUnusable
+from orchestrator.sandbox.agent import agent_version
+from orchestrator.sandbox.base import Isolation, Slot
+from orchestrator.sandbox.docker import RUNC, RUNSC, Demultiplexer, request
+from orchestrator.sandbox.images import Images
+from orchestrator.sandbox.registry import make_backend
+from tests.sandboxes import MIB, SECCOMP, spec_for
+from tests.unit.helpers import quick
+
+SLOT = Slot(7, Path("/data/slots/slot-7"), 2_000_000_007)
+IMAGE = "sha256:" + "0" * 64
+SOURCES = Path(__file__).parents[2] / "sandbox_images"
+
+
+def asked(runtime: Any = RUNC, *, apparmor: bool = False, **changes: Any) -> dict[str, Any]:
+    return request(spec_for(SLOT, **changes), runtime, IMAGE, SECCOMP.read_text(), apparmor=apparmor)
+
+
+def host(**options: Any) -> dict[str, Any]:
+    return asked(**options)["HostConfig"]
+
+
+def test_a_container_has_no_privileges():
+    config = host()
+    assert config["CapDrop"] == ["ALL"]
+    assert "CapAdd" not in config
+    assert not config["Privileged"]
+    assert config["ReadonlyRootfs"]
+    assert "no-new-privileges" in config["SecurityOpt"]
+    assert asked()["User"] == "2000000007:2000000007"
+
+
+def test_the_profile_goes_inline_and_is_the_one_that_bubblewrap_has():
+    (profile,) = (option for option in host()["SecurityOpt"] if option.startswith("seccomp="))
+    assert json.loads(profile.removeprefix("seccomp=")) == json.loads(SECCOMP.read_text())
+
+
+def test_apparmor_is_asked_for_where_the_host_has_it():
+    assert "apparmor=docker-default" in host(apparmor=True)["SecurityOpt"]
+    assert not any("apparmor" in option for option in host()["SecurityOpt"])
+
+
+def test_a_container_shares_nothing_and_reaches_nothing():
+    config = host()
+    assert asked()["NetworkDisabled"]
+    assert config["NetworkMode"] == "none"
+    assert config["IpcMode"] == "none"
+    assert (config["PidMode"], config["UTSMode"], config["CgroupnsMode"]) == ("", "", "private")
+    (mount,) = config["Mounts"]
+    assert (mount["Source"], mount["Target"], mount["ReadOnly"]) == ("/data/slots/slot-7", "/context", True)
+    assert mount["BindOptions"] == {"Propagation": "rprivate"}
+    assert not {"Binds", "Devices", "VolumesFrom", "Links", "DeviceRequests"} & config.keys()
+    assert asked()["Env"] == ["PATH=/usr/bin", "HOME=/tmp", "LANG=C.UTF-8"]
+
+
+def test_limits_are_those_of_the_spec():
+    config = host(memory_bytes=100 * MIB, cpus=0.5, pids=10, tmp_bytes=5 * MIB, files=99)
+    assert config["Memory"] == config["MemorySwap"] == 132 * MIB
+    assert config["NanoCpus"] == 500_000_000
+    assert config["PidsLimit"] == 18
+    assert config["Tmpfs"] == {"/tmp": f"rw,noexec,nosuid,nodev,mode=1777,size={5 * MIB},nr_inodes=16384"}
+    limits = {limit["Name"]: limit["Hard"] for limit in config["Ulimits"]}
+    assert limits == {"nofile": 99, "fsize": 5 * MIB, "core": 0, "memlock": 0, "msgqueue": 0}
+
+
+def test_gvisor_gets_room_for_its_own_threads():
+    config = host(runtime=RUNSC, pids=10)
+    assert (config["Runtime"], config["PidsLimit"]) == ("runsc", 522)
+
+
+def test_a_container_ends_with_its_orchestrator_and_leaves_no_log():
+    config, whole = host(), asked()
+    assert whole["OpenStdin"]
+    assert whole["StdinOnce"]
+    assert not whole["Tty"]
+    assert config["LogConfig"] == {"Type": "none"}
+    assert config["RestartPolicy"] == {"Name": "no"}
+    assert not config["Init"]
+    assert "Cmd" not in whole
+    assert whole["Image"] == IMAGE
+
+
+def test_without_a_user_id_of_its_own_a_slot_still_has_one_inside():
+    spec = spec_for(Slot(3, Path("/data/slots/slot-3"), None))
+    assert request(spec, RUNC, IMAGE, "{}", apparmor=False)["User"] == "2000000003:2000000003"
+
+
+def frame(stream: int, data: bytes) -> bytes:
+    return bytes([stream, 0, 0, 0]) + len(data).to_bytes(4, "big") + data
+
+
+@quick
+@given(st.lists(st.tuples(st.sampled_from([1, 2]), st.binary(max_size=50))), st.integers(1, 20))
+def test_frames_are_taken_apart_however_they_arrive(frames: list[tuple[int, bytes]], size: int):
+    raw = b"".join(frame(*one) for one in frames)
+    taken, out = Demultiplexer(), b""
+    for at in range(0, len(raw), size):
+        out += taken.feed(raw[at : at + size])
+    assert out == b"".join(data for stream, data in frames if stream == 1)
+    assert taken.words == b"".join(data for stream, data in frames if stream == 2)[-4096:]
+
+
+def images(folder: Path, content: str | None) -> Images:
+    if content is not None:
+        (folder / "images.json").write_text(content)
+    return Images(folder / "images.json", SOURCES)
+
+
+def test_the_image_on_record_is_the_one_that_runs(tmp_path: Path):
+    record = json.dumps({"id": IMAGE, "agent": agent_version()})
+    assert images(tmp_path, record).expected() == IMAGE
+
+
+@pytest.mark.parametrize(
+    ("record", "says"),
+    [
+        (None, "is not built"),
+        ("", "cannot read"),
+        ("[]", "cannot read"),
+        (json.dumps({"id": IMAGE}), "cannot read"),
+        (json.dumps({"id": IMAGE, "agent": "another"}), "is of another version"),
+    ],
+)
+def test_without_the_right_image_nothing_runs(tmp_path: Path, record: str | None, says: str):
+    with pytest.raises(SandboxUnusable, match=says):
+        images(tmp_path, record).expected()
+
+
+def test_the_lock_names_whole_packages():
+    packages = images(SOURCES, None).packages()
+    assert {"libc6", "python3.11-minimal", "libpython3.11-stdlib"} <= {package.name for package in packages}
+    assert all(len(package.sha256) == 64 for package in packages)
+
+
+def test_weaker_isolation_is_never_picked(tmp_path: Path):
+    assert make_backend("auto", least="namespace", home=tmp_path).isolation == Isolation.namespace
+    with pytest.raises(NotPermitted, match="gives 'container'"):
+        make_backend("docker", least="gvisor", home=tmp_path)
+    with pytest.raises(
+        SandboxUnusable, match="at least 'gvisor', which the policy asks for: gvisor: the sandbox's image"
+    ):
+        make_backend("auto", least="gvisor", home=tmp_path)
+    with pytest.raises(SandboxUnusable, match="there is none"):
+        make_backend("auto", least="microvm", home=tmp_path)
+    with pytest.raises(RequestError, match="there are bubblewrap, docker, gvisor and auto"):
+        make_backend("podman", least="namespace", home=tmp_path)
+
+
+def test_an_engine_elsewhere_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("DOCKER_HOST", "tcp://10.0.0.1:2375")
+    with pytest.raises(SandboxUnusable, match="need an engine on this machine"):
+        make_backend("docker", least="namespace", home=tmp_path)
