@@ -22,7 +22,7 @@ answers() {
 
 wait_for_engine() {
     local _
-    for _ in $(seq 60); do
+    for _ in $(seq 30); do
         answers && return
         sleep 0.5
     done
@@ -50,12 +50,17 @@ if new=$(configured); then
 fi
 if as_root docker info >/dev/null 2>&1; then
     as_root sh -c 'kill -HUP "$(cat /var/run/docker.pid)"' # it reads its runtimes again
-elif [ -d /run/systemd/system ]; then
-    echo "engines: starting Docker"
-    as_root systemctl start docker
-else
-    echo "engines: starting dockerd"
-    log=$(mktemp "${TMPDIR:-/tmp}/airlock-dockerd.XXXXXX")
-    as_root sh -c "setsid nohup dockerd --log-level=warn >'$log' 2>&1 </dev/null &"
+    wait_for_engine && exit 0
+    fail "Docker runs and does not take the runtime runsc from $config; restart it"
 fi
-wait_for_engine || fail "Docker does not answer, or has no runtime runsc${log:+; see $log}"
+log=$(mktemp "${TMPDIR:-/tmp}/airlock-dockerd.XXXXXX")
+echo "engines: starting Docker"
+for _ in 1 2 3; do # one that is on its way out stands in the way of the next
+    if [ -d /run/systemd/system ]; then
+        as_root systemctl start docker >"$log" 2>&1
+    else
+        as_root sh -c "setsid nohup dockerd --log-level=warn >'$log' 2>&1 </dev/null &"
+    fi
+    wait_for_engine && exit 0
+done
+fail "Docker does not answer, or has no runtime runsc; it said: $(tail -n 1 "$log")"
