@@ -1,6 +1,6 @@
 # Airlock's commands; `make` alone lists them. Everything runs from .venv, which `setup` makes and keeps up to date.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench lint lock clean
+.PHONY: help setup demo test bench fuzz lint lock clean
 MAKEFLAGS += --no-print-directory
 
 # A Python that is active in the caller's shell must not leak into ours.
@@ -28,6 +28,10 @@ test: ## set up, lint, run all tests
 
 bench: setup ## measure, and compare with the peers
 	@$(bin)/python -m tests.benchmarks
+
+fuzz: setup ## fuzz what the host parses of a guest (FUZZ_S=600); what is new goes to bench-results/corpus
+	@mkdir -p bench-results/corpus
+	@$(bin)/python -m tests.fuzz.channel -max_total_time=$${FUZZ_S:-600} bench-results/corpus tests/fuzz/corpus
 
 lint: setup ## style, types and the direction of imports
 	$(step) 'ruff check' $(bin)/ruff check --output-format concise .
