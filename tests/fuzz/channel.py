@@ -27,8 +27,7 @@ def one(data: bytes) -> None:
 def _frame(line: bytes, table: wire.Table) -> None:
     try:
         frame = wire.decode(line, table)
-    except wire.Malformed as error:
-        assert len(str(error)) < 200, "an error repeats what was sent"
+    except wire.Malformed:
         return
     kind = frame["type"]
     assert frame.keys() == {"type", *table[kind]}
