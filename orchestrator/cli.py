@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from decimal import Decimal, InvalidOperation
 from functools import partial
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
@@ -52,6 +53,14 @@ class _Money(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]  ge
         return nano(amount)
 
 
+class _Seconds(click.FloatRange):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        seconds = super().convert(value, param, ctx)
+        if seconds != seconds:  # not a number: no range holds it off
+            self.fail(f"{value!r} is not a number of seconds", param, ctx)
+        return seconds
+
+
 def _query_options(function: F) -> F:
     options = [
         click.option(
@@ -68,9 +77,7 @@ def _query_options(function: F) -> F:
         click.option("--backend", default="auto", show_default=True, help="How the sandbox is isolated."),
         click.option("--policy", default="default", show_default=True, help="A policy's name or file."),
         click.option("--budget", type=_Money(), help="The most the query may cost, in USD."),
-        click.option(
-            "--timeout", type=click.FloatRange(min=0.001, max=10**6), help="The most it may take, in seconds."
-        ),
+        click.option("--timeout", type=_Seconds(min=0.001, max=10**6), help="The most it may take, in seconds."),
         click.option("--depth", type=click.IntRange(min=0), help="0: no sub-calls."),
         click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the answer."),
     ]
@@ -103,7 +110,7 @@ def run(question: str, answer_schema: Path | None, **options: Any) -> int:
 def exec_(file: Path, **options: Any) -> int:
     """Run FILE as one cell, without a root LM; its sub-calls go to --model."""
     try:
-        code = file.read_text(encoding="utf-8")
+        code = file.read_text(encoding="utf-8-sig")  # a byte order mark is no part of a program
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise RequestError(f"cannot read {file}: {why}") from None
@@ -251,6 +258,8 @@ async def _watched(platform: Platform, options: dict[str, Any], start: Callable[
 
 
 def _ingest(platform: Platform, path: str, encoding: Any, stdin: Any) -> Any:
+    if not path:
+        raise RequestError("--context is empty: name a file, a folder, or - for standard input")
     if path == "-":
         return platform.contexts.ingest_stream(stdin, encoding=encoding)
     return platform.contexts.ingest(Path(path), encoding=encoding)
@@ -389,6 +398,7 @@ def audit_show(query: str) -> int:
 
 def main() -> None:
     """The entry point `airlock`."""
+    _open_standard_streams()
     try:
         code = app.main(prog_name="airlock", standalone_mode=False)
     except click.exceptions.Abort:
@@ -409,6 +419,20 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     sys.exit(code)
+
+
+def _open_standard_streams() -> None:
+    """What a caller closed would be taken by the next file or socket that is opened, and written to like a stream."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != number:
+                os.dup2(null, number)
+                os.close(null)
+            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115  for as long as the process lives
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # an answer may have characters that this encoding has not
 
 
 def _first(error: BaseException) -> BaseException:

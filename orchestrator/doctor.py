@@ -50,7 +50,7 @@ async def examine(home: Path, backend_name: str) -> list[Finding]:
         findings.append(Finding("leftovers", True, False, left))
     findings += [Finding("otherwise", True, False, text) for text in backend.deviations.values()]
     findings += await backend.diagnose()
-    await backend.aclose()
+    backend.close()
     findings.append(_models(home))
     return findings
 

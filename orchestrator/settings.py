@@ -48,8 +48,11 @@ def home() -> Path:
 
 
 def load_config(folder: Path) -> Config:
-    """`airlock.toml` in the data folder, else in the current folder, else defaults. Raises ValueError."""
-    for path in (folder / "airlock.toml", Path("airlock.toml")):
+    """`airlock.toml` in the data folder, else defaults. Raises ValueError.
+
+    Never one in the current folder: whoever made the folder would say which server gets which secret.
+    """
+    for path in (folder / "airlock.toml",):
         try:
             text = path.read_text(encoding="utf-8")
         except (FileNotFoundError, NotADirectoryError):

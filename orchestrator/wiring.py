@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import anyio
 import anyio.from_thread
@@ -106,6 +106,8 @@ class Platform:
         if code is None:
             self.require_question(question)
         for name in {self.model, self.sub_model} - {""}:
+            if not name.isprintable():
+                raise ModelError(f"{name!r} is not the name of a model")
             self.find_model(name)  # a wrong name or a missing key is told before a query is opened
         order = Order(
             tenant=TENANT,
@@ -152,8 +154,9 @@ class Platform:
         from orchestrator.lm.openai import OpenAILM
 
         own = self.config.models.get(name, settings.ModelSettings())
-        base_url = own.base_url or self.choices.base_url or self.config.base_url
-        variable = own.api_key_env or self.choices.api_key_env or self.config.api_key_env
+        # What is said with the query goes before what the file says: a key given for one server is for that one.
+        base_url = self.choices.base_url or own.base_url or self.config.base_url
+        variable = self.choices.api_key_env or own.api_key_env or self.config.api_key_env
         key = self.choices.api_key
         if key is None:
             secret = settings.api_key(variable)
@@ -163,6 +166,8 @@ class Platform:
                     f"there is no API key for {name}: set {variable}, or name a variable with --api-key-env"
                 )
             key = secret.get_secret_value() if secret else NO_KEY
+        if not (key.isascii() and key.isprintable()):
+            raise ModelError(f"the API key for {name} has characters that no key has: look at {variable} again")
         return OpenAILM(base_url, key, own.extra)
 
     def _root_limits(self) -> RootLimits:
@@ -183,7 +188,7 @@ class Platform:
         await self._machinery.shelter.aclose()
         for lm in self._lms.values():
             await lm.aclose()
-        await self.backend.aclose()
+        self.backend.close()
         self.db.close()
 
 
@@ -236,13 +241,15 @@ def load_schema(path: Path) -> Mapping[str, Any]:
     from jsonschema.validators import validator_for
 
     try:
-        schema = json.loads(path.read_text(encoding="utf-8"))
-        validator_for(schema).check_schema(schema)
-    except (OSError, ValueError) as error:
+        schema: Any = json.loads(path.read_text(encoding="utf-8-sig"))
+        if type(schema) is not dict:
+            raise ValueError("it is not a JSON object")
+        cast("Any", validator_for)(schema).check_schema(schema)
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise RequestError(f"cannot read the answer schema {path}: {error}") from None
     except SchemaError as error:
         raise RequestError(f"{path} is not a JSON Schema: {error.message}") from None
-    return schema
+    return cast("Mapping[str, Any]", schema)
 
 
 @dataclass(frozen=True, slots=True)

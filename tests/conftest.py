@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -39,10 +39,10 @@ def image(home: Path) -> str:
 
 
 @pytest.fixture(scope="session", params=NAMES)
-async def backend(request: pytest.FixtureRequest, home: Path) -> AsyncIterator[Backend]:
+def backend(request: pytest.FixtureRequest, home: Path) -> Iterator[Backend]:
     """Every backend there is."""
     if request.param != "bubblewrap":
         request.getfixturevalue("image")
     made = make_backend(request.param, least="namespace", home=home)
     yield made
-    await made.aclose()
+    made.close()

@@ -53,6 +53,9 @@ def parse_usd(text: object) -> int:
     return _parse(text, _MONEY, "0.25 USD")
 
 
+MOST_PRICE = 1_000_000  # USD per million tokens
+
+
 def parse_price(text: str) -> tuple[str, tuple[Decimal, Decimal]]:
     """'MODEL=IN,OUT' -> (model, (input, output)) in USD per million tokens. Raises ValueError."""
     model, _, prices = text.rpartition("=")
@@ -60,7 +63,8 @@ def parse_price(text: str) -> tuple[str, tuple[Decimal, Decimal]]:
         per_input, per_output = (Decimal(part.strip()) for part in prices.split(","))
     except (ValueError, InvalidOperation):
         per_input = per_output = Decimal(-1)
-    if not model or not (per_input.is_finite() and per_output.is_finite()) or min(per_input, per_output) < 0:
+    finite = per_input.is_finite() and per_output.is_finite()
+    if not model or not finite or not 0 <= min(per_input, per_output) <= max(per_input, per_output) <= MOST_PRICE:
         raise ValueError(f"takes MODEL=IN,OUT in USD per million tokens, such as mine=0.5,1.5; not {text!r}")
     return model, (per_input, per_output)
 

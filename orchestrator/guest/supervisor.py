@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 GRACE_S = 2.0  # from a cell's interrupt to its kill
 FLUSH_S = 0.02  # output waits this long for more: a flood of short writes must not be a flood of frames
 READ = 1 << 16  # more, and each read would map and unmap its memory
-STATUSES = ("ok", "error", "timeout")
 
 
 class Cell:
@@ -133,7 +132,8 @@ class Supervisor:
                 until.append(self._cell.flush_at)
         if self._workers.making:
             until.append(self._workers.making_until)
-        return max(0.0, min(until) - time.monotonic()) * 1000 + 1 if until else None
+        # An hour at most: poll takes no more than 24 days, and looking again costs nothing.
+        return min(max(0.0, min(until) - time.monotonic()), 3600.0) * 1000 + 1 if until else None
 
     def _watch_time(self) -> None:
         now = time.monotonic()
@@ -252,7 +252,7 @@ class Supervisor:
             self._kill_runner(fault)
 
     def _cell_ended(self, cell: Cell, end: dict[str, Any]) -> None:
-        status = "timeout" if cell.why else end["status"] if end["status"] in STATUSES else "error"
+        status = "timeout" if cell.why else end["status"] if end["status"] == "ok" else "error"
         detail = "interrupted by %s" % cell.why if cell.why else end["detail"][: wire.MAX_DETAIL]
         self._take_rest()
         self._done(cell, status, detail, end["answer"], end["names"][: wire.MAX_NAMES])

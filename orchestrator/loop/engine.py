@@ -164,7 +164,7 @@ class Loop:
         answer = step.final
         if answer is None and step.final_var is not None:
             answer = await self._variable(step.final_var, [])
-        if answer is None and not step.cells:
+        if answer is None and not step.cells and step.final_var is None:
             answer = reply.text.strip() or None
         return Outcome("limit", answer[: self.most_chars] if answer else self.partial, reason)
 

@@ -140,7 +140,7 @@ class Backend(ABC):
         """A quick look, for choosing among backends: raises SandboxUnusable when `launch` would for certain. Blocks."""
         return
 
-    async def aclose(self) -> None:
+    def close(self) -> None:
         """Release what it holds on the host. Idempotent."""
         return
 

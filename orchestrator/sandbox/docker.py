@@ -282,7 +282,7 @@ class Docker(Backend):
             if self._runtime.name not in api.info().get("Runtimes", {}):
                 raise SandboxUnusable(f"Docker has no runtime {self._runtime.name!r}: see /etc/docker/daemon.json")
 
-    async def aclose(self) -> None:
+    def close(self) -> None:
         if self._api is not None:
             self._api.close()
             self._api = None

@@ -114,8 +114,11 @@ class Database:
         self._writing = threading.Lock()
         self._lock = -1
         try:
-            self._owners.mkdir(parents=True, exist_ok=True, mode=0o700)
-            home.chmod(0o700)
+            if not home.exists():
+                home.mkdir(parents=True, mode=0o700)
+            self._owners.mkdir(exist_ok=True, mode=0o700)
+            # The folder may have been there, with rights of its own. SQLite gives -wal and -shm those of the database.
+            os.close(os.open(home / "airlock.db", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
             self._be_owner()
             self._engine = _engine(home / "airlock.db")
             self._migrate(home)

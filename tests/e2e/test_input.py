@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -174,3 +175,27 @@ def test_a_configuration_that_is_wrong(airlock: Airlock) -> None:
     airlock.file("home/airlock.toml", "model = \n")
     assert "airlock.toml: not TOML" in refused(airlock, *run(airlock, "context.txt"))
     (airlock.home / "airlock.toml").unlink()
+
+
+def test_an_empty_context_path_is_not_the_current_folder(airlock: Airlock) -> None:
+    done = airlock("exec", airlock.file("cell.py", "pass"), "--context", "", code=2)
+    assert done.said == "--context is empty: name a file, a folder, or - for standard input"
+
+
+def test_a_time_that_is_no_number(airlock: Airlock) -> None:
+    done = airlock("exec", airlock.file("cell.py", "pass"), "--context", "context.txt", "--timeout", "nan", code=2)
+    assert "not a number of seconds" in done.said
+
+
+def test_a_program_with_a_byte_order_mark(airlock: Airlock) -> None:
+    cell = airlock.file("cell.py", b"\xef\xbb\xbfprint('ran')")
+    assert airlock("exec", cell, "--context", "context.txt", code=0).out == "ran\n"
+
+
+@pytest.mark.parametrize("closed", ["0<&-", "1>&-", "2>&-", "0<&- 1>&- 2>&-"])
+def test_a_closed_standard_stream(airlock: Airlock, closed: str) -> None:
+    cell = airlock.file("cell.py", "FINAL('done')")
+    shell = replace(airlock, prefix=["sh", "-c", f'exec "$0" "$@" {closed}'])
+    done = shell("exec", cell, "--context", "context.txt", code=0)
+    assert done.err == ""
+    assert done.out == ("" if "1>&-" in closed else "done\n")

@@ -204,8 +204,8 @@ def test_a_bwrap_that_does_not_work(airlock: Airlock, program: str, says: str) -
 
 def test_a_policy_that_asks_for_more_isolation_than_there_is(airlock: Airlock) -> None:
     policy = airlock.policy(sandbox_least_isolation="microvm")
-    done = airlock(*execute(airlock), "--policy", policy, code=3)
-    assert "the policy asks for isolation of at least 'microvm'" in done.said
+    done = airlock(*execute(airlock), "--policy", policy, code=4)
+    assert "no backend with isolation of at least 'microvm', which the policy asks for: there is none" in done.said
     done = airlock(*execute(airlock), "--policy", policy, "--backend", "bubblewrap", code=3)
     assert "backend bubblewrap gives 'namespace'" in done.said
 

@@ -238,12 +238,18 @@ def test_a_data_folder_that_is_a_file_is_said(tmp_path: Path):
 
 def test_a_database_in_place_of_a_folder_is_said(tmp_path: Path):
     (tmp_path / "airlock.db").mkdir()
-    with pytest.raises(StoreError, match="unable to open database file"):
+    with pytest.raises(StoreError, match="Is a directory"):
         Database(tmp_path)
 
 
-def test_the_data_folder_is_for_its_owner_alone(db: Database, tmp_path: Path):
-    assert tmp_path.stat().st_mode & 0o777 == 0o700
+def test_a_new_data_folder_is_for_its_owner_alone_and_any_database_is(tmp_path: Path):
+    for folder, mode in ((tmp_path / "new", 0o700), (tmp_path / "shared", 0o755)):
+        if mode == 0o755:
+            folder.mkdir()
+            folder.chmod(mode)
+        Database(folder).close()
+        assert folder.stat().st_mode & 0o777 == mode  # what was there is not ours to change
+        assert (folder / "airlock.db").stat().st_mode & 0o777 == 0o600
 
 
 def test_an_owner_lives_while_its_database_is_open(db: Database, tmp_path: Path):

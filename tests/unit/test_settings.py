@@ -62,9 +62,10 @@ def test_a_whole_file(home: Path):
     assert found.prices == {"mine": (Decimal("0.1"), Decimal(2))}
 
 
-def test_the_data_folder_comes_before_the_current_one(home: Path):
+def test_a_file_in_the_current_folder_is_not_read(home: Path):
+    """Whoever made the folder, with the context in it, would say which server gets which secret."""
     Path("airlock.toml").write_text('model = "here"')
-    assert settings.load_config(home).model == "here"
+    assert settings.load_config(home).model is None
     assert config(home, 'model = "there"').model == "there"
 
 
