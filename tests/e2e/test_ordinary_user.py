@@ -97,7 +97,7 @@ def test_a_cell_and_a_query(airlock: Airlock) -> None:
     script = airlock.file("script.yaml", "root: ['FINAL(42)']")
     done = airlock("run", "What?", "--context", "context.txt", "--model", f"scripted:{script}", code=0)
     assert done.out == "42\n"
-    assert oct(airlock.home.stat().st_mode & 0o777) == "0o700"
+    assert oct((airlock.home / "airlock.db").stat().st_mode & 0o777) == "0o600"
 
 
 def test_memory_and_processes_are_bounded_by_rlimits(airlock: Airlock) -> None:
