@@ -355,6 +355,17 @@ def images_build(offline: bool) -> None:
     click.echo(build_image(settings.home(), offline=offline, say=lambda text: click.echo(text, err=True)))
 
 
+@images.command(name="lock")
+def images_lock() -> None:
+    """Print versions.lock with the newest Debian packages, for reading and keeping."""
+    from tempfile import TemporaryDirectory
+
+    from orchestrator.sandbox.registry import images as images_of
+
+    with TemporaryDirectory(prefix="airlock-lock-") as folder:
+        click.echo(images_of(settings.home()).lock(Path(folder)), nl=False)
+
+
 @app.group()
 def policy() -> None:
     """Policies: what a query may do."""
