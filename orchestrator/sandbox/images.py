@@ -101,7 +101,13 @@ class Images:
         packages, debs, root = self.packages(), folder / "debs", folder / "root"
         debs.mkdir()
         say(f"fetching {len(packages)} Debian packages")
-        _run(["apt-get", "--quiet", "download", *(f"{package.name}={package.version}" for package in packages)], debs)
+        fetch = ["apt-get", "--quiet", "download", *(f"{package.name}={package.version}" for package in packages)]
+        try:
+            _run(fetch, debs)
+        except SandboxUnusable:  # most often the package lists are old, or absent; renewing them takes root
+            say("renewing the package lists")
+            _run(["apt-get", "--quiet", "update"], debs)
+            _run(fetch, debs)
         found = {_sha256(file): file for file in debs.glob("*.deb")}
         for package in packages:
             if package.sha256 not in found:
