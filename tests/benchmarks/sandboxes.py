@@ -15,7 +15,7 @@ from pathlib import Path
 import anyio
 
 from orchestrator import settings
-from orchestrator.core.policy import SandboxLimits
+from orchestrator.core.policy import Policy
 from orchestrator.sandbox.base import Backend, SandboxSpec, Slot
 from orchestrator.sandbox.bubblewrap import Bubblewrap
 from orchestrator.sandbox.hostsocket import HostSocket
@@ -35,25 +35,13 @@ def make_backend(home: Path) -> Bubblewrap:
 
 
 @functools.cache
-def _limits() -> SandboxLimits:
-    return load_policy("default").sandbox
+def _policy() -> Policy:
+    return load_policy("default")
 
 
 def spec_for(slot: Slot, context_bytes: int = 0) -> SandboxSpec:
     """As the default policy has it."""
-    limits = _limits()
-    return SandboxSpec(
-        slot=slot,
-        memory_bytes=limits.memory,
-        cpus=limits.cpu / 1000,
-        pids=limits.pids,
-        tmp_bytes=limits.tmp,
-        files=limits.files,
-        output_bytes=limits.output,
-        answer_chars=1_000_000,
-        calls_in_flight=64,
-        context_bytes=context_bytes,
-    )
+    return SandboxSpec.under(_policy(), slot, context_bytes)
 
 
 async def no_calls(_call: Call) -> str:
