@@ -6,7 +6,7 @@ import os
 import tomllib
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import platformdirs
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
@@ -30,6 +30,16 @@ class ModelSettings(_Strict):
     extra: dict[str, Any] = {}
 
 
+class PoolSettings(_Strict):
+    """Sandboxes that a long-lived Airlock keeps ready. size: backend or isolation level -> how many, 0 where not named.
+
+    memory_share: of this machine's memory, the most that those which wait may use together.
+    """
+
+    size: dict[str, Annotated[int, Field(ge=0, le=1000)]] = {}
+    memory_share: float = Field(default=0.25, gt=0, le=1)
+
+
 class Config(_Strict):
     """`airlock.toml`. prices: model -> [input, output] in USD per million tokens."""
 
@@ -39,6 +49,7 @@ class Config(_Strict):
     api_key_env: str = DEFAULT_KEY_VARIABLE
     models: dict[str, ModelSettings] = {}
     prices: dict[str, tuple[Decimal, Decimal]] = {}
+    pool: PoolSettings = PoolSettings()
 
 
 def home() -> Path:

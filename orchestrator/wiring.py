@@ -28,9 +28,9 @@ from orchestrator.loop.recovery import recover
 from orchestrator.named_policy import load_policy
 from orchestrator.proxy.prices import Prices
 from orchestrator.proxy.proxy import Account, Proxy
-from orchestrator.sandbox.base import Backend
-from orchestrator.sandbox.registry import make_backend
-from orchestrator.sandbox.sandbox import open_sandbox
+from orchestrator.sandbox.base import Backend, SandboxSpec
+from orchestrator.sandbox.pool import Pool, machine_memory
+from orchestrator.sandbox.registry import make_backend, pool_size
 from orchestrator.sandbox.slots import Slots
 from orchestrator.store import journal
 from orchestrator.store.contexts import ContextStore
@@ -45,7 +45,10 @@ LOCAL_SHOWN_CHARS = 1500
 
 @dataclass(frozen=True, slots=True)
 class Choices:
-    """What a user chose, on the command line or in `RLM(...)`; None where nothing was said. Narrows the policy only."""
+    """What a user chose, on the command line or in `RLM(...)`; None where nothing was said. Narrows the policy only.
+
+    pool: how many sandboxes are kept ready; None for what `airlock.toml` says.
+    """
 
     model: str | None = None
     sub_model: str | None = None
@@ -60,6 +63,7 @@ class Choices:
     depth: int | None = None
     iterations: int | None = None
     answer_schema: Mapping[str, Any] | None = None
+    pool: int | None = None
 
 
 @dataclass(slots=True)
@@ -87,6 +91,7 @@ class Platform:
         recover(self.db)
         self.slots = Slots(home)
         self.slots.clear_dead()
+        self.pool = Pool(self.slots, int(self.config.pool.memory_share * machine_memory()))
         self.contexts = ContextStore(home / "contexts", check=_check_cancelled)
         self._lms: dict[str, LM] = {}
         prices = {**self.config.prices, **choices.prices}
@@ -94,7 +99,7 @@ class Platform:
             db=self.db,
             proxy=Proxy(Prices(prices), self.find_model),
             backend=self.backend,
-            open_sandbox=partial(open_sandbox, self.backend, self.slots),
+            open_sandbox=partial(self.pool.open, self.backend),
             verify=self.contexts.verify,
         )
 
@@ -184,8 +189,17 @@ class Platform:
             style=own.style or ("small" if local else "standard"),
         )
 
+    def fill_pool(self) -> None:
+        """Begin to keep sandboxes ready, if that was asked for. Raises RequestError."""
+        size = self.choices.pool
+        if size is None:
+            size = pool_size(self.config.pool.size, self.backend)
+        if size:
+            self.pool.keep(self.backend, partial(SandboxSpec.under, self.policy), size)
+
     async def aclose(self) -> None:
         await self._machinery.shelter.aclose()
+        await self.pool.aclose()
         for lm in self._lms.values():
             await lm.aclose()
         self.backend.close()
@@ -197,6 +211,7 @@ async def open_platform(choices: Choices, home: Path | None = None) -> AsyncGene
     """Raises RequestError (policy, configuration), LimitError (isolation), StoreError."""
     platform = Platform(home or settings.home(), choices)
     try:
+        platform.fill_pool()
         yield platform
     finally:
         with anyio.CancelScope(shield=True):

@@ -20,24 +20,30 @@ if TYPE_CHECKING:
 
 
 class Shield:
-    """While held by the main thread, SIGINT is remembered instead of raised. Re-entrant."""
+    """While held by the main thread, SIGINT is remembered instead of raised; while disarmed, ignored. Re-entrant."""
 
     def __init__(self) -> None:
         self._depth = 0
+        self._armed = False
         self._pending = False
         self._main = get_ident()
 
-    def arm(self) -> None:
-        """Take SIGINT over (again: a cell may have replaced the handler). Main thread only."""
-        self._depth, self._pending, self._main = 0, False, get_ident()
+    def take_over(self) -> None:
+        """Handle SIGINT (again: a cell may have replaced the handler). Main thread only, disarmed."""
+        self._main = get_ident()
         signal.signal(signal.SIGINT, self._on_interrupt)
+
+    def arm(self) -> None:
+        """From here on SIGINT interrupts. Main thread only."""
+        self._depth, self._pending, self._armed = 0, False, True
 
     def disarm(self) -> None:
         """Ignore SIGINT: between cells there is nothing to interrupt."""
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        self._pending = False
+        self._armed = self._pending = False
 
     def _on_interrupt(self, _signal: int, _frame: object) -> None:
+        if not self._armed:
+            return
         if self._depth:
             self._pending = True
         else:

@@ -207,7 +207,6 @@ def restrict(limits: dict[str, Any]) -> None:
     """Resource limits of a worker and all it starts; hard, so they cannot be raised again."""
     for what, most in (
         (resource.RLIMIT_DATA, limits["memory_bytes"] + RESERVE),  # `Repl` takes the reserve away while a cell runs
-        (resource.RLIMIT_AS, limits["address_bytes"]),
         (resource.RLIMIT_NPROC, limits["pids"] + OURS),
         (resource.RLIMIT_NOFILE, limits["files"]),
         (resource.RLIMIT_FSIZE, limits["file_bytes"]),
@@ -215,13 +214,23 @@ def restrict(limits: dict[str, Any]) -> None:
         (resource.RLIMIT_MEMLOCK, 0),
         (resource.RLIMIT_MSGQUEUE, 0),
     ):
-        hard = resource.getrlimit(what)[1]
-        most = int(most) if hard == resource.RLIM_INFINITY else min(int(most), hard)
         try:
-            resource.setrlimit(what, (most, most))
+            _limit(what, int(most))
         except ValueError:  # gVisor refuses this one, and has no message queues
             if what != resource.RLIMIT_MSGQUEUE:
                 raise
+
+
+def restrict_addresses(most: int) -> None:
+    """Bound the address space of a worker before its first cell: only then is it known which context it will map."""
+    _limit(resource.RLIMIT_AS, most)
+
+
+def _limit(what: int, most: int) -> None:
+    """Hard, so that it cannot be raised again."""
+    hard = resource.getrlimit(what)[1]
+    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    resource.setrlimit(what, (most, most))
 
 
 def _sender(ctl: socket.socket) -> int:

@@ -116,11 +116,13 @@ class Supervisor:
         if making and making.ctl.fileno() in ready:
             self._workers.snapshot_made()
         elif self._cell:
-            for name, fd in (("out", runner.out), ("err", runner.err)):
-                if fd in ready and not self._take_output(name, fd):
+            # What a cell wrote before its end is in its pipes when its end is seen, for poll looks at the socket first.
+            written = [(name, fd) for name, fd in (("out", runner.out), ("err", runner.err)) if fd in ready]
+            for name, fd in written:
+                if not self._take_output(name, fd):
                     self._lost_runner("closed its output")
             if runner.ctl.fileno() in ready:
-                self._read_worker()
+                self._read_worker(written)
 
     # Time
 
@@ -210,7 +212,8 @@ class Supervisor:
             except OSError:  # it is dying, or closed its socket; `reap` or the cell's deadline deals with it
                 return
 
-    def _read_worker(self) -> None:
+    def _read_worker(self, written: list[tuple[str, int]]) -> None:
+        """written: the outputs that may hold more than has been read."""
         runner = self._workers.runner
         try:
             data = runner.ctl.recv(READ, socket.MSG_DONTWAIT)
@@ -231,7 +234,7 @@ class Supervisor:
             if frame["type"] == "call" and self._cell:
                 self._call(self._cell, frame)
             elif frame["type"] == "end" and self._cell:
-                self._cell_ended(self._cell, frame)
+                self._cell_ended(self._cell, frame, written)
 
     def _call(self, cell: Cell, frame: dict[str, Any]) -> None:
         """Let a call out, if it keeps the rules: for one that does not, the host would end the sandbox."""
@@ -251,10 +254,10 @@ class Supervisor:
         if not self._workers.runner_ends():
             self._kill_runner(fault)
 
-    def _cell_ended(self, cell: Cell, end: dict[str, Any]) -> None:
+    def _cell_ended(self, cell: Cell, end: dict[str, Any], written: list[tuple[str, int]]) -> None:
         status = "timeout" if cell.why else end["status"] if end["status"] == "ok" else "error"
         detail = "interrupted by %s" % cell.why if cell.why else end["detail"][: wire.MAX_DETAIL]
-        self._take_rest()
+        self._take_rest(written)
         self._done(cell, status, detail, end["answer"], end["names"][: wire.MAX_NAMES])
         self._workers.cell_ended()
         for fd in (self._workers.runner.out, self._workers.runner.err):
@@ -263,7 +266,7 @@ class Supervisor:
     def _runner_died(self, status: int) -> None:
         cell, why = self._cell, self._fault or _cause_of_death(status)
         self._fault = ""
-        self._take_rest()
+        self._take_rest([("out", self._workers.runner.out), ("err", self._workers.runner.err)])
         whole = self._workers.take_over()
         if cell is None:
             self._note = "[between cells, the REPL %s; variables of the last cells are gone]\n" % why
@@ -296,9 +299,9 @@ class Supervisor:
             self._keep(cell, name, cell.decoders[name].decode(kept))
         return bool(data)
 
-    def _take_rest(self) -> None:
+    def _take_rest(self, outputs: list[tuple[str, int]]) -> None:
         # What the cell wrote fits in its pipes by now. Bounded, for something it left running may go on writing.
-        for name, fd in (("out", self._workers.runner.out), ("err", self._workers.runner.err)):
+        for name, fd in outputs:
             for _ in range(4):
                 if not self._take_output(name, fd):
                     break

@@ -11,11 +11,16 @@ import sys
 
 from .lean import socket
 from .link import Link, Shield
+from .processes import restrict_addresses
 from .repl import Repl, renew_streams, restore_fds
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
+
+
+# What the first cell of a query is likely to need.
+_LIKELY = ("json", "re", "threading", "%s.calls" % __package__, "%s.context" % __package__)
 
 
 class Worker:
@@ -24,6 +29,7 @@ class Worker:
         self._folder = context_folder
         self._shield = Shield()
         self._saved: list[int] = []
+        self._bounded = False
         self._snapshots: list[int] = []
 
     def serve(self, ctl: socket.socket, out: int, err: int) -> None:
@@ -31,8 +37,8 @@ class Worker:
         self._process = os.getpid()
         self._link = self._open(ctl, out, err)
         self._repl = Repl(self._link, self._shield, self._limits)
+        self._shield.take_over()
         while True:
-            self._shield.disarm()
             frame = self._link.receive()
             if frame["type"] == "run":
                 self._run(frame)
@@ -47,13 +53,14 @@ class Worker:
         return Link(ctl, self._shield)
 
     def _run(self, frame: dict[str, Any]) -> None:
-        restore_fds(self._saved)
         if frame["context"]:
             self._repl.load_context(self._folder)
+        if not self._bounded:
+            self._before_first(frame["id"], frame["context"])
         self._link.set_in_cell(True)
-        self._shield.arm()
         end: dict[str, Any]
         try:
+            self._shield.arm()
             end = self._repl.run(frame["code"], frame["id"])
             self._shield.disarm()
         except KeyboardInterrupt:  # in the few instructions between the cell's end and disarm()
@@ -69,6 +76,18 @@ class Worker:
             os._exit(end["status"] != "ok")
         self._repl.end_cell()
         self._link.send(end)
+        self._shield.take_over()
+        restore_fds(self._saved)
+
+    def _before_first(self, number: int, attached: bool) -> None:
+        """number: of the cell. 0 is a trial, of a sandbox that was started before it is needed: there is time."""
+        if number:
+            mapped = os.stat(self._folder + "/data").st_size if attached else 0  # noqa: PTH116  pathlib is not cheap
+            restrict_addresses(int(self._limits["address_bytes"]) + mapped)
+            self._bounded = True
+        else:
+            for name in _LIKELY:
+                __import__(name)
 
     def _snapshot(self) -> None:
         """Fork a process that has this one's state and waits, on descriptors of its own, to be needed."""

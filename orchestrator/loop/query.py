@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import anyio
@@ -254,14 +255,10 @@ class _Query:
             sub_prompt_bytes=policy.models.prompt,
         )
 
-    def _spec(self, slot: Slot) -> SandboxSpec:
-        return SandboxSpec.under(self._order.policy, slot, context_bytes=self._order.context.bytes)
-
     async def _in_sandbox(self, messages: list[Message]) -> Outcome:
-        async with self._m.open_sandbox(self._spec) as sandbox:
+        async with self._m.open_sandbox(partial(SandboxSpec.under, self._order.policy)) as sandbox:
             try:
-                started = {"backend": self._m.backend.name, "isolation": self._m.backend.isolation.name}
-                self._record(Event("sandbox.started", ROOT, {**started, "python": sandbox.python, "image": None}))
+                self._record(Event("sandbox.started", ROOT, self._started_body(sandbox)))
                 sandbox.attach(self._order.context)
                 if self._order.code is not None:
                     return await self._one_cell(sandbox, self._order.code)
@@ -270,6 +267,12 @@ class _Query:
                 with anyio.CancelScope(shield=True):
                     await sandbox.close()
                     await self._ended(sandbox)
+
+    def _started_body(self, sandbox: Sandbox) -> dict[str, Any]:
+        backend = self._m.backend
+        start = {"start": "cold", "because": sandbox.cold_because} if sandbox.cold_because else {"start": "warm"}
+        body = {"backend": backend.name, "isolation": backend.isolation.name, "python": sandbox.python, "image": None}
+        return {**body, **start}
 
     async def _ended(self, sandbox: Sandbox) -> None:
         used = await sandbox.usage()

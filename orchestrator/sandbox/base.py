@@ -39,10 +39,7 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class SandboxSpec:
-    """What one sandbox may use. Sizes in bytes, `cpus` in cores.
-
-    slot.folder is mounted read-only at /context; context_bytes only widens the address space for mapping what is there.
-    """
+    """What one sandbox may use. Sizes in bytes, `cpus` in cores. slot.folder is mounted read-only at /context."""
 
     slot: Slot
     memory_bytes: int
@@ -53,10 +50,9 @@ class SandboxSpec:
     output_bytes: int
     answer_chars: int
     calls_in_flight: int
-    context_bytes: int = 0
 
     @classmethod
-    def under(cls, policy: Policy, slot: Slot, context_bytes: int = 0) -> SandboxSpec:
+    def under(cls, policy: Policy, slot: Slot) -> SandboxSpec:
         """What `policy` grants a sandbox."""
         limits = policy.sandbox
         return cls(
@@ -69,14 +65,13 @@ class SandboxSpec:
             output_bytes=limits.output,
             answer_chars=policy.content.answer_chars,
             calls_in_flight=policy.counts.in_flight,
-            context_bytes=context_bytes,
         )
 
     def guest_limits(self) -> dict[str, Any]:
         """The part that the guest agent enforces on its workers, as the hello frame carries it."""
         return {
             "memory_bytes": self.memory_bytes,
-            "address_bytes": 2 * self.memory_bytes + self.context_bytes + _GIB,
+            "address_bytes": 2 * self.memory_bytes + _GIB,  # and the context's size, which the guest sees
             "pids": self.pids,
             "files": self.files,
             "file_bytes": self.tmp_bytes,

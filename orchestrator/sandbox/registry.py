@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from orchestrator import settings
@@ -67,6 +67,15 @@ def _make(name: str, home: Path) -> Backend:
     except ImportError as error:
         extra = "" if name == "bubblewrap" else ", with the extra `docker`"
         raise SandboxUnusable(f"backend {name} cannot be loaded: {error}; install Airlock again{extra}") from None
+
+
+def pool_size(sizes: Mapping[str, int], backend: Backend) -> int:
+    """How many sandboxes of `backend` to keep ready, from sizes by backend or isolation level. Raises RequestError."""
+    for name in sizes:
+        if name not in NAMES and name not in Isolation.__members__:
+            known = ", ".join([*NAMES, *Isolation.__members__])
+            raise RequestError(f"airlock.toml: pool.size.{name}: no backend or isolation level; there are {known}")
+    return sizes.get(backend.name, sizes.get(backend.isolation.name, 0))
 
 
 def build_image(home: Path, *, offline: bool, say: Callable[[str], None]) -> str:

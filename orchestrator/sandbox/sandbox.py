@@ -74,6 +74,7 @@ class Sandbox:
         self._in_flight: set[int] = set()
         self._attach_pending = False
         self.python = ""
+        self.cold_because = "no sandboxes are kept ready"  # empty for one that was started before it was asked for
 
     async def start(self) -> None:
         """Raises SandboxUnusable when the agent does not come up."""
@@ -90,6 +91,21 @@ class Sandbox:
         if ready["type"] != "ready" or ready["version"] != wire.VERSION:
             raise ProtocolViolation("the guest speaks another version of the channel")
         self.python = ready["python"][:32]
+
+    async def try_out(self) -> None:
+        """Run a cell of our own: what is slow the first time has been done by the time that it is needed.
+
+        Raises SandboxUnusable when it does not go well, SandboxDied.
+        """
+        self._cells = -1  # it has number 0: the cells of a query count from 1
+        result = await self.run("print('well')", START_S, _no_calls)
+        if (result.status, result.text("out")) != ("ok", "well\n"):
+            raise SandboxUnusable(f"a new sandbox does not run cells: {result.status} {result.detail}")
+
+    async def hear(self) -> None:
+        """Wait between cells until the guest says something, which it may not. Raises SandboxDied when it ends."""
+        frame = await self._channel.receive()
+        raise ProtocolViolation(f"the guest sent a frame of type {frame['type']} between cells")
 
     def attach(self, context: Context) -> None:
         """Make the context visible at /context, hot: hard links, no copy. The next cell finds it as `context`."""
@@ -185,6 +201,10 @@ class Sandbox:
         """Kill the guest; returns when nothing of it is left. Idempotent."""
         await self._guest.kill()
         await self._channel.aclose()
+
+
+async def _no_calls(call: Call) -> str:
+    raise ProtocolViolation(f"a sandbox that is tried out asked for {call.op}")
 
 
 def _for_guest(error: AirlockError) -> dict[str, str]:

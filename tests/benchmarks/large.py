@@ -83,7 +83,7 @@ async def measure(home: Path, text: Path, rounds: int) -> list[Figure]:
 async def _first_cell(backend: Backend, home: Path, context: Context) -> tuple[bool, float]:
     """Whether the slot has the store's own file, and the seconds from nothing to the first cell's answer."""
     started = time.perf_counter()
-    async with opened(backend, home, context.bytes) as sandbox:
+    async with opened(backend, home) as sandbox:
         sandbox.attach(context)
         await answer(sandbox, f"assert len(context) == {context.chars}; print(context[-80:])")
         seconds = time.perf_counter() - started

@@ -39,9 +39,9 @@ def _policy() -> Policy:
     return load_policy("default")
 
 
-def spec_for(slot: Slot, context_bytes: int = 0) -> SandboxSpec:
+def spec_for(slot: Slot) -> SandboxSpec:
     """As the default policy has it."""
-    return SandboxSpec.under(_policy(), slot, context_bytes)
+    return SandboxSpec.under(_policy(), slot)
 
 
 async def no_calls(_call: Call) -> str:
@@ -54,8 +54,8 @@ async def answer(sandbox: Sandbox, code: str) -> None:
 
 
 @asynccontextmanager
-async def opened(backend: Backend, home: Path, context_bytes: int = 0) -> AsyncIterator[Sandbox]:
-    async with open_sandbox(backend, Slots(home), lambda slot: spec_for(slot, context_bytes)) as sandbox:
+async def opened(backend: Backend, home: Path) -> AsyncIterator[Sandbox]:
+    async with open_sandbox(backend, Slots(home), spec_for) as sandbox:
         yield sandbox
 
 

@@ -59,7 +59,7 @@ async def test_a_context_attached_in_a_cell_that_crashes_is_there_in_the_next(re
 
 async def test_a_large_context_is_lazy(backend: Backend, home: Path, store: ContextStore):
     text = "0123456789" * (2 * MIB) + "needle" + "é" * 100
-    async with open_repl(backend, home, memory_bytes=64 * MIB, context_bytes=len(text.encode())) as repl:
+    async with open_repl(backend, home, memory_bytes=64 * MIB) as repl:
         repl.sandbox.attach(store.ingest_value(text))
         assert await repl.out("type(context).__name__, len(context), context.find('needle')") == (
             f"('LazyText', {len(text)}, {20 * MIB})"
