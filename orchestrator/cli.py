@@ -10,25 +10,17 @@ import os
 import sys
 from collections.abc import Callable
 from decimal import Decimal, InvalidOperation
-from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO, TypeVar
+from typing import Any, TypeVar
 
 import anyio
-import anyio.to_thread
 import click
 
 from orchestrator import settings
 from orchestrator.core.errors import AirlockError, RequestError
-from orchestrator.core.units import nano, parse_price, usd
-from orchestrator.interrupts import StandardInput, cancelled_by_signals
+from orchestrator.core.units import nano
 from orchestrator.named_policy import load_policy
-
-if TYPE_CHECKING:  # loaded by the commands that need them: it takes longer than `policy show` does in all
-    from orchestrator.console import PlainView
-    from orchestrator.live import LiveView
-    from orchestrator.wiring import Choices, Platform, Watch
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -36,8 +28,6 @@ _EXIT = """\
 Exit codes: 0 answered; 1 the cell raised an exception (exec); 2 usage or input; 3 stopped by a limit or refused by
 policy; 4 sandbox, or another part of this machine; 5 provider; 130 interrupted."""
 _LOOP = {"use_uvloop": True}  # a sixth less time for a query of many calls
-_STATUS_EXIT = {"answered": 0, "limit": 3, "refused": 3, "cancelled": 130}
-_CELL_EXIT = {"ok": 0, "error": 1, "timeout": 3, "killed": 4}
 
 
 class _Money(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]  generic in the stubs alone
@@ -98,10 +88,11 @@ def app() -> None:
 @_query_options
 def run(question: str, answer_schema: Path | None, **options: Any) -> int:
     """Answer QUESTION over a context."""
+    from orchestrator import runs  # loaded by the commands that need it: it takes longer than `policy show` does in all
     from orchestrator.wiring import load_schema
 
     schema = load_schema(answer_schema) if answer_schema else None
-    return anyio.run(_run, question, options, schema, backend_options=_LOOP)
+    return anyio.run(runs.run, question, options, schema, backend_options=_LOOP)
 
 
 @app.command(name="exec")
@@ -114,155 +105,9 @@ def exec_(file: Path, **options: Any) -> int:
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise RequestError(f"cannot read {file}: {why}") from None
-    return anyio.run(_exec, code, options, backend_options=_LOOP)
+    from orchestrator import runs
 
-
-def _say(stream: TextIO, text: str) -> None:
-    """A line of text from a guest or a model: as it is into files and pipes, harmless on a terminal."""
-    from orchestrator.console import safe_for
-
-    click.echo(safe_for(stream, text), file=stream, color=True)  # color: not to be stripped of escape sequences
-
-
-def _choices(options: dict[str, Any], schema: Any = None) -> Choices:
-    from orchestrator.wiring import Choices
-
-    timeout = options["timeout"]
-    return Choices(
-        model=options["model"],
-        sub_model=options["sub_model"],
-        base_url=options["base_url"],
-        api_key_env=options["api_key_env"],
-        prices=dict(_price(text) for text in options["prices"]),
-        backend=options["backend"],
-        policy=options["policy"],
-        budget=options["budget"],
-        timeout_ms=None if timeout is None else max(1, int(timeout * 1000)),
-        depth=options["depth"],
-        answer_schema=schema,
-    )
-
-
-def _price(text: str) -> tuple[str, tuple[Decimal, Decimal]]:
-    try:
-        return parse_price(text)
-    except ValueError as error:
-        raise RequestError(f"--price {error}") from None
-
-
-async def _run(question: str, options: dict[str, Any], schema: Any) -> int:
-    from orchestrator.wiring import Watch, open_platform
-
-    view = _make_view()
-    watch = Watch(event=view.event, output=view.output, account=view.account)
-    async with open_platform(_choices(options, schema)) as platform:
-        platform.require_question(question)
-        with view:
-            closed = await _watched(platform, options, partial(platform.run, question), watch)
-        if closed is None:
-            click.echo("airlock: interrupted before the query began", err=True)
-            return 130
-        backend = platform.backend
-    answer, outcome = closed.outcome.answer, closed.outcome
-    if options["as_json"]:
-        usage = {
-            name: {
-                "calls": u.calls,
-                "input_tokens": u.input_tokens,
-                "output_tokens": u.output_tokens,
-                "cost_usd": usd(u.cost),
-            }
-            for name, u in closed.usage.items()
-        }
-        report = {
-            "query_id": closed.query_id,
-            "status": outcome.status,
-            "answer": answer,
-            "reason": outcome.reason,
-            "cost_usd": usd(closed.cost),
-            "usage": usage,
-            "iterations": closed.turns,
-            "sub_calls": closed.sub_calls,
-            "duration_s": round(closed.duration_s, 3),
-            "backend": backend.name,
-            "isolation": backend.isolation.name,
-            "journal_head": closed.journal_head,
-        }
-        click.echo(json.dumps(report))
-    elif answer is not None:
-        _say(sys.stdout, answer)
-    if outcome.status != "answered":
-        _say(sys.stderr, f"airlock: {outcome.status}: {outcome.reason}")
-    return closed.error.exit_code if closed.error else _STATUS_EXIT[outcome.status]
-
-
-def _make_view() -> LiveView | PlainView:
-    if sys.stderr.isatty():
-        from orchestrator.live import LiveView
-
-        return LiveView()
-    from orchestrator.console import PlainView
-
-    return PlainView()
-
-
-async def _exec(code: str, options: dict[str, Any]) -> int:
-    from orchestrator.console import safe_for
-    from orchestrator.wiring import Watch, open_platform
-
-    seen: dict[str, list[str]] = {"out": [], "err": []}
-
-    def output(stream: str, text: str) -> None:
-        seen[stream].append(text)
-        if not options["as_json"]:
-            target = sys.stdout if stream == "out" else sys.stderr
-            target.write(safe_for(target, text))
-            target.flush()
-
-    async with open_platform(_choices(options)) as platform:
-        run_cell = partial(platform.run, "", code=code)
-        closed = await _watched(platform, options, run_cell, Watch(output=output))
-    if closed is None:
-        return 130
-    cell = closed.cell
-    status = cell.status if cell else "timeout" if closed.outcome.status == "limit" else "killed"
-    reason = closed.outcome.reason
-    if options["as_json"]:
-        report = {
-            "status": status,
-            "reason": reason,
-            "stdout": "".join(seen["out"]),
-            "stderr": "".join(seen["err"]),
-            "answer": closed.outcome.answer,
-            "duration_s": round(cell.duration_s if cell else closed.duration_s, 3),
-        }
-        click.echo(json.dumps(report))
-    elif closed.outcome.answer is not None:
-        _say(sys.stdout, closed.outcome.answer)
-    if status in ("timeout", "killed"):
-        _say(sys.stderr, f"airlock: {status}: {reason}")
-    if closed.error:
-        return closed.error.exit_code
-    return 130 if closed.outcome.status == "cancelled" else _CELL_EXIT[status]
-
-
-async def _watched(platform: Platform, options: dict[str, Any], start: Callable[..., Any], watch: Watch) -> Any:
-    """Ingest the context and run the query; Ctrl-C and SIGTERM end it in good order. None if it never began."""
-    result: list[Any] = []
-    watch.closed = result.append
-    with anyio.CancelScope() as scope, cancelled_by_signals(scope), StandardInput() as stdin:
-        ingest = partial(_ingest, platform, options["context"], options["encoding"], stdin)
-        context = await anyio.to_thread.run_sync(ingest, abandon_on_cancel=True)
-        await start(context=context, watch=watch)
-    return result[0] if result else None
-
-
-def _ingest(platform: Platform, path: str, encoding: Any, stdin: Any) -> Any:
-    if not path:
-        raise RequestError("--context is empty: name a file, a folder, or - for standard input")
-    if path == "-":
-        return platform.contexts.ingest_stream(stdin, encoding=encoding)
-    return platform.contexts.ingest(Path(path), encoding=encoding)
+    return anyio.run(runs.run_cell, code, options, backend_options=_LOOP)
 
 
 @app.group()
@@ -399,11 +244,12 @@ def audit() -> None:
 def audit_show(query: str) -> int:
     """Print a QUERY's run: code, output, sub-calls, cost. An id, its beginning, or `last`."""
     from orchestrator.console import show_run
+    from orchestrator.runs import say
     from orchestrator.wiring import read_run
 
     run_read = read_run(settings.home(), query)
     for line in show_run(run_read.chain, run_read.payloads, run_read.fault):
-        _say(sys.stdout, line)
+        say(sys.stdout, line)
     return 4 if run_read.fault else 0
 
 

@@ -1,0 +1,171 @@
+"""What `airlock run` and `airlock exec` do, from the options of the command line to its exit code."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from decimal import Decimal
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import anyio
+import anyio.to_thread
+import click
+
+from orchestrator.console import PlainView, safe_for
+from orchestrator.core.errors import RequestError
+from orchestrator.core.units import parse_price, usd
+from orchestrator.interrupts import StandardInput, cancelled_by_signals
+from orchestrator.wiring import Choices, Platform, Watch, open_platform
+
+if TYPE_CHECKING:
+    from orchestrator.live import LiveView
+    from orchestrator.loop.query import Closed
+
+INTERRUPTED = 130
+_STATUS_EXIT = {"answered": 0, "limit": 3, "refused": 3, "cancelled": INTERRUPTED}
+_CELL_EXIT = {"ok": 0, "error": 1, "timeout": 3, "killed": 4}
+
+
+async def run(question: str, options: dict[str, Any], schema: Any) -> int:
+    """One query with a root LM; the exit code. options: those that `run` and `exec` share, by their names."""
+    view = _make_view()
+    watch = Watch(event=view.event, output=view.output, account=view.account)
+    async with open_platform(_choices(options, schema)) as platform:
+        platform.require_question(question)
+        with view:
+            closed = await _watched(platform, options, partial(platform.run, question), watch)
+        if closed is None:
+            click.echo("airlock: interrupted before the query began", err=True)
+            return INTERRUPTED
+        backend = platform.backend
+    outcome = closed.outcome
+    if options["as_json"]:
+        click.echo(json.dumps(_report(closed, backend)))
+    elif outcome.answer is not None:
+        say(sys.stdout, outcome.answer)
+    if outcome.status != "answered":
+        say(sys.stderr, f"airlock: {outcome.status}: {outcome.reason}")
+    return closed.error.exit_code if closed.error else _STATUS_EXIT[outcome.status]
+
+
+def _report(closed: Closed, backend: Any) -> dict[str, Any]:
+    usage = {
+        name: {
+            "calls": u.calls,
+            "input_tokens": u.input_tokens,
+            "output_tokens": u.output_tokens,
+            "cost_usd": usd(u.cost),
+        }
+        for name, u in closed.usage.items()
+    }
+    return {
+        "query_id": closed.query_id,
+        "status": closed.outcome.status,
+        "answer": closed.outcome.answer,
+        "reason": closed.outcome.reason,
+        "cost_usd": usd(closed.cost),
+        "usage": usage,
+        "iterations": closed.turns,
+        "sub_calls": closed.sub_calls,
+        "duration_s": round(closed.duration_s, 3),
+        "backend": backend.name,
+        "isolation": backend.isolation.name,
+        "journal_head": closed.journal_head,
+    }
+
+
+def _make_view() -> LiveView | PlainView:
+    if sys.stderr.isatty():
+        from orchestrator.live import LiveView
+
+        return LiveView()
+    return PlainView()
+
+
+async def run_cell(code: str, options: dict[str, Any]) -> int:
+    """One query that is one cell; the exit code."""
+    seen: dict[str, list[str]] = {"out": [], "err": []}
+
+    def output(stream: str, text: str) -> None:
+        seen[stream].append(text)
+        if not options["as_json"]:
+            target = sys.stdout if stream == "out" else sys.stderr
+            target.write(safe_for(target, text))
+            target.flush()
+
+    async with open_platform(_choices(options)) as platform:
+        start = partial(platform.run, "", code=code)
+        closed = await _watched(platform, options, start, Watch(output=output))
+    if closed is None:
+        return INTERRUPTED
+    cell = closed.cell
+    status = cell.status if cell else "timeout" if closed.outcome.status == "limit" else "killed"
+    reason = closed.outcome.reason
+    if options["as_json"]:
+        report = {
+            "status": status,
+            "reason": reason,
+            "stdout": "".join(seen["out"]),
+            "stderr": "".join(seen["err"]),
+            "answer": closed.outcome.answer,
+            "duration_s": round(cell.duration_s if cell else closed.duration_s, 3),
+        }
+        click.echo(json.dumps(report))
+    elif closed.outcome.answer is not None:
+        say(sys.stdout, closed.outcome.answer)
+    if status in ("timeout", "killed"):
+        say(sys.stderr, f"airlock: {status}: {reason}")
+    if closed.error:
+        return closed.error.exit_code
+    return INTERRUPTED if closed.outcome.status == "cancelled" else _CELL_EXIT[status]
+
+
+def say(stream: TextIO, text: str) -> None:
+    """A line of text from a guest or a model: as it is into files and pipes, harmless on a terminal."""
+    click.echo(safe_for(stream, text), file=stream, color=True)  # color: not to be stripped of escape sequences
+
+
+def _choices(options: dict[str, Any], schema: Any = None) -> Choices:
+    timeout = options["timeout"]
+    return Choices(
+        model=options["model"],
+        sub_model=options["sub_model"],
+        base_url=options["base_url"],
+        api_key_env=options["api_key_env"],
+        prices=dict(_price(text) for text in options["prices"]),
+        backend=options["backend"],
+        policy=options["policy"],
+        budget=options["budget"],
+        timeout_ms=None if timeout is None else max(1, int(timeout * 1000)),
+        depth=options["depth"],
+        answer_schema=schema,
+    )
+
+
+def _price(text: str) -> tuple[str, tuple[Decimal, Decimal]]:
+    try:
+        return parse_price(text)
+    except ValueError as error:
+        raise RequestError(f"--price {error}") from None
+
+
+async def _watched(platform: Platform, options: dict[str, Any], start: Callable[..., Any], watch: Watch) -> Any:
+    """Ingest the context and run the query; Ctrl-C and SIGTERM end it in good order. None if it never began."""
+    result: list[Any] = []
+    watch.closed = result.append
+    with anyio.CancelScope() as scope, cancelled_by_signals(scope), StandardInput() as stdin:
+        ingest = partial(_ingest, platform, options["context"], options["encoding"], stdin)
+        context = await anyio.to_thread.run_sync(ingest, abandon_on_cancel=True)
+        await start(context=context, watch=watch)
+    return result[0] if result else None
+
+
+def _ingest(platform: Platform, path: str, encoding: Any, stdin: Any) -> Any:
+    if not path:
+        raise RequestError("--context is empty: name a file, a folder, or - for standard input")
+    if path == "-":
+        return platform.contexts.ingest_stream(stdin, encoding=encoding)
+    return platform.contexts.ingest(Path(path), encoding=encoding)
