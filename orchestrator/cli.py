@@ -6,11 +6,9 @@ The answer alone goes to standard output, progress to standard error. Errors are
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from decimal import Decimal, InvalidOperation
-from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +19,7 @@ from orchestrator import settings
 from orchestrator.core.errors import AirlockError, RequestError
 from orchestrator.core.units import nano
 from orchestrator.named_policy import load_policy
+from orchestrator.streams import answer_lost, open_standard_streams, say
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -244,7 +243,6 @@ def audit() -> None:
 def audit_show(query: str) -> int:
     """Print a QUERY's run: code, output, sub-calls, cost. An id, its beginning, or `last`."""
     from orchestrator.console import show_run
-    from orchestrator.runs import say
     from orchestrator.wiring import read_run
 
     run_read = read_run(settings.home(), query)
@@ -255,7 +253,7 @@ def audit_show(query: str) -> int:
 
 def main() -> None:
     """The entry point `airlock`."""
-    _open_standard_streams()
+    open_standard_streams()
     try:
         code = app.main(prog_name="airlock", standalone_mode=False)
     except click.exceptions.Abort:
@@ -273,23 +271,13 @@ def main() -> None:
         click.echo(f"airlock: {error}", err=True)
         code = error.exit_code
     except BrokenPipeError:  # the reader of standard output has gone; say nothing more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
+    except OSError as error:
+        if not answer_lost():
+            raise
+        click.echo(f"airlock: standard output cannot be written: {error.strerror}", err=True)
+        code = 4
     sys.exit(code)
-
-
-def _open_standard_streams() -> None:
-    """What a caller closed would be taken by the next file or socket that is opened, and written to like a stream."""
-    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
-        if getattr(sys, name) is None:
-            null = os.open(os.devnull, os.O_RDWR)
-            if null != number:
-                os.dup2(null, number)
-                os.close(null)
-            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115  for as long as the process lives
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # an answer may have characters that this encoding has not
 
 
 def _first(error: BaseException) -> BaseException:

@@ -8,16 +8,17 @@ from collections.abc import Callable
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import anyio.to_thread
 import click
 
 from orchestrator.console import PlainView, safe_for
-from orchestrator.core.errors import RequestError
+from orchestrator.core.errors import MachineError, RequestError
 from orchestrator.core.units import parse_price, usd
 from orchestrator.interrupts import StandardInput, cancelled_by_signals
+from orchestrator.streams import say
 from orchestrator.wiring import Choices, Platform, Watch, open_platform
 
 if TYPE_CHECKING:
@@ -36,19 +37,34 @@ async def run(question: str, options: dict[str, Any], schema: Any) -> int:
     async with open_platform(_choices(options, schema)) as platform:
         platform.require_question(question)
         with view:
-            closed = await _watched(platform, options, partial(platform.run, question), watch)
+            closed = await _watched(platform, options, partial(platform.run, question), watch, anyio.CancelScope())
         if closed is None:
             click.echo("airlock: interrupted before the query began", err=True)
             return INTERRUPTED
-        backend = platform.backend
     outcome = closed.outcome
     if options["as_json"]:
-        click.echo(json.dumps(_report(closed, backend)))
+        _give(json.dumps(_report(closed, platform.backend)), closed, platform)
     elif outcome.answer is not None:
-        say(sys.stdout, outcome.answer)
+        _give(outcome.answer, closed, platform)
     if outcome.status != "answered":
         say(sys.stderr, f"airlock: {outcome.status}: {outcome.reason}")
     return closed.error.exit_code if closed.error else _STATUS_EXIT[outcome.status]
+
+
+def _give(text: str, closed: Closed, platform: Platform) -> None:
+    """Print what was asked for. Raises BrokenPipeError, or MachineError that says where it can still be had."""
+    try:
+        say(sys.stdout, text)
+    except OSError as error:
+        raise _undelivered(error, closed, platform) from None
+
+
+def _undelivered(error: OSError, closed: Closed, platform: Platform) -> Exception:
+    if isinstance(error, BrokenPipeError):
+        return error
+    kept = platform.policy.audit.payloads == "keep"
+    where = f"it is in the journal: airlock audit show {closed.query_id}" if kept else "the policy keeps no copy of it"
+    return MachineError(f"standard output cannot be written ({error.strerror}), and the answer is not there; {where}")
 
 
 def _report(closed: Closed, backend: Any) -> dict[str, Any]:
@@ -89,18 +105,28 @@ async def run_cell(code: str, options: dict[str, Any]) -> int:
     """One query that is one cell; the exit code."""
     seen: dict[str, list[str]] = {"out": [], "err": []}
 
+    scope = anyio.CancelScope()
+    broken: list[OSError] = []
+
     def output(stream: str, text: str) -> None:
         seen[stream].append(text)
-        if not options["as_json"]:
-            target = sys.stdout if stream == "out" else sys.stderr
+        if options["as_json"] or broken:
+            return
+        target = sys.stdout if stream == "out" else sys.stderr
+        try:
             target.write(safe_for(target, text))
             target.flush()
+        except OSError as error:  # nobody sees what it prints any more
+            broken.append(error)
+            scope.cancel()
 
     async with open_platform(_choices(options)) as platform:
         start = partial(platform.run, "", code=code)
-        closed = await _watched(platform, options, start, Watch(output=output))
+        closed = await _watched(platform, options, start, Watch(output=output), scope)
     if closed is None:
         return INTERRUPTED
+    if broken:
+        raise _undelivered(broken[0], closed, platform)
     cell = closed.cell
     status = cell.status if cell else "timeout" if closed.outcome.status == "limit" else "killed"
     reason = closed.outcome.reason
@@ -113,19 +139,14 @@ async def run_cell(code: str, options: dict[str, Any]) -> int:
             "answer": closed.outcome.answer,
             "duration_s": round(cell.duration_s if cell else closed.duration_s, 3),
         }
-        click.echo(json.dumps(report))
+        _give(json.dumps(report), closed, platform)
     elif closed.outcome.answer is not None:
-        say(sys.stdout, closed.outcome.answer)
+        _give(closed.outcome.answer, closed, platform)
     if status in ("timeout", "killed"):
         say(sys.stderr, f"airlock: {status}: {reason}")
     if closed.error:
         return closed.error.exit_code
     return INTERRUPTED if closed.outcome.status == "cancelled" else _CELL_EXIT[status]
-
-
-def say(stream: TextIO, text: str) -> None:
-    """A line of text from a guest or a model: as it is into files and pipes, harmless on a terminal."""
-    click.echo(safe_for(stream, text), file=stream, color=True)  # color: not to be stripped of escape sequences
 
 
 def _choices(options: dict[str, Any], schema: Any = None) -> Choices:
@@ -152,11 +173,13 @@ def _price(text: str) -> tuple[str, tuple[Decimal, Decimal]]:
         raise RequestError(f"--price {error}") from None
 
 
-async def _watched(platform: Platform, options: dict[str, Any], start: Callable[..., Any], watch: Watch) -> Any:
-    """Ingest the context and run the query; Ctrl-C and SIGTERM end it in good order. None if it never began."""
-    result: list[Any] = []
+async def _watched(
+    platform: Platform, options: dict[str, Any], start: Callable[..., Any], watch: Watch, scope: anyio.CancelScope
+) -> Closed | None:
+    """Ingest the context and run the query in `scope`; signals end it in good order. None if it never began."""
+    result: list[Closed] = []
     watch.closed = result.append
-    with anyio.CancelScope() as scope, cancelled_by_signals(scope), StandardInput() as stdin:
+    with scope, cancelled_by_signals(scope), StandardInput() as stdin:
         ingest = partial(_ingest, platform, options["context"], options["encoding"], stdin)
         context = await anyio.to_thread.run_sync(ingest, abandon_on_cancel=True)
         await start(context=context, watch=watch)
