@@ -18,6 +18,7 @@ import click
 from orchestrator import settings
 from orchestrator.core.errors import AirlockError, RequestError
 from orchestrator.core.units import nano
+from orchestrator.files import Unreadable, read_text
 from orchestrator.named_policy import load_policy
 from orchestrator.streams import answer_lost, open_standard_streams, say
 
@@ -100,9 +101,8 @@ def run(question: str, answer_schema: Path | None, **options: Any) -> int:
 def exec_(file: Path, **options: Any) -> int:
     """Run FILE as one cell, without a root LM; its sub-calls go to --model."""
     try:
-        code = file.read_text(encoding="utf-8-sig")  # a byte order mark is no part of a program
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        code = read_text(file)
+    except Unreadable as why:
         raise RequestError(f"cannot read {file}: {why}") from None
     from orchestrator import runs
 

@@ -149,6 +149,7 @@ class AsyncRLM:
         question, source = _question_and_context(query, context, prompt, root_prompt)
         await self.__aenter__()
         assert self._platform is not None
+        self._platform.require(question)
         store = self._platform.contexts
         ingest = store.ingest if isinstance(source, Path) else store.ingest_value
         stored = await anyio.to_thread.run_sync(ingest, source)

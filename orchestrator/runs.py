@@ -35,7 +35,7 @@ async def run(question: str, options: dict[str, Any], schema: Any) -> int:
     view = _make_view()
     watch = Watch(event=view.event, output=view.output, account=view.account)
     async with open_platform(_choices(options, schema)) as platform:
-        platform.require_question(question)
+        platform.require(question)
         with view:
             closed = await _watched(platform, options, partial(platform.run, question), watch, anyio.CancelScope())
         if closed is None:
@@ -121,6 +121,7 @@ async def run_cell(code: str, options: dict[str, Any]) -> int:
             scope.cancel()
 
     async with open_platform(_choices(options)) as platform:
+        platform.require(None)
         start = partial(platform.run, "", code=code)
         closed = await _watched(platform, options, start, Watch(output=output), scope)
     if closed is None:

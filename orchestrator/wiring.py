@@ -20,6 +20,7 @@ from orchestrator.core.context import Context
 from orchestrator.core.errors import ModelError, PolicyError, RequestError
 from orchestrator.core.events import Event
 from orchestrator.core.policy import Policy
+from orchestrator.files import read_text
 from orchestrator.lm.base import LM
 from orchestrator.loop.engine import schema_check
 from orchestrator.loop.prompts import RootLimits
@@ -103,12 +104,7 @@ class Platform:
     ) -> Closed:
         """One query, or with `code` one cell. Raises RequestError before anything is opened, StoreError at its end."""
         watch = watch or Watch()
-        if code is None:
-            self.require_question(question)
-        for name in {self.model, self.sub_model} - {""}:
-            if not name.isprintable():
-                raise ModelError(f"{name!r} is not the name of a model")
-            self.find_model(name)  # a wrong name or a missing key is told before a query is opened
+        self.require(question if code is None else None)
         order = Order(
             tenant=TENANT,
             question=question,
@@ -126,12 +122,20 @@ class Platform:
         )
         return await run_query(order, self._machinery)
 
-    def require_question(self, question: str) -> None:
-        """Raises ModelError without a model to ask, RequestError without a question."""
-        if not question.strip():
-            raise RequestError("the question is empty: say what you want to know of the context")
-        if not self.model:
-            raise ModelError(NO_MODEL)
+    def require(self, question: str | None) -> None:
+        """What can be told before a context is read and a query is opened. question: None for a cell alone.
+
+        Raises RequestError without a question, ModelError without a model to ask and for one that is not there.
+        """
+        if question is not None:
+            if not question.strip():
+                raise RequestError("the question is empty: say what you want to know of the context")
+            if not self.model:
+                raise ModelError(NO_MODEL)
+        for name in {self.model, self.sub_model} - {""}:
+            if not name.isprintable():
+                raise ModelError(f"{name!r} is not the name of a model")
+            self.find_model(name)
 
     def find_model(self, name: str) -> tuple[LM, str]:
         """The LM that a model's name stands for, and the provider's name for the model. Raises ModelError."""
@@ -146,11 +150,9 @@ class Platform:
 
             return ScriptedLM(Path(rest))
         if kind == "local":
-            from orchestrator.lm import weights
-            from orchestrator.lm.local import LocalLM
+            from orchestrator.lm.local import LocalLM, find
 
-            own = "/" in rest or rest.endswith(".gguf")
-            return LocalLM(Path(rest) if own else weights.path_of(self.home / "models", rest))
+            return LocalLM(find(rest, self.home / "models"))
         from orchestrator.lm.openai import OpenAILM
 
         own = self.config.models.get(name, settings.ModelSettings())
@@ -241,11 +243,11 @@ def load_schema(path: Path) -> Mapping[str, Any]:
     from jsonschema.validators import validator_for
 
     try:
-        schema: Any = json.loads(path.read_text(encoding="utf-8-sig"))
+        schema: Any = json.loads(read_text(path))
         if type(schema) is not dict:
             raise ValueError("it is not a JSON object")
         cast("Any", validator_for)(schema).check_schema(schema)
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise RequestError(f"cannot read the answer schema {path}: {error}") from None
     except SchemaError as error:
         raise RequestError(f"{path} is not a JSON Schema: {error.message}") from None

@@ -94,8 +94,22 @@ def test_models_that_are_not_there(airlock: Airlock) -> None:
 
 
 def test_a_local_model_that_is_not_there(airlock: Airlock) -> None:
-    done = airlock("run", "What?", "--context", "context.txt", "--model", "local:nothing", code=2)
-    assert "nothing.gguf" in done.said or "pip install" in done.said
+    """Told before anything is opened, also where it is the sub-model's name and for `exec`."""
+
+    def asked(model: object) -> str:
+        cell = airlock.file("cell.py", "pass")
+        sub = run(airlock, "context.txt", "--sub-model", f"local:{model}")
+        alone = refused(airlock, "exec", cell, "--context", "context.txt", "--model", f"local:{model}")
+        root = refused(airlock, "run", "What?", "--context", "context.txt", "--model", f"local:{model}")
+        assert alone == root == refused(airlock, *sub)
+        return root
+
+    assert asked("nothing").startswith("there is no local model 'nothing': `airlock models list` says")
+    assert "fetch it with `airlock models pull qwen2.5-coder-1.5b`" in asked("qwen2.5-coder-1.5b")
+    assert "nowhere.gguf: no such file; name a GGUF file" in asked(airlock.folder / "nowhere.gguf")
+    assert "is not a GGUF file" in asked(airlock.file("text.gguf", "text"))
+    assert "it is a folder" in asked(airlock.folder)
+    assert airlock.rows("SELECT id FROM queries") == []
 
 
 POLICY_FAULTS = [
@@ -167,6 +181,26 @@ def test_answer_schemas_that_are_none(airlock: Airlock) -> None:
 def test_a_file_to_run_that_cannot_be_read(airlock: Airlock) -> None:
     assert "no such file" in refused(airlock, "exec", "nowhere.py", "--context", "context.txt").lower()
     assert "not UTF-8" in refused(airlock, "exec", airlock.file("bad.py", b"\xff"), "--context", "context.txt")
+
+
+def test_pipes_and_devices_where_a_file_is_asked_for(airlock: Airlock) -> None:
+    """To open a pipe that nobody writes to takes for ever."""
+    pipe = airlock.folder / "pipe"
+    os.mkfifo(pipe)
+    for path in (pipe, "/dev/zero"):
+        for arguments in (
+            ["exec", path, "--context", "context.txt"],
+            ["run", "What?", "--context", "context.txt", "--model", f"scripted:{path}"],
+            ["run", "What?", "--context", "context.txt", "--model", f"local:{path}"],
+            run(airlock, "context.txt", "--policy", path),
+            run(airlock, "context.txt", "--answer-schema", path),
+            ["policy", "check", path],
+            run(airlock, path),
+        ):
+            said = refused(airlock, *arguments)
+            assert "it is not a regular file" in said or "is neither a file nor a folder" in said
+    os.mkfifo(airlock.home / "airlock.toml")
+    assert "airlock.toml: it is not a regular file" in refused(airlock, *run(airlock, "context.txt"))
 
 
 def test_a_configuration_that_is_wrong(airlock: Airlock) -> None:
