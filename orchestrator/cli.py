@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from decimal import Decimal, InvalidOperation
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,8 +16,8 @@ import anyio
 import click
 
 from orchestrator import settings
+from orchestrator.core import limits
 from orchestrator.core.errors import AirlockError, RequestError
-from orchestrator.core.units import nano
 from orchestrator.files import Unreadable, read_text
 from orchestrator.named_policy import load_policy
 from orchestrator.streams import answer_lost, open_standard_streams, say
@@ -30,25 +30,21 @@ policy; 4 sandbox, or another part of this machine; 5 provider; 130 interrupted.
 _LOOP = {"use_uvloop": True}  # a sixth less time for a query of many calls
 
 
-class _Money(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]  generic in the stubs alone
-    name = "USD"
+class _Checked(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]  generic in the stubs alone
+    """Text through a check of `core.limits`, to an exact whole number."""
+
+    def __init__(self, name: str, check: Callable[[Any], int], read: Callable[[str], Any] = str) -> None:
+        self.name, self._check, self._read = name, check, read
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         try:
-            amount = Decimal(str(value))
-        except InvalidOperation:
-            amount = Decimal(-1)
-        if not amount.is_finite() or amount < 0 or amount > 1_000_000_000:
-            self.fail(f"{value!r} is not an amount in USD, such as 0.25", param, ctx)
-        return nano(amount)
-
-
-class _Seconds(click.FloatRange):
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        seconds = super().convert(value, param, ctx)
-        if seconds != seconds:  # not a number: no range holds it off
-            self.fail(f"{value!r} is not a number of seconds", param, ctx)
-        return seconds
+            given = self._read(value)
+        except ValueError:
+            given = value
+        try:
+            return self._check(given)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
 
 
 def _query_options(function: F) -> F:
@@ -66,9 +62,9 @@ def _query_options(function: F) -> F:
         click.option("--price", "prices", multiple=True, metavar="MODEL=IN,OUT", help="USD per million tokens."),
         click.option("--backend", default="auto", show_default=True, help="How the sandbox is isolated."),
         click.option("--policy", default="default", show_default=True, help="A policy's name or file."),
-        click.option("--budget", type=_Money(), help="The most the query may cost, in USD."),
-        click.option("--timeout", type=_Seconds(min=0.001, max=10**6), help="The most it may take, in seconds."),
-        click.option("--depth", type=click.IntRange(min=0), help="0: no sub-calls."),
+        click.option("--budget", type=_Checked("USD", limits.budget), help="The most the query may cost, in USD."),
+        click.option("--timeout", type=_Checked("SECONDS", limits.timeout, float), help="The most it may take."),
+        click.option("--depth", type=_Checked("N", partial(limits.count, least=0), int), help="0: no sub-calls."),
         click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the answer."),
     ]
     for option in reversed(options):

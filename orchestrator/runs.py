@@ -151,7 +151,6 @@ async def run_cell(code: str, options: dict[str, Any]) -> int:
 
 
 def _choices(options: dict[str, Any], schema: Any = None) -> Choices:
-    timeout = options["timeout"]
     return Choices(
         model=options["model"],
         sub_model=options["sub_model"],
@@ -161,7 +160,7 @@ def _choices(options: dict[str, Any], schema: Any = None) -> Choices:
         backend=options["backend"],
         policy=options["policy"],
         budget=options["budget"],
-        timeout_ms=None if timeout is None else max(1, int(timeout * 1000)),
+        timeout_ms=options["timeout"],
         depth=options["depth"],
         answer_schema=schema,
     )

@@ -60,6 +60,7 @@ class Choices:
     timeout_ms: int | None = None
     depth: int | None = None
     iterations: int | None = None
+    in_flight: int | None = None
     answer_schema: Mapping[str, Any] | None = None
 
 
@@ -222,12 +223,14 @@ def effective_policy(choices: Choices) -> Policy:
     policy = load_policy(choices.policy)
     money, time, counts = policy.money, policy.time, policy.counts
     if choices.depth is not None and choices.depth > counts.depth:
-        raise PolicyError(f"--depth {choices.depth}: policy {choices.policy} permits a depth of {counts.depth}")
+        raise PolicyError(f"a depth of {choices.depth}: policy {choices.policy} permits a depth of {counts.depth}")
     narrower = policy.model_copy(
         update={
             "money": money.model_copy(update=_said(query=choices.budget)),
             "time": time.model_copy(update=_said(query=choices.timeout_ms)),
-            "counts": counts.model_copy(update=_said(depth=choices.depth, iterations=choices.iterations)),
+            "counts": counts.model_copy(
+                update=_said(depth=choices.depth, iterations=choices.iterations, in_flight=choices.in_flight)
+            ),
         }
     )
     return policy.narrowed(narrower)
@@ -239,18 +242,27 @@ def _said(**values: int | None) -> dict[str, int]:
 
 def load_schema(path: Path) -> Mapping[str, Any]:
     """A JSON Schema from a file. Raises RequestError."""
+    try:
+        schema: Any = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"cannot read the answer schema {path}: {error}") from None
+    return check_schema(str(path), schema)
+
+
+def check_schema(name: str, schema: Any) -> Mapping[str, Any]:
+    """The schema, if it is one and JSON. Raises RequestError."""
     from jsonschema.exceptions import SchemaError
     from jsonschema.validators import validator_for
 
     try:
-        schema: Any = json.loads(read_text(path))
-        if type(schema) is not dict:
+        if not isinstance(schema, dict):
             raise ValueError("it is not a JSON object")
+        json.dumps(schema, allow_nan=False)
         cast("Any", validator_for)(schema).check_schema(schema)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise RequestError(f"cannot read the answer schema {path}: {error}") from None
+        raise RequestError(f"{name} is not a JSON Schema: {error}") from None
     except SchemaError as error:
-        raise RequestError(f"{path} is not a JSON Schema: {error.message}") from None
+        raise RequestError(f"{name} is not a JSON Schema: {error.message}") from None
     return cast("Mapping[str, Any]", schema)
 
 
