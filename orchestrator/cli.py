@@ -50,9 +50,6 @@ class _Checked(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]  
 def _query_options(function: F) -> F:
     options = [
         click.option(
-            "--context", metavar="PATH", required=True, help="Text, .json, .jsonl, a folder, or - for standard input."
-        ),
-        click.option(
             "--encoding", type=click.Choice(["utf-8", "latin-1", "replace"]), default="utf-8", show_default=True
         ),
         click.option("--model", help="NAME, local:NAME, local:/path/to.gguf or scripted:FILE."),
@@ -72,6 +69,11 @@ def _query_options(function: F) -> F:
     return function
 
 
+def _context_option(*, required: bool) -> Callable[[F], F]:
+    text = "Text, .json, .jsonl, a folder, or - for standard input."
+    return click.option("--context", metavar="PATH", required=required, help=text)
+
+
 @click.group(epilog=_EXIT, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="airlock", message="airlock %(version)s")
 def app() -> None:
@@ -80,6 +82,7 @@ def app() -> None:
 
 @app.command()
 @click.argument("question")
+@_context_option(required=True)
 @click.option("--answer-schema", type=click.Path(path_type=Path), metavar="FILE", help="A JSON Schema for the answer.")
 @_query_options
 def run(question: str, answer_schema: Path | None, **options: Any) -> int:
@@ -93,6 +96,7 @@ def run(question: str, answer_schema: Path | None, **options: Any) -> int:
 
 @app.command(name="exec")
 @click.argument("file", type=click.Path(path_type=Path))
+@_context_option(required=False)
 @_query_options
 def exec_(file: Path, **options: Any) -> int:
     """Run FILE as one cell, without a root LM; its sub-calls go to --model."""

@@ -186,7 +186,9 @@ async def _watched(
     return result[0] if result else None
 
 
-def _ingest(platform: Platform, path: str, encoding: Any, stdin: Any) -> Any:
+def _ingest(platform: Platform, path: str | None, encoding: Any, stdin: Any) -> Any:
+    if path is None:  # of `exec`
+        return platform.contexts.nothing()
     if not path:
         raise RequestError("--context is empty: name a file, a folder, or - for standard input")
     if path == "-":
