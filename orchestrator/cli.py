@@ -6,29 +6,21 @@ The answer alone goes to standard output, progress to standard error. Errors are
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable
-from decimal import Decimal, InvalidOperation
 from functools import partial
-from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO, TypeVar
+from typing import Any, TypeVar
 
 import anyio
-import anyio.to_thread
 import click
 
 from orchestrator import settings
+from orchestrator.core import limits
 from orchestrator.core.errors import AirlockError, RequestError
-from orchestrator.core.units import nano, parse_price, usd
-from orchestrator.interrupts import StandardInput, cancelled_by_signals
+from orchestrator.files import Unreadable, read_text
 from orchestrator.named_policy import load_policy
-
-if TYPE_CHECKING:  # loaded by the commands that need them: it takes longer than `policy show` does in all
-    from orchestrator.console import PlainView
-    from orchestrator.live import LiveView
-    from orchestrator.wiring import Choices, Platform, Watch
+from orchestrator.streams import answer_lost, open_standard_streams, say
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -36,36 +28,27 @@ _EXIT = """\
 Exit codes: 0 answered; 1 the cell raised an exception (exec); 2 usage or input; 3 stopped by a limit or refused by
 policy; 4 sandbox, or another part of this machine; 5 provider; 130 interrupted."""
 _LOOP = {"use_uvloop": True}  # a sixth less time for a query of many calls
-_STATUS_EXIT = {"answered": 0, "limit": 3, "refused": 3, "cancelled": 130}
-_CELL_EXIT = {"ok": 0, "error": 1, "timeout": 3, "killed": 4}
 
 
-class _Money(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]  generic in the stubs alone
-    name = "USD"
+class _Checked(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]  generic in the stubs alone
+    """Text through a check of `core.limits`, to an exact whole number."""
+
+    def __init__(self, name: str, check: Callable[[Any], int], read: Callable[[str], Any] = str) -> None:
+        self.name, self._check, self._read = name, check, read
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         try:
-            amount = Decimal(str(value))
-        except InvalidOperation:
-            amount = Decimal(-1)
-        if not amount.is_finite() or amount < 0 or amount > 1_000_000_000:
-            self.fail(f"{value!r} is not an amount in USD, such as 0.25", param, ctx)
-        return nano(amount)
-
-
-class _Seconds(click.FloatRange):
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        seconds = super().convert(value, param, ctx)
-        if seconds != seconds:  # not a number: no range holds it off
-            self.fail(f"{value!r} is not a number of seconds", param, ctx)
-        return seconds
+            given = self._read(value)
+        except ValueError:
+            given = value
+        try:
+            return self._check(given)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
 
 
 def _query_options(function: F) -> F:
     options = [
-        click.option(
-            "--context", metavar="PATH", required=True, help="Text, .json, .jsonl, a folder, or - for standard input."
-        ),
         click.option(
             "--encoding", type=click.Choice(["utf-8", "latin-1", "replace"]), default="utf-8", show_default=True
         ),
@@ -76,14 +59,19 @@ def _query_options(function: F) -> F:
         click.option("--price", "prices", multiple=True, metavar="MODEL=IN,OUT", help="USD per million tokens."),
         click.option("--backend", default="auto", show_default=True, help="How the sandbox is isolated."),
         click.option("--policy", default="default", show_default=True, help="A policy's name or file."),
-        click.option("--budget", type=_Money(), help="The most the query may cost, in USD."),
-        click.option("--timeout", type=_Seconds(min=0.001, max=10**6), help="The most it may take, in seconds."),
-        click.option("--depth", type=click.IntRange(min=0), help="0: no sub-calls."),
+        click.option("--budget", type=_Checked("USD", limits.budget), help="The most the query may cost, in USD."),
+        click.option("--timeout", type=_Checked("SECONDS", limits.timeout, float), help="The most it may take."),
+        click.option("--depth", type=_Checked("N", partial(limits.count, least=0), int), help="0: no sub-calls."),
         click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the answer."),
     ]
     for option in reversed(options):
         function = option(function)
     return function
+
+
+def _context_option(*, required: bool) -> Callable[[F], F]:
+    text = "Text, .json, .jsonl, a folder, or - for standard input."
+    return click.option("--context", metavar="PATH", required=required, help=text)
 
 
 @click.group(epilog=_EXIT, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -94,175 +82,31 @@ def app() -> None:
 
 @app.command()
 @click.argument("question")
+@_context_option(required=True)
 @click.option("--answer-schema", type=click.Path(path_type=Path), metavar="FILE", help="A JSON Schema for the answer.")
 @_query_options
 def run(question: str, answer_schema: Path | None, **options: Any) -> int:
     """Answer QUESTION over a context."""
+    from orchestrator import runs  # loaded by the commands that need it: it takes longer than `policy show` does in all
     from orchestrator.wiring import load_schema
 
     schema = load_schema(answer_schema) if answer_schema else None
-    return anyio.run(_run, question, options, schema, backend_options=_LOOP)
+    return anyio.run(runs.run, question, options, schema, backend_options=_LOOP)
 
 
 @app.command(name="exec")
 @click.argument("file", type=click.Path(path_type=Path))
+@_context_option(required=False)
 @_query_options
 def exec_(file: Path, **options: Any) -> int:
     """Run FILE as one cell, without a root LM; its sub-calls go to --model."""
     try:
-        code = file.read_text(encoding="utf-8-sig")  # a byte order mark is no part of a program
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        code = read_text(file)
+    except Unreadable as why:
         raise RequestError(f"cannot read {file}: {why}") from None
-    return anyio.run(_exec, code, options, backend_options=_LOOP)
+    from orchestrator import runs
 
-
-def _say(stream: TextIO, text: str) -> None:
-    """A line of text from a guest or a model: as it is into files and pipes, harmless on a terminal."""
-    from orchestrator.console import safe_for
-
-    click.echo(safe_for(stream, text), file=stream, color=True)  # color: not to be stripped of escape sequences
-
-
-def _choices(options: dict[str, Any], schema: Any = None) -> Choices:
-    from orchestrator.wiring import Choices
-
-    timeout = options["timeout"]
-    return Choices(
-        model=options["model"],
-        sub_model=options["sub_model"],
-        base_url=options["base_url"],
-        api_key_env=options["api_key_env"],
-        prices=dict(_price(text) for text in options["prices"]),
-        backend=options["backend"],
-        policy=options["policy"],
-        budget=options["budget"],
-        timeout_ms=None if timeout is None else max(1, int(timeout * 1000)),
-        depth=options["depth"],
-        answer_schema=schema,
-    )
-
-
-def _price(text: str) -> tuple[str, tuple[Decimal, Decimal]]:
-    try:
-        return parse_price(text)
-    except ValueError as error:
-        raise RequestError(f"--price {error}") from None
-
-
-async def _run(question: str, options: dict[str, Any], schema: Any) -> int:
-    from orchestrator.wiring import Watch, open_platform
-
-    view = _make_view()
-    watch = Watch(event=view.event, output=view.output, account=view.account)
-    async with open_platform(_choices(options, schema)) as platform:
-        platform.require_question(question)
-        with view:
-            closed = await _watched(platform, options, partial(platform.run, question), watch)
-        if closed is None:
-            click.echo("airlock: interrupted before the query began", err=True)
-            return 130
-        backend = platform.backend
-    answer, outcome = closed.outcome.answer, closed.outcome
-    if options["as_json"]:
-        usage = {
-            name: {
-                "calls": u.calls,
-                "input_tokens": u.input_tokens,
-                "output_tokens": u.output_tokens,
-                "cost_usd": usd(u.cost),
-            }
-            for name, u in closed.usage.items()
-        }
-        report = {
-            "query_id": closed.query_id,
-            "status": outcome.status,
-            "answer": answer,
-            "reason": outcome.reason,
-            "cost_usd": usd(closed.cost),
-            "usage": usage,
-            "iterations": closed.turns,
-            "sub_calls": closed.sub_calls,
-            "duration_s": round(closed.duration_s, 3),
-            "backend": backend.name,
-            "isolation": backend.isolation.name,
-            "journal_head": closed.journal_head,
-        }
-        click.echo(json.dumps(report))
-    elif answer is not None:
-        _say(sys.stdout, answer)
-    if outcome.status != "answered":
-        _say(sys.stderr, f"airlock: {outcome.status}: {outcome.reason}")
-    return closed.error.exit_code if closed.error else _STATUS_EXIT[outcome.status]
-
-
-def _make_view() -> LiveView | PlainView:
-    if sys.stderr.isatty():
-        from orchestrator.live import LiveView
-
-        return LiveView()
-    from orchestrator.console import PlainView
-
-    return PlainView()
-
-
-async def _exec(code: str, options: dict[str, Any]) -> int:
-    from orchestrator.console import safe_for
-    from orchestrator.wiring import Watch, open_platform
-
-    seen: dict[str, list[str]] = {"out": [], "err": []}
-
-    def output(stream: str, text: str) -> None:
-        seen[stream].append(text)
-        if not options["as_json"]:
-            target = sys.stdout if stream == "out" else sys.stderr
-            target.write(safe_for(target, text))
-            target.flush()
-
-    async with open_platform(_choices(options)) as platform:
-        run_cell = partial(platform.run, "", code=code)
-        closed = await _watched(platform, options, run_cell, Watch(output=output))
-    if closed is None:
-        return 130
-    cell = closed.cell
-    status = cell.status if cell else "timeout" if closed.outcome.status == "limit" else "killed"
-    reason = closed.outcome.reason
-    if options["as_json"]:
-        report = {
-            "status": status,
-            "reason": reason,
-            "stdout": "".join(seen["out"]),
-            "stderr": "".join(seen["err"]),
-            "answer": closed.outcome.answer,
-            "duration_s": round(cell.duration_s if cell else closed.duration_s, 3),
-        }
-        click.echo(json.dumps(report))
-    elif closed.outcome.answer is not None:
-        _say(sys.stdout, closed.outcome.answer)
-    if status in ("timeout", "killed"):
-        _say(sys.stderr, f"airlock: {status}: {reason}")
-    if closed.error:
-        return closed.error.exit_code
-    return 130 if closed.outcome.status == "cancelled" else _CELL_EXIT[status]
-
-
-async def _watched(platform: Platform, options: dict[str, Any], start: Callable[..., Any], watch: Watch) -> Any:
-    """Ingest the context and run the query; Ctrl-C and SIGTERM end it in good order. None if it never began."""
-    result: list[Any] = []
-    watch.closed = result.append
-    with anyio.CancelScope() as scope, cancelled_by_signals(scope), StandardInput() as stdin:
-        ingest = partial(_ingest, platform, options["context"], options["encoding"], stdin)
-        context = await anyio.to_thread.run_sync(ingest, abandon_on_cancel=True)
-        await start(context=context, watch=watch)
-    return result[0] if result else None
-
-
-def _ingest(platform: Platform, path: str, encoding: Any, stdin: Any) -> Any:
-    if not path:
-        raise RequestError("--context is empty: name a file, a folder, or - for standard input")
-    if path == "-":
-        return platform.contexts.ingest_stream(stdin, encoding=encoding)
-    return platform.contexts.ingest(Path(path), encoding=encoding)
+    return anyio.run(runs.run_cell, code, options, backend_options=_LOOP)
 
 
 @app.group()
@@ -403,13 +247,13 @@ def audit_show(query: str) -> int:
 
     run_read = read_run(settings.home(), query)
     for line in show_run(run_read.chain, run_read.payloads, run_read.fault):
-        _say(sys.stdout, line)
+        say(sys.stdout, line)
     return 4 if run_read.fault else 0
 
 
 def main() -> None:
     """The entry point `airlock`."""
-    _open_standard_streams()
+    open_standard_streams()
     try:
         code = app.main(prog_name="airlock", standalone_mode=False)
     except click.exceptions.Abort:
@@ -427,23 +271,13 @@ def main() -> None:
         click.echo(f"airlock: {error}", err=True)
         code = error.exit_code
     except BrokenPipeError:  # the reader of standard output has gone; say nothing more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
+    except OSError as error:
+        if not answer_lost():
+            raise
+        click.echo(f"airlock: standard output cannot be written: {error.strerror}", err=True)
+        code = 4
     sys.exit(code)
-
-
-def _open_standard_streams() -> None:
-    """What a caller closed would be taken by the next file or socket that is opened, and written to like a stream."""
-    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
-        if getattr(sys, name) is None:
-            null = os.open(os.devnull, os.O_RDWR)
-            if null != number:
-                os.dup2(null, number)
-                os.close(null)
-            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115  for as long as the process lives
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # an answer may have characters that this encoding has not
 
 
 def _first(error: BaseException) -> BaseException:

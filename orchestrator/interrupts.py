@@ -34,7 +34,11 @@ class StandardInput:
 
 @contextmanager
 def cancelled_by_signals(scope: anyio.CancelScope) -> Generator[None]:
-    """The first Ctrl-C or SIGTERM cancels the scope. Further ones are ignored: what is left is to end in good order."""
+    """The first Ctrl-C, SIGTERM or SIGHUP (the terminal was closed) cancels the scope.
+
+    Further ones are ignored: what is left is to end in good order. So is a SIGHUP that we were started to ignore, as
+    nohup does.
+    """
     loop = asyncio.get_running_loop()
 
     def cancel(_number: int, _frame: object) -> None:
@@ -42,7 +46,9 @@ def cancelled_by_signals(scope: anyio.CancelScope) -> Generator[None]:
             signal.signal(number, signal.SIG_IGN)
         loop.call_soon_threadsafe(scope.cancel)
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    if before[signal.SIGHUP] is signal.SIG_IGN:
+        del before[signal.SIGHUP]
     for number in before:
         signal.signal(number, cancel)
     try:

@@ -30,7 +30,7 @@ class LiveView:
         self._code = ""
         self._tail: deque[str] = deque(maxlen=_OUTPUT_LINES)
         self._open_line = ""
-        self._turn = self._cell = 0
+        self._cell = 0
         self._doing = "starting"
         self._started = time.monotonic()
         # Last, as it draws at once.
@@ -49,7 +49,6 @@ class LiveView:
     def event(self, event: Event) -> None:
         body = event.body
         if event.type == "call.intent" and body["role"] == "root":
-            self._turn += 1
             self._doing = f"{body['model']} is thinking"
         elif event.type == "call.result" and body["outcome"] != "answered":
             self._doing = f"call {body['call']}: {body['detail']}"
@@ -89,7 +88,7 @@ class LiveView:
         policy, elapsed = account.policy, time.monotonic() - self._started
         limit, total = account.scopes[0].limit, policy.time.query / 1000
         table = Table.grid(padding=(0, 2))
-        turns = f"turn {self._turn} of {policy.counts.iterations}"
+        turns = f"turn {account.turns} of {policy.counts.iterations}"
         calls = f"{account.sub_calls} sub-calls, {account.running} calls in flight"
         table.add_row(Text(account.key.id, style="bold"), Text(turns), Text(calls))
         table.add_row(

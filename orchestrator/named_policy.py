@@ -8,6 +8,7 @@ from orchestrator import settings
 from orchestrator.core.errors import PolicyError
 from orchestrator.core.policy import Policy
 from orchestrator.core.policy_file import parse_policy
+from orchestrator.files import Unreadable, read_text
 
 
 def load_policy(name: str) -> Policy:
@@ -15,8 +16,8 @@ def load_policy(name: str) -> Policy:
     shipped = settings.data_folder("policies") / f"{name}.yaml"
     path = shipped if name.isalnum() and shipped.exists() else Path(name)
     try:
-        return parse_policy(path.read_text(encoding="utf-8"), str(path.name))
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path)
+    except Unreadable as why:
         names = ", ".join(sorted(found.stem for found in shipped.parent.glob("*.yaml")))
-        why = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise PolicyError(f"cannot read policy {name!r} ({why}): give a file, or one of {names}") from None
+    return parse_policy(text, path.name)

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 import platformdirs
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
+from orchestrator.files import Missing, Unreadable, read_text
+
 DEFAULT_KEY_VARIABLE = "OPENAI_API_KEY"
 _PACKAGE = Path(__file__).parent
 
@@ -63,23 +65,19 @@ def load_config(folder: Path) -> Config:
 
     Never one in the current folder: whoever made the folder would say which server gets which secret.
     """
-    for path in (folder / "airlock.toml",):
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        except (OSError, UnicodeDecodeError) as error:
-            why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-            raise ValueError(f"cannot read {path}: {why}") from None
-        try:
-            return Config.model_validate(tomllib.loads(text))
-        except tomllib.TOMLDecodeError as error:
-            raise ValueError(f"{path}: not TOML: {error}") from None
-        except ValidationError as error:
-            fault = error.errors()[0]
-            where = ".".join(map(str, fault["loc"]))
-            raise ValueError(f"{path}: {where}: {fault['msg']}") from None
-    return Config()
+    path = folder / "airlock.toml"
+    try:
+        return Config.model_validate(tomllib.loads(read_text(path)))
+    except Missing:
+        return Config()
+    except Unreadable as why:
+        raise ValueError(f"cannot read {path}: {why}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path}: not TOML: {error}") from None
+    except ValidationError as error:
+        fault = error.errors()[0]
+        where = ".".join(map(str, fault["loc"]))
+        raise ValueError(f"{path}: {where}: {fault['msg']}") from None
 
 
 def api_key(variable: str) -> SecretStr | None:

@@ -20,6 +20,7 @@ from orchestrator.core.context import Context
 from orchestrator.core.errors import ModelError, PolicyError, RequestError
 from orchestrator.core.events import Event
 from orchestrator.core.policy import Policy
+from orchestrator.files import read_text
 from orchestrator.lm.base import LM
 from orchestrator.loop.engine import schema_check
 from orchestrator.loop.prompts import RootLimits
@@ -62,6 +63,7 @@ class Choices:
     timeout_ms: int | None = None
     depth: int | None = None
     iterations: int | None = None
+    in_flight: int | None = None
     answer_schema: Mapping[str, Any] | None = None
     pool: int | None = None
 
@@ -108,12 +110,7 @@ class Platform:
     ) -> Closed:
         """One query, or with `code` one cell. Raises RequestError before anything is opened, StoreError at its end."""
         watch = watch or Watch()
-        if code is None:
-            self.require_question(question)
-        for name in {self.model, self.sub_model} - {""}:
-            if not name.isprintable():
-                raise ModelError(f"{name!r} is not the name of a model")
-            self.find_model(name)  # a wrong name or a missing key is told before a query is opened
+        self.require(question if code is None else None)
         order = Order(
             tenant=TENANT,
             question=question,
@@ -131,12 +128,20 @@ class Platform:
         )
         return await run_query(order, self._machinery)
 
-    def require_question(self, question: str) -> None:
-        """Raises ModelError without a model to ask, RequestError without a question."""
-        if not question.strip():
-            raise RequestError("the question is empty: say what you want to know of the context")
-        if not self.model:
-            raise ModelError(NO_MODEL)
+    def require(self, question: str | None) -> None:
+        """What can be told before a context is read and a query is opened. question: None for a cell alone.
+
+        Raises RequestError without a question, ModelError without a model to ask and for one that is not there.
+        """
+        if question is not None:
+            if not question.strip():
+                raise RequestError("the question is empty: say what you want to know of the context")
+            if not self.model:
+                raise ModelError(NO_MODEL)
+        for name in {self.model, self.sub_model} - {""}:
+            if not name.isprintable():
+                raise ModelError(f"{name!r} is not the name of a model")
+            self.find_model(name)
 
     def find_model(self, name: str) -> tuple[LM, str]:
         """The LM that a model's name stands for, and the provider's name for the model. Raises ModelError."""
@@ -151,11 +156,9 @@ class Platform:
 
             return ScriptedLM(Path(rest))
         if kind == "local":
-            from orchestrator.lm import weights
-            from orchestrator.lm.local import LocalLM
+            from orchestrator.lm.local import LocalLM, find
 
-            own = "/" in rest or rest.endswith(".gguf")
-            return LocalLM(Path(rest) if own else weights.path_of(self.home / "models", rest))
+            return LocalLM(find(rest, self.home / "models"))
         from orchestrator.lm.openai import OpenAILM
 
         own = self.config.models.get(name, settings.ModelSettings())
@@ -235,12 +238,14 @@ def effective_policy(choices: Choices) -> Policy:
     policy = load_policy(choices.policy)
     money, time, counts = policy.money, policy.time, policy.counts
     if choices.depth is not None and choices.depth > counts.depth:
-        raise PolicyError(f"--depth {choices.depth}: policy {choices.policy} permits a depth of {counts.depth}")
+        raise PolicyError(f"a depth of {choices.depth}: policy {choices.policy} permits a depth of {counts.depth}")
     narrower = policy.model_copy(
         update={
             "money": money.model_copy(update=_said(query=choices.budget)),
             "time": time.model_copy(update=_said(query=choices.timeout_ms)),
-            "counts": counts.model_copy(update=_said(depth=choices.depth, iterations=choices.iterations)),
+            "counts": counts.model_copy(
+                update=_said(depth=choices.depth, iterations=choices.iterations, in_flight=choices.in_flight)
+            ),
         }
     )
     return policy.narrowed(narrower)
@@ -252,18 +257,27 @@ def _said(**values: int | None) -> dict[str, int]:
 
 def load_schema(path: Path) -> Mapping[str, Any]:
     """A JSON Schema from a file. Raises RequestError."""
+    try:
+        schema: Any = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"cannot read the answer schema {path}: {error}") from None
+    return check_schema(str(path), schema)
+
+
+def check_schema(name: str, schema: Any) -> Mapping[str, Any]:
+    """The schema, if it is one and JSON. Raises RequestError."""
     from jsonschema.exceptions import SchemaError
     from jsonschema.validators import validator_for
 
     try:
-        schema: Any = json.loads(path.read_text(encoding="utf-8-sig"))
-        if type(schema) is not dict:
+        if not isinstance(schema, dict):
             raise ValueError("it is not a JSON object")
+        json.dumps(schema, allow_nan=False)
         cast("Any", validator_for)(schema).check_schema(schema)
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise RequestError(f"cannot read the answer schema {path}: {error}") from None
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise RequestError(f"{name} is not a JSON Schema: {error}") from None
     except SchemaError as error:
-        raise RequestError(f"{path} is not a JSON Schema: {error.message}") from None
+        raise RequestError(f"{name} is not a JSON Schema: {error.message}") from None
     return cast("Mapping[str, Any]", schema)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from decimal import ROUND_CEILING, Decimal, InvalidOperation
+from typing import cast
 
 NANO = 10**9
 MOST = 2**62  # of any quantity: sums of two still fit the database's integers
@@ -60,13 +61,22 @@ def parse_price(text: str) -> tuple[str, tuple[Decimal, Decimal]]:
     """'MODEL=IN,OUT' -> (model, (input, output)) in USD per million tokens. Raises ValueError."""
     model, _, prices = text.rpartition("=")
     try:
-        per_input, per_output = (Decimal(part.strip()) for part in prices.split(","))
-    except (ValueError, InvalidOperation):
-        per_input = per_output = Decimal(-1)
-    finite = per_input.is_finite() and per_output.is_finite()
-    if not model or not finite or not 0 <= min(per_input, per_output) <= max(per_input, per_output) <= MOST_PRICE:
-        raise ValueError(f"takes MODEL=IN,OUT in USD per million tokens, such as mine=0.5,1.5; not {text!r}")
-    return model, (per_input, per_output)
+        if model:
+            return model, price_pair([part.strip() for part in prices.split(",")])
+    except ValueError:
+        pass
+    raise ValueError(f"takes MODEL=IN,OUT in USD per million tokens, such as mine=0.5,1.5; not {text!r}")
+
+
+def price_pair(pair: object) -> tuple[Decimal, Decimal]:
+    """(input, output) in USD per million tokens, as numbers or as text. Raises ValueError."""
+    try:
+        per_input, per_output = (Decimal(str(part)) for part in cast("Iterable[object]", pair))
+        if all(part.is_finite() and 0 <= part <= MOST_PRICE for part in (per_input, per_output)):
+            return per_input, per_output
+    except (TypeError, ValueError, InvalidOperation):
+        pass
+    raise ValueError(f"{pair!r} is not a pair of USD per million tokens, in and out, such as (0.5, 1.5)")
 
 
 def nano(amount: Decimal) -> int:

@@ -17,6 +17,8 @@ import anyio.abc
 import httpx2
 
 from orchestrator.core.errors import ModelError, OutcomeUnknown, ProviderBusy, ProviderRefused
+from orchestrator.files import Unreadable, open_regular
+from orchestrator.lm import weights
 from orchestrator.lm.base import LM, Reply, Request, Usage
 
 LOAD_TIMEOUT_S = 300.0
@@ -33,9 +35,12 @@ class LocalLM(LM):
     three minutes.
     Memory: the file, as much again for the copy that is laid out for the CPU, and window x slots of attention state
     (0.9 GB for a 1.5B model). `Request.model` is not looked at: there is one model here.
+
+    Raises ModelError where there is no such file, and without llama.cpp.
     """
 
     def __init__(self, path: Path, *, window: int = 8192, slots: int = 4) -> None:
+        _require_loadable(path)
         self._path = path
         self._window = window
         self._slots = slots
@@ -48,7 +53,7 @@ class LocalLM(LM):
         """Ask once; greedy (temperature 0), so that the same prompt gives the same reply on the same machine.
 
         Raises, besides what `LM.ask` does:
-            ModelError: no such file, not a GGUF file, it cannot be loaded, or xllamacpp is not installed.
+            ModelError: the file is gone, or cannot be loaded.
         """
         client = await self._ready()
         body = {
@@ -138,18 +143,35 @@ def _environment() -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_WAIT_POLICY": "passive"}
 
 
+def find(name: str, folder: Path) -> Path:
+    """The file of `local:NAME`: NAME itself when it is a path, else the model of this name in the folder.
+
+    Raises ModelError where the folder has no such model.
+    """
+    if "/" in name or name.endswith(".gguf"):
+        return Path(name)
+    if name in weights.installed(folder):
+        return weights.path_of(folder, name)
+    if name in weights.KNOWN:
+        raise ModelError(f"{name} is not on this machine yet: fetch it with `airlock models pull {name}`")
+    raise ModelError(
+        f"there is no local model {name!r}: `airlock models list` says what there is; a file is local:/path/to.gguf"
+    )
+
+
 def _require_loadable(path: Path) -> None:
+    """Raises ModelError, with the remedy, where llama.cpp has nothing to load, or is not there."""
     if importlib.util.find_spec("xllamacpp") is None:
         raise ModelError("local models need llama.cpp: pip install 'airlock[local]'")
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             magic = file.read(4)
-    except FileNotFoundError as error:
-        raise ModelError(f"no model at {path}; `airlock models pull` fetches one") from error
-    except OSError as error:
-        raise ModelError(f"cannot read {path}: {error.strerror}") from error
+    except Unreadable as why:
+        raise ModelError(
+            f"cannot read the model {path}: {why}; name a GGUF file, or fetch one with `airlock models pull`"
+        ) from None
     if magic != b"GGUF":
-        raise ModelError(f"{path} is not a GGUF file")
+        raise ModelError(f"{path} is not a GGUF file, which is what llama.cpp loads")
 
 
 def _reply(response: httpx2.Response) -> Reply:

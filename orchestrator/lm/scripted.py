@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from orchestrator.core.errors import ModelError, OutcomeUnknown
+from orchestrator.files import Unreadable, read_text
 from orchestrator.lm.base import LM, Reply, Request, Usage
 
 
@@ -47,11 +48,11 @@ class ScriptedLM(LM):
 
     def __init__(self, path: Path) -> None:
         try:
-            self._script = _Script.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+            self._script = _Script.model_validate(yaml.safe_load(read_text(path)))
             self._rules = [_compiled(rule) for rule in self._script.sub]
-        except OSError as error:
-            raise ModelError(f"cannot read the script {path}: {error.strerror}") from None
-        except (yaml.YAMLError, ValidationError, UnicodeDecodeError, re.error, IndexError) as error:
+        except Unreadable as why:
+            raise ModelError(f"cannot read the script {path}: {why}") from None
+        except (yaml.YAMLError, ValidationError, re.error, IndexError) as error:
             line = " ".join(str(error).split())[:200]
             raise ModelError(f"{path} is not a script for a model: {line}") from None
 

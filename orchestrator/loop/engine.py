@@ -66,6 +66,7 @@ class Loop:
     cells: int = 0
     turns: int = 0
     partial: str | None = None  # the best there is so far, should a limit strike
+    fault: str = ""  # why that is no answer
 
     async def run(self, messages: list[Message]) -> Outcome:
         """From the opening messages to the end. Raises what `ask` and `run_cell` raise, but for limits."""
@@ -111,7 +112,7 @@ class Loop:
             if fault is None:
                 return answer
             said.append(prompts.not_accepted(fault))
-        self.partial = answer[: self.most_chars] if answer else self.partial
+            self._keep(answer, fault)
         style = self.limits.style
         told = prompts.observation(said, style, self.question, silent=silent) if said else prompts.no_code(style)
         messages.append({"role": "user", "content": told})
@@ -154,19 +155,34 @@ class Loop:
         """Ask once more, out of the reserve; failing that, whatever partial answer there is."""
         reason = f"{limit.kind}: {limit}"
         if not isinstance(limit, (CountExceeded, BudgetExhausted, BudgetInFlight)):
-            return Outcome("limit", self.partial, reason)
+            return self.stopped("limit", reason)
         asked = prompts.last_word(messages, str(limit), min(prompts.LAST_WORD_BYTES, self.limits.prompt_bytes))
         try:
             reply = await self.ask(asked, prompts.LAST_WORD_TOKENS, last=True)
         except LimitError:
-            return Outcome("limit", self.partial, reason)
+            return self.stopped("limit", reason)
         step = parse(reply.text)
         answer = step.final
         if answer is None and step.final_var is not None:
             answer = await self._variable(step.final_var, [])
         if answer is None and not step.cells and step.final_var is None:
             answer = reply.text.strip() or None
-        return Outcome("limit", answer[: self.most_chars] if answer else self.partial, reason)
+        if answer:
+            self._keep(answer, "it could not be checked in time")
+            fault = await self.accept(answer)
+            if fault is None:
+                return Outcome("limit", self.partial, reason)
+            self._keep(answer, fault)
+        return self.stopped("limit", reason)
+
+    def _keep(self, answer: str, fault: str) -> None:
+        if answer:
+            self.partial, self.fault = answer[: self.most_chars], fault
+
+    def stopped(self, status: Status, reason: str) -> Outcome:
+        """The end without an answer that was accepted: the best there is, and with the reason what is wrong with it."""
+        note = "" if self.partial is None else f"; the partial answer was not accepted: {self.fault}"
+        return Outcome(status, self.partial, reason + note)
 
 
 def schema_check(schema: Mapping[str, object] | None, most: int) -> Callable[[str], Awaitable[str | None]]:

@@ -27,7 +27,7 @@ def fault(schema: Any, answer: str) -> str | None:
         value = json.loads(answer)
         error = cast("Any", best_match)(validator.iter_errors(value))
     except ValueError as error:
-        return f"it has to be JSON alone, and is not ({error})"
+        return f"it does not fit the schema: it has to be JSON alone, and is not ({error})"
     except RecursionError:
         return "it is nested too deeply"
     except Unresolvable as error:

@@ -144,7 +144,7 @@ class _Query:
         except AirlockError as caught:
             error = caught
             status: Status = "refused" if isinstance(caught, LimitError) else "failed"
-            outcome = Outcome(status, self._loop.partial if self._loop else None, f"{caught.kind}: {caught}")
+            outcome = self._stopped(status, f"{caught.kind}: {caught}")
         except BaseException as stopped:  # cancelled, or a fault of our own: the chain is closed all the same
             cancelled = isinstance(stopped, anyio.get_cancelled_exc_class())
             how: Status = "cancelled" if cancelled else "failed"
@@ -236,7 +236,10 @@ class _Query:
         text = f"time-exceeded: the query's {self._order.policy.time.query / 1000:g} s are over"
         body = {"kind": "time-exceeded", "detail": text, "limit": f"{self._order.policy.time.query} ms"}
         self._record(Event("limit.hit", ROOT, body))
-        return Outcome("limit", self._loop.partial if self._loop else None, text)
+        return self._stopped("limit", text)
+
+    def _stopped(self, status: Status, reason: str) -> Outcome:
+        return self._loop.stopped(status, reason) if self._loop else Outcome(status, None, reason)
 
     def _messages(self) -> list[Message]:
         order, policy = self._order, self._order.policy
@@ -304,6 +307,7 @@ class _Query:
 
     async def _ask(self, messages: list[Message], output_tokens: int, *, last: bool) -> Reply:
         release = None
+        self._account.turns = self._loop.turns if self._loop else 0
         if last:
             release, self._reserve = self._reserve, None
         return await self._m.proxy.ask(self._account, "root", self._order.model, messages, output_tokens, release)

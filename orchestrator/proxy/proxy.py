@@ -63,7 +63,7 @@ class Account:
 
     deadline: on the clock of time.monotonic. scopes: every purse the query's money comes out of, its own first.
     sub_models: what a cell may name; without a name it gets the first. held: reservation -> nano-USD. sent: what was
-    asked for real, and is to be paid whatever happens to its record.
+    asked for real, and is to be paid whatever happens to its record. turns: how far the root's loop has come.
     """
 
     key: QueryKey
@@ -77,6 +77,7 @@ class Account:
     recorded: Recorded
     held: dict[str, int] = field(default_factory=dict[str, int])
     sent: set[str] = field(default_factory=set[str])
+    turns: int = 0
     sub_calls: int = 0
     calls: int = 0
     running: int = 0

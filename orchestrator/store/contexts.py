@@ -111,6 +111,10 @@ class ContextStore:
             raise ContextError(f"{name}: JSON cannot hold it ({error}); pass str, numbers, lists and dicts") from None
         raise ContextError(f"{name}: is a {type(value).__name__}; pass a str, a list or a dict, or the path of a file")
 
+    def nothing(self) -> Context:
+        """The context of a cell that is given none, an empty str: as JSON, as a file of no bytes cannot be mapped."""
+        return self._keep_pieces("json", "context", ['""'])
+
     def open(self, context_id: str) -> Context:
         """The stored context. Raises ContextError where there is none by this id, StoreError where it is damaged."""
         if not _ID.fullmatch(context_id):

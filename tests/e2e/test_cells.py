@@ -204,6 +204,15 @@ def test_output_and_errors_go_where_they_belong(airlock: Airlock) -> None:
     assert 0 <= done.json["duration_s"] < 20
 
 
+def test_a_cell_needs_no_context(airlock: Airlock) -> None:
+    file = airlock.file("cell.py", "print(type(context).__name__, repr(context))\nFINAL(len(context))")
+    assert airlock("exec", file, code=0).out == "str ''\n0\n"
+    done = airlock("exec", file, "--json", code=0)
+    assert (list(done.json), done.json["answer"]) == (FIELDS, "0")
+    assert "closed: answered" in airlock("audit", "show", code=0).out
+    assert "Missing option '--context'" in airlock("run", "What?", code=2).said
+
+
 def test_the_query_runs_out_of_time_in_a_cell(airlock: Airlock) -> None:
     done = cell(airlock, "print('begun', flush=True)\nwhile True: pass", "--timeout", 1, "--json")
     assert (done.code, done.json["status"], done.json["stdout"]) == (3, "timeout", "begun\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import textwrap
+import threading
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def charged(airlock: Airlock) -> tuple[Decimal, Decimal]:
     return Decimal(airlock.closing()["cost_usd"]), sum(map(Decimal, due), Decimal(0))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=["ctrl-c", "sigterm", "sighup"])
 @pytest.mark.parametrize("moment", ["turn", "sub-call", "cell"])
 def test_a_query_is_interrupted(airlock: Airlock, number: int, moment: str) -> None:
     turn = {"turn": Hang(), "sub-call": fenced(SUB_CALL), "cell": fenced(LOOP)}[moment]
@@ -58,6 +59,18 @@ def test_a_query_is_interrupted(airlock: Airlock, number: int, moment: str) -> N
     cost, due = charged(airlock)
     assert cost == due > 0
     assert provider_saw == len([r for r in airlock.records() if r["type"] == "call.intent"])
+
+
+def test_nohup_is_respected(airlock: Airlock) -> None:
+    airlock.prefix = ["nohup"]
+    hung_up = threading.Event()
+    answer = Say(lambda _seen: "FINAL(42)" if hung_up.wait(20) else "nobody hung up")
+    with Provider(root=[answer]) as provider, airlock.started("run", "What?", *options(provider)) as query:
+        provider.wait("root")
+        query.process.send_signal(signal.SIGHUP)
+        hung_up.set()
+        done = query.end()
+    assert (done.code, done.out) == (0, "42\n")
 
 
 def test_a_large_context_is_interrupted_while_it_is_read(airlock: Airlock) -> None:

@@ -94,8 +94,22 @@ def test_models_that_are_not_there(airlock: Airlock) -> None:
 
 
 def test_a_local_model_that_is_not_there(airlock: Airlock) -> None:
-    done = airlock("run", "What?", "--context", "context.txt", "--model", "local:nothing", code=2)
-    assert "nothing.gguf" in done.said or "pip install" in done.said
+    """Told before anything is opened, also where it is the sub-model's name and for `exec`."""
+
+    def asked(model: object) -> str:
+        cell = airlock.file("cell.py", "pass")
+        sub = run(airlock, "context.txt", "--sub-model", f"local:{model}")
+        alone = refused(airlock, "exec", cell, "--context", "context.txt", "--model", f"local:{model}")
+        root = refused(airlock, "run", "What?", "--context", "context.txt", "--model", f"local:{model}")
+        assert alone == root == refused(airlock, *sub)
+        return root
+
+    assert asked("nothing").startswith("there is no local model 'nothing': `airlock models list` says")
+    assert "fetch it with `airlock models pull qwen2.5-coder-1.5b`" in asked("qwen2.5-coder-1.5b")
+    assert "nowhere.gguf: no such file; name a GGUF file" in asked(airlock.folder / "nowhere.gguf")
+    assert "is not a GGUF file" in asked(airlock.file("text.gguf", "text"))
+    assert "it is a folder" in asked(airlock.folder)
+    assert airlock.rows("SELECT id FROM queries") == []
 
 
 POLICY_FAULTS = [
@@ -134,9 +148,12 @@ def test_a_run_is_refused_with_a_bad_policy(airlock: Airlock) -> None:
         ("--budget", "-1", "is not an amount in USD"),
         ("--budget", "lots", "is not an amount in USD"),
         ("--budget", "nan", "is not an amount in USD"),
-        ("--timeout", "0", "not in the range"),
-        ("--timeout", "inf", "not in the range"),
-        ("--depth", "-1", "not in the range"),
+        ("--budget", "1e30", "is not an amount in USD"),
+        ("--timeout", "0", "is not a number of seconds from 0.001 to 1,000,000"),
+        ("--timeout", "inf", "is not a number of seconds"),
+        ("--timeout", "soon", "'soon' is not a number of seconds"),
+        ("--depth", "-1", "-1 is not a whole number from 0 up"),
+        ("--depth", "0.5", "'0.5' is not a whole number from 0 up"),
         ("--price", "mine=1", "MODEL=IN,OUT"),
         ("--price", "mine=1,-1", "MODEL=IN,OUT"),
         ("--backend", "chroot", "there is no backend 'chroot'"),
@@ -167,6 +184,26 @@ def test_answer_schemas_that_are_none(airlock: Airlock) -> None:
 def test_a_file_to_run_that_cannot_be_read(airlock: Airlock) -> None:
     assert "no such file" in refused(airlock, "exec", "nowhere.py", "--context", "context.txt").lower()
     assert "not UTF-8" in refused(airlock, "exec", airlock.file("bad.py", b"\xff"), "--context", "context.txt")
+
+
+def test_pipes_and_devices_where_a_file_is_asked_for(airlock: Airlock) -> None:
+    """To open a pipe that nobody writes to takes for ever."""
+    pipe = airlock.folder / "pipe"
+    os.mkfifo(pipe)
+    for path in (pipe, "/dev/zero"):
+        for arguments in (
+            ["exec", path, "--context", "context.txt"],
+            ["run", "What?", "--context", "context.txt", "--model", f"scripted:{path}"],
+            ["run", "What?", "--context", "context.txt", "--model", f"local:{path}"],
+            run(airlock, "context.txt", "--policy", path),
+            run(airlock, "context.txt", "--answer-schema", path),
+            ["policy", "check", path],
+            run(airlock, path),
+        ):
+            said = refused(airlock, *arguments)
+            assert "it is not a regular file" in said or "is neither a file nor a folder" in said
+    os.mkfifo(airlock.home / "airlock.toml")
+    assert "airlock.toml: it is not a regular file" in refused(airlock, *run(airlock, "context.txt"))
 
 
 def test_a_configuration_that_is_wrong(airlock: Airlock) -> None:

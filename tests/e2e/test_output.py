@@ -167,5 +167,8 @@ def test_an_answer_that_never_fits_is_not_passed_off_as_one(airlock: Airlock) ->
         options = ["--model", "mine", "--base-url", provider.url, *PRICED, "--answer-schema", schema]
         policy = airlock.policy(counts_iterations="2")
         done = airlock("run", "What?", "--context", "context.txt", *options, "--policy", policy, "--json", code=3)
-    assert (done.json["status"], done.json["reason"]) == ("limit", "count-exceeded: all 2 turns are used")
+    assert (done.json["status"], done.json["answer"]) == ("limit", "forty-two")
+    assert done.json["reason"].startswith(
+        "count-exceeded: all 2 turns are used; the partial answer was not accepted: it does not fit the schema: "
+    )
     assert len(provider.requests) == 3  # two turns and the last word

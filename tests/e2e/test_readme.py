@@ -6,18 +6,36 @@ import os
 import re
 import subprocess
 import sys
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
 
+from orchestrator.settings import Config, ModelSettings, load_config
+
 PROJECT = Path(__file__).parents[2]
-BLOCKS = re.findall(
-    r"^```python\n(.*?)^```", (PROJECT / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
-)
+
+
+def blocks(language: str) -> list[str]:
+    text = (PROJECT / "README.md").read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+BLOCKS = blocks("python")
 
 
 def test_there_is_something_to_run():
     assert BLOCKS
+
+
+def test_the_configuration_is_read_and_has_every_key(tmp_path: Path):
+    (text,) = blocks("toml")
+    (tmp_path / "airlock.toml").write_text(text)
+    config = load_config(tmp_path)
+    assert config.model_fields_set == set(Config.model_fields)
+    (own,) = config.models.values()
+    assert own.model_fields_set == set(ModelSettings.model_fields)
+    assert config.prices == {"large": (Decimal("0.5"), Decimal("1.5")), "small": (0, 0)}
 
 
 @pytest.mark.parametrize("code", BLOCKS)

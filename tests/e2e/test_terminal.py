@@ -15,8 +15,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from tests.command import Airlock
-from tests.fakes.provider import Hang, Provider, Say
+from tests.fakes.provider import Fail, Hang, Provider, Say
 
+STREAMS = ("stdin", "stdout", "stderr")
 PRICED = ("--price", "mine=1,2")
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 HOSTILE = r"print('\x1b]0;owned\x07 \x1b[2J \x9b31m \u202edrow\u202c done')"
@@ -100,6 +101,26 @@ def test_turn_code_output_and_money_are_on_the_screen(airlock: Airlock) -> None:
     assert r"it is \x1b[31m42" in shown  # the answer, below the view
 
 
+def test_turns_are_counted_and_not_requests(airlock: Airlock) -> None:
+    """A request that is tried again, a reply that is continued and a last word are no further turns."""
+    turns = [
+        Fail(429, {"Retry-After": "0"}),
+        Say("```repl\nprint(", finish="length"),
+        Say("1)\n```"),
+        Say("```repl\nprint(2)\n```"),
+        Say("FINAL(42)"),
+    ]
+    with Provider(root=turns) as provider:
+        options = ["--model", "mine", "--base-url", provider.url, *PRICED]
+        policy = airlock.policy(counts_iterations="2")
+        with terminal(airlock, "run", "What?", "--context", "context.txt", *options, "--policy", policy) as screen:
+            assert screen.end() == 3
+    assert len(provider.requests) == 5
+    assert "limit: 2 turns" in screen.text
+    assert set(re.findall(r"turn (\d+) of 2", screen.text)) <= {"0", "1", "2"}
+    assert "turn 2 of 2" in screen.text
+
+
 def test_ctrl_c_leaves_the_terminal_as_it_was(airlock: Airlock) -> None:
     with Provider(root=[Say(f"```repl\n{HOSTILE}\n```"), Hang()]) as provider:
         options = ["--context", "context.txt", "--model", "mine", "--base-url", provider.url, *PRICED]
@@ -109,6 +130,20 @@ def test_ctrl_c_leaves_the_terminal_as_it_was(airlock: Airlock) -> None:
             assert screen.end() == 130
     assert "airlock: cancelled: cancelled" in screen.text
     assert "Traceback" not in screen.text
+    assert airlock.closing()["status"] == "cancelled"
+
+
+def test_a_terminal_that_is_closed_ends_the_query(airlock: Airlock) -> None:
+    with Provider(root=[Say("```repl\nprint(1)\n```"), Hang()]) as provider:
+        options = ["--context", "context.txt", "--model", "mine", "--base-url", provider.url, *PRICED]
+        master, slave = os.openpty()
+        airlock.env["TERM"] = "xterm-256color"
+        airlock.prefix = ["setsid", "--ctty"]
+        with airlock.started("run", "What is it?", *options, **dict.fromkeys(STREAMS, slave)) as running:
+            os.close(slave)
+            Screen(master, running.process).read_until("mine is thinking", "turn 2 of 30")
+            os.close(master)  # the kernel sends SIGHUP, and what is written to it fails from now on
+            assert running.process.wait(timeout=20) == 130
     assert airlock.closing()["status"] == "cancelled"
 
 

@@ -174,10 +174,8 @@ async def test_a_file_that_is_no_model(tmp_path: Path, content: bytes | None, sa
     file = tmp_path / "m.gguf"
     if content is not None:
         file.write_bytes(content)
-    local = LocalLM(file)
     with pytest.raises(ModelError, match=says):
-        await local.ask(ask_for("Hi"))
-    await local.aclose()
+        await LocalLM(file).ask(ask_for("Hi"))
 
 
 def children(parent: int, gguf: str) -> list[int]:

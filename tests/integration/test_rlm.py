@@ -183,6 +183,99 @@ def test_an_answer_schema(provider: Provider, home: Path) -> None:
         assert rlm.completion("How long is it?", "text").response == "4"
 
 
+def test_limits_are_checked_as_on_the_command_line(home: Path) -> None:
+    def refused(**limits: Any) -> str:
+        with pytest.raises(RequestError) as caught, RLM(**{"model": "fake", "home": home, **limits}) as rlm:
+            rlm.completion("What?", "text")
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    nan, inf = float("nan"), float("inf")
+    wrong: dict[str, list[Any]] = {
+        "max_budget": [-1, nan, inf, True, "lots", [], Decimal("NaN"), 10**12],
+        "max_timeout": [0, -1, nan, inf, True, "60", [], 10**9],
+        "max_iterations": [0, -1, 1.5, nan, True, "3", 2**60],
+        "max_depth": [-1, 0.5, True, "1"],
+        "max_concurrent_subcalls": [0, -1, 2.0, False],
+        "prices": [{"fake": 1}, {"fake": (1,)}, {"fake": ("a", "b")}, {"fake": (nan, 1)}, {"fake": (-1, 1)}],
+        "answer_schema": [{"type": "strung"}, "text", {"const": object()}],
+        "model": [5, True],
+        "policy": [None, 5],
+        "base_url": [5],
+    }
+    for name, values in wrong.items():
+        for value in values:
+            assert name in refused(**{name: value})
+    assert refused(max_depth=2) == "a depth of 2: policy default permits a depth of 1"
+
+
+def test_a_policy_holds_where_it_is_stricter(provider: Provider, home: Path, fresh: Airlock) -> None:
+    with RLM(**ours(provider, home, max_budget=500, max_iterations=10**6, max_timeout=10**6)) as rlm:
+        check(rlm.completion("How long is it?", "some context"), "some context")
+    policy = fresh.records()[0]["body"]["policy"]
+    assert (policy["money"]["query"], policy["counts"]["iterations"]) == ("1.00 USD", 30)
+    with RLM(**ours(provider, home, max_budget="0.5", max_iterations=3, max_concurrent_subcalls=2)) as rlm:
+        rlm.completion("How long is it?", "some context")
+    policy = fresh.records()[0]["body"]["policy"]
+    counts = policy["counts"]
+    assert (policy["money"]["query"], counts["iterations"], counts["in_flight"]) == ("0.50 USD", 3, 2)
+
+
+def test_a_call_of_rlms_with_all_of_its_keywords(provider: Provider, home: Path, capfd: Any) -> None:
+    seen: list[tuple[Any, ...]] = []
+    rlm = RLM(
+        "openai",
+        {"model_name": "fake", "base_url": provider.url, "api_key": "key"},
+        "local",
+        environment_kwargs={},
+        depth=0,
+        max_depth=1,
+        max_iterations=30,
+        max_budget=None,
+        max_timeout=None,
+        max_tokens=None,
+        max_errors=None,
+        custom_system_prompt=None,
+        other_backends=["openai"],
+        other_backend_kwargs=[{"model_name": "small", "base_url": provider.url, "api_key": "key"}],
+        logger=None,
+        verbose=True,
+        persistent=False,
+        custom_tools=None,
+        custom_sub_tools=None,
+        compaction=False,
+        compaction_threshold_pct=0.85,
+        max_concurrent_subcalls=4,
+        on_subcall_start=lambda *given: seen.append(given),
+        on_subcall_complete=lambda *given: seen.append(given),
+        on_iteration_start=None,
+        on_iteration_complete=None,
+        sampling_args=None,
+        sub_sampling_args=None,
+        orchestrator=True,
+        user_prologue=None,
+        prices={**PRICES, "small": (1, 2)},
+        home=home,
+    )
+    with rlm:
+        done = rlm.completion("some context", "How long is it?")  # by position, as in rlms
+        assert (done.response, done.prompt) == ("12", "some context")
+        assert "How long is it?" in str(provider.requests[0].body)
+        assert rlm.completion("Print the first ten primes.").response == "27"
+        assert "The context is a request" in str(provider.of("root")[-1].body)
+    (start, complete, *_) = seen
+    assert start == (1, "small", "SUB")
+    assert (*complete[:2], complete[3]) == (1, "small", None)
+    assert 0 < complete[2] < 20
+    printed = capfd.readouterr()
+    assert printed.out == ""
+    assert "answered: 2 turns, 1 sub-calls" in printed.err
+    summary = done.usage_summary
+    assert (summary.total_input_tokens, summary.total_output_tokens) == (310, 75)
+    assert set(done.to_dict()["usage_summary"]["model_usage_summaries"]) == {"fake", "small"}
+    assert summary.to_dict()["total_cost"] == pytest.approx(float(done.cost_usd))
+
+
 def test_the_key_is_nowhere_to_be_seen(provider: Provider, home: Path) -> None:
     with RLM(**ours(provider, home, api_key="sk-very-secret")) as rlm:
         shown = repr(rlm) + repr(rlm.completion("How long is it?", "text")) + repr(Choices(api_key="sk-very-secret"))

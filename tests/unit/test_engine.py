@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import anyio
 import pytest
 
 from orchestrator.core.errors import (
@@ -210,7 +211,40 @@ async def test_the_last_word_when_other_queries_hold_the_tenants_money():
 async def test_without_money_for_the_last_word_there_is_the_partial_answer():
     stage = Stage("FINAL(rejected)", BudgetExhausted("no money"), BudgetExhausted("none at all"))
     outcome = await stage.run(accept=lambda answer: "too short")
-    assert outcome == Outcome("limit", "rejected", "budget-exhausted: no money")
+    assert outcome == Outcome(
+        "limit", "rejected", "budget-exhausted: no money; the partial answer was not accepted: too short"
+    )
+
+
+async def test_a_last_word_is_held_to_what_answers_are_held_to():
+    stage = Stage("FINAL(first)", "FINAL(last)")
+    outcome = await stage.run(iterations=1, accept=lambda answer: f"{answer} is no number")
+    reason = "count-exceeded: all 1 turns are used; the partial answer was not accepted: last is no number"
+    assert outcome == Outcome("limit", "last", reason)
+    stage = Stage("FINAL(first)", "FINAL(42)")
+    outcome = await stage.run(iterations=1, accept=lambda answer: None if answer == "42" else "no")
+    assert outcome == Outcome("limit", "42", "count-exceeded: all 1 turns are used")
+
+
+async def test_a_last_word_that_is_none_leaves_the_partial_answer():
+    stage = Stage("FINAL(first)", CODE)
+    outcome = await stage.run(iterations=1, accept=lambda answer: "no")
+    assert (outcome.answer, outcome.reason.partition("; ")[2]) == ("first", "the partial answer was not accepted: no")
+
+
+async def test_a_time_out_while_the_last_word_is_checked_leaves_it():
+    stage = Stage(CODE, "FINAL(last)")
+
+    async def endless(_answer: str) -> str | None:
+        await anyio.sleep_forever()
+
+    loop = stage.loop(iterations=1)
+    loop.accept = endless
+    with anyio.move_on_after(0.05):
+        await loop.run(stage.messages)
+    assert loop.stopped("limit", "time is over") == Outcome(
+        "limit", "last", "time is over; the partial answer was not accepted: it could not be checked in time"
+    )
 
 
 @pytest.mark.parametrize("error", [TimeExceeded("time is over"), NotPermitted("not this model")])
@@ -234,7 +268,8 @@ async def test_an_answer_that_is_not_accepted_is_told_and_asked_for_again():
 async def test_an_answer_that_is_never_accepted_ends_at_the_limit():
     stage = Stage("FINAL(1)", "FINAL(2)", "FINAL(3)")
     outcome = await stage.run(iterations=2, accept=lambda answer: "no")
-    assert (outcome.status, outcome.reason) == ("limit", "count-exceeded: all 2 turns are used")
+    assert outcome.status == "limit"
+    assert outcome.reason == "count-exceeded: all 2 turns are used; the partial answer was not accepted: no"
 
 
 async def test_a_limit_that_a_cell_runs_into_is_one_of_the_query():

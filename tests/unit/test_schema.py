@@ -31,9 +31,9 @@ async def test_with_a_schema_size_and_form_count():
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
-        ("the answer is 1", "it has to be JSON alone"),
-        ('```json\n{"n": 1}\n```', "it has to be JSON alone"),
-        ("", "it has to be JSON alone"),
+        ("the answer is 1", "it does not fit the schema: it has to be JSON alone"),
+        ('```json\n{"n": 1}\n```', "it does not fit the schema: it has to be JSON alone"),
+        ("", "it does not fit the schema: it has to be JSON alone"),
         ('{"n": "1"}', "it does not fit the schema: '1' is not of type 'integer' at $.n"),
         ("{}", "it does not fit the schema: 'n' is a required property at $"),
         ("[" * 100_000, "it "),

@@ -86,10 +86,10 @@ async def test_what_is_no_script(tmp_path: Path, text: str):
 
 
 async def test_a_script_that_cannot_be_read(tmp_path: Path):
-    with pytest.raises(ModelError, match=r"cannot read the script .*: No such file"):
+    with pytest.raises(ModelError, match=r"cannot read the script .*: no such file"):
         ScriptedLM(tmp_path / "none.yaml")
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\xff")
-    with pytest.raises(ModelError, match="is not a script"):
+    with pytest.raises(ModelError, match="it is not UTF-8 text"):
         ScriptedLM(tmp_path / "bytes.yaml")
 
 

@@ -1,0 +1,50 @@
+"""Small files that a person names: policies, scripts, schemas, programs, configuration."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+MOST_BYTES = 16 << 20
+
+
+class Unreadable(ValueError):
+    """`str()` says why, without the file's name: "permission denied", "it is not UTF-8 text"."""
+
+
+class Missing(Unreadable):
+    """There is no such file."""
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """The file, to be read. Raises Unreadable, for a pipe or a device at once: to open one can take for ever."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError):
+        raise Missing("no such file") from None
+    except OSError as error:
+        raise Unreadable((error.strerror or str(error)).lower()) from None
+    except ValueError:  # a NUL in the name
+        raise Unreadable("it is not the name of a file") from None
+    mode = os.fstat(handle).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(handle)
+        raise Unreadable("it is a folder" if stat.S_ISDIR(mode) else "it is not a regular file")
+    return os.fdopen(handle, "rb")
+
+
+def read_text(path: Path) -> str:
+    """All of a file in UTF-8, less a byte order mark, which is no part of any text. Raises Unreadable."""
+    with open_regular(path) as file:
+        try:
+            data = file.read(MOST_BYTES + 1)
+        except OSError as error:
+            raise Unreadable((error.strerror or str(error)).lower()) from None
+    if len(data) > MOST_BYTES:
+        raise Unreadable(f"it has more than {MOST_BYTES >> 20} MiB")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise Unreadable(f"it is not UTF-8 text (byte {error.start})") from None

@@ -1,0 +1,196 @@
+"""What `airlock run` and `airlock exec` do, from the options of the command line to its exit code."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from decimal import Decimal
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import anyio.to_thread
+import click
+
+from orchestrator.console import PlainView, safe_for
+from orchestrator.core.errors import MachineError, RequestError
+from orchestrator.core.units import parse_price, usd
+from orchestrator.interrupts import StandardInput, cancelled_by_signals
+from orchestrator.streams import say
+from orchestrator.wiring import Choices, Platform, Watch, open_platform
+
+if TYPE_CHECKING:
+    from orchestrator.live import LiveView
+    from orchestrator.loop.query import Closed
+
+INTERRUPTED = 130
+_STATUS_EXIT = {"answered": 0, "limit": 3, "refused": 3, "cancelled": INTERRUPTED}
+_CELL_EXIT = {"ok": 0, "error": 1, "timeout": 3, "killed": 4}
+
+
+async def run(question: str, options: dict[str, Any], schema: Any) -> int:
+    """One query with a root LM; the exit code. options: those that `run` and `exec` share, by their names."""
+    view = _make_view()
+    watch = Watch(event=view.event, output=view.output, account=view.account)
+    async with open_platform(_choices(options, schema)) as platform:
+        platform.require(question)
+        with view:
+            closed = await _watched(platform, options, partial(platform.run, question), watch, anyio.CancelScope())
+        if closed is None:
+            click.echo("airlock: interrupted before the query began", err=True)
+            return INTERRUPTED
+    outcome = closed.outcome
+    if options["as_json"]:
+        _give(json.dumps(_report(closed, platform.backend)), closed, platform)
+    elif outcome.answer is not None:
+        _give(outcome.answer, closed, platform)
+    if outcome.status != "answered":
+        say(sys.stderr, f"airlock: {outcome.status}: {outcome.reason}")
+    return closed.error.exit_code if closed.error else _STATUS_EXIT[outcome.status]
+
+
+def _give(text: str, closed: Closed, platform: Platform) -> None:
+    """Print what was asked for. Raises BrokenPipeError, or MachineError that says where it can still be had."""
+    try:
+        say(sys.stdout, text)
+    except OSError as error:
+        raise _undelivered(error, closed, platform) from None
+
+
+def _undelivered(error: OSError, closed: Closed, platform: Platform) -> Exception:
+    if isinstance(error, BrokenPipeError):
+        return error
+    kept = platform.policy.audit.payloads == "keep"
+    where = f"it is in the journal: airlock audit show {closed.query_id}" if kept else "the policy keeps no copy of it"
+    return MachineError(f"standard output cannot be written ({error.strerror}), and the answer is not there; {where}")
+
+
+def _report(closed: Closed, backend: Any) -> dict[str, Any]:
+    usage = {
+        name: {
+            "calls": u.calls,
+            "input_tokens": u.input_tokens,
+            "output_tokens": u.output_tokens,
+            "cost_usd": usd(u.cost),
+        }
+        for name, u in closed.usage.items()
+    }
+    return {
+        "query_id": closed.query_id,
+        "status": closed.outcome.status,
+        "answer": closed.outcome.answer,
+        "reason": closed.outcome.reason,
+        "cost_usd": usd(closed.cost),
+        "usage": usage,
+        "iterations": closed.turns,
+        "sub_calls": closed.sub_calls,
+        "duration_s": round(closed.duration_s, 3),
+        "backend": backend.name,
+        "isolation": backend.isolation.name,
+        "journal_head": closed.journal_head,
+    }
+
+
+def _make_view() -> LiveView | PlainView:
+    if sys.stderr.isatty():
+        from orchestrator.live import LiveView
+
+        return LiveView()
+    return PlainView()
+
+
+async def run_cell(code: str, options: dict[str, Any]) -> int:
+    """One query that is one cell; the exit code."""
+    seen: dict[str, list[str]] = {"out": [], "err": []}
+
+    scope = anyio.CancelScope()
+    broken: list[OSError] = []
+
+    def output(stream: str, text: str) -> None:
+        seen[stream].append(text)
+        if options["as_json"] or broken:
+            return
+        target = sys.stdout if stream == "out" else sys.stderr
+        try:
+            target.write(safe_for(target, text))
+            target.flush()
+        except OSError as error:  # nobody sees what it prints any more
+            broken.append(error)
+            scope.cancel()
+
+    async with open_platform(_choices(options)) as platform:
+        platform.require(None)
+        start = partial(platform.run, "", code=code)
+        closed = await _watched(platform, options, start, Watch(output=output), scope)
+    if closed is None:
+        return INTERRUPTED
+    if broken:
+        raise _undelivered(broken[0], closed, platform)
+    cell = closed.cell
+    status = cell.status if cell else "timeout" if closed.outcome.status == "limit" else "killed"
+    reason = closed.outcome.reason
+    if options["as_json"]:
+        report = {
+            "status": status,
+            "reason": reason,
+            "stdout": "".join(seen["out"]),
+            "stderr": "".join(seen["err"]),
+            "answer": closed.outcome.answer,
+            "duration_s": round(cell.duration_s if cell else closed.duration_s, 3),
+        }
+        _give(json.dumps(report), closed, platform)
+    elif closed.outcome.answer is not None:
+        _give(closed.outcome.answer, closed, platform)
+    if status in ("timeout", "killed"):
+        say(sys.stderr, f"airlock: {status}: {reason}")
+    if closed.error:
+        return closed.error.exit_code
+    return INTERRUPTED if closed.outcome.status == "cancelled" else _CELL_EXIT[status]
+
+
+def _choices(options: dict[str, Any], schema: Any = None) -> Choices:
+    return Choices(
+        model=options["model"],
+        sub_model=options["sub_model"],
+        base_url=options["base_url"],
+        api_key_env=options["api_key_env"],
+        prices=dict(_price(text) for text in options["prices"]),
+        backend=options["backend"],
+        policy=options["policy"],
+        budget=options["budget"],
+        timeout_ms=options["timeout"],
+        depth=options["depth"],
+        answer_schema=schema,
+    )
+
+
+def _price(text: str) -> tuple[str, tuple[Decimal, Decimal]]:
+    try:
+        return parse_price(text)
+    except ValueError as error:
+        raise RequestError(f"--price {error}") from None
+
+
+async def _watched(
+    platform: Platform, options: dict[str, Any], start: Callable[..., Any], watch: Watch, scope: anyio.CancelScope
+) -> Closed | None:
+    """Ingest the context and run the query in `scope`; signals end it in good order. None if it never began."""
+    result: list[Closed] = []
+    watch.closed = result.append
+    with scope, cancelled_by_signals(scope), StandardInput() as stdin:
+        ingest = partial(_ingest, platform, options["context"], options["encoding"], stdin)
+        context = await anyio.to_thread.run_sync(ingest, abandon_on_cancel=True)
+        await start(context=context, watch=watch)
+    return result[0] if result else None
+
+
+def _ingest(platform: Platform, path: str | None, encoding: Any, stdin: Any) -> Any:
+    if path is None:  # of `exec`
+        return platform.contexts.nothing()
+    if not path:
+        raise RequestError("--context is empty: name a file, a folder, or - for standard input")
+    if path == "-":
+        return platform.contexts.ingest_stream(stdin, encoding=encoding)
+    return platform.contexts.ingest(Path(path), encoding=encoding)
