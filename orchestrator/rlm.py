@@ -94,6 +94,7 @@ class AsyncRLM:
     backend: a sandbox backend or `auto`. policy: a name or a file. home: the data folder.
     max_budget in USD, max_timeout in seconds; the policy's own limits hold where they are stricter. max_depth: 0
     switches sub-calls off. max_concurrent_subcalls: LM calls at the same time. answer_schema: a JSON Schema.
+    pool: sandboxes to keep ready for coming queries, while it is open; else as many as `airlock.toml` says.
     verbose: progress lines on standard error.
 
     environment, backend_kwargs, other_backends, other_backend_kwargs and on_subcall_*: as in `rlms`. Further keywords
@@ -123,6 +124,7 @@ class AsyncRLM:
         max_timeout: float | None = None,
         max_concurrent_subcalls: int | None = None,
         answer_schema: Mapping[str, Any] | None = None,
+        pool: int | None = None,
         verbose: bool = False,
         on_subcall_start: Callable[[int, str, str], object] | None = None,
         on_subcall_complete: Callable[[int, str, float, str | None], object] | None = None,
@@ -154,6 +156,7 @@ class AsyncRLM:
             "iterations": _checked("max_iterations", limits.count, max_iterations, 1),
             "in_flight": _checked("max_concurrent_subcalls", limits.count, max_concurrent_subcalls, 1),
             "answer_schema": answer_schema,
+            "pool": _checked("pool", limits.count, pool, 0),
         }
         self._verbose = verbose
         self._callbacks = on_subcall_start, on_subcall_complete

@@ -163,6 +163,7 @@ def _choices(options: dict[str, Any], schema: Any = None) -> Choices:
         timeout_ms=options["timeout"],
         depth=options["depth"],
         answer_schema=schema,
+        pool=0,  # one query is all there will be
     )
 
 

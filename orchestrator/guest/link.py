@@ -124,6 +124,10 @@ class Link:
                     return frame
             self._shield.wait_readable(self._sock.fileno())
 
+    def wait(self) -> None:
+        """Block until something has come, or the supervisor has gone."""
+        self._shield.wait_readable(self._sock.fileno())
+
     def _take(self) -> None:
         """Whatever has come, without waiting for more."""
         try:

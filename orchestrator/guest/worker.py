@@ -117,14 +117,16 @@ class Worker:
         os.close(waiting)
         os.read(held, 1)  # until the runner has done so: once this process tells of itself, all are stopped
         os.close(held)
+        self._link.close()
+        self._link = self._open(socket.socket(fileno=ctl), out, err)
+        self._link.send({"type": "snapshot"})  # the kernel adds this process's id
+        # Most snapshots are never needed. Until this one is, it does nothing: each page it writes to has to be copied.
+        self._link.wait()
         self._snapshots = []
         self._process = os.getpid()
         if threads:
             renew_streams()
-        self._link.close()
-        self._link = self._open(socket.socket(fileno=ctl), out, err)
         self._repl.connect(self._link, self._shield)
-        self._link.send({"type": "snapshot"})  # the kernel adds this process's id
 
     def _warm_up(self) -> None:
         """An empty cell, all the way: the pages that every cell touches are copied now, while the LM thinks."""

@@ -7,6 +7,9 @@ the rlimits of the guest agent are what is left; `airlock doctor` says so.
 from __future__ import annotations
 
 import contextlib
+import os
+import select
+import signal
 import time
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
@@ -135,6 +138,17 @@ class Cgroup:
         name = "memory.events" if self.version == 2 else "memory.oom_control"
         return self._field("memory", name, "oom_kill") or 0
 
+    def kill(self, within_s: float) -> bool:
+        """Kill every process in it, and wait; whether all have ended. The one that could start more has to be dead."""
+        until = time.monotonic() + within_s
+        try:
+            members = (self.folders["pids"] / "cgroup.procs").read_text().split()
+        except FileNotFoundError:
+            return True
+        except OSError:
+            return False
+        return all(_end(int(pid), until) for pid in members)
+
     def remove(self) -> None:
         """Remove it, once the last process in it is gone; nothing happens when it is not there."""
         for folder in set(self.folders.values()):
@@ -164,6 +178,22 @@ class Cgroup:
             if key == field and value.isdecimal():
                 return int(value)
         return None
+
+
+def _end(pid: int, until: float) -> bool:
+    try:
+        process = os.pidfd_open(pid)
+    except OSError:
+        return True
+    try:
+        signal.pidfd_send_signal(process, signal.SIGKILL)
+        return bool(select.select([process], [], [], max(0.0, until - time.monotonic()))[0])
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(process)
 
 
 def group_of(slot: int) -> Cgroup | None:

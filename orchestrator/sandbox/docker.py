@@ -13,6 +13,7 @@ import select
 import signal
 import socket
 from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,6 +37,7 @@ MEMORY_OF_AIRLOCK = 32 << 20  # supervisor, and the page tables and stacks of a 
 PIDS_OF_AIRLOCK = 8  # supervisor, snapshots
 PIDS_OF_SENTRY = 512  # gVisor's own threads count, too, and die first; the guest's are bounded by rlimits there
 INODES = 16_384  # of /tmp
+KILL_S = 10.0
 WORDS = 4096  # bytes of standard error that are kept
 _STDERR = 2  # stream number in the engine's frames
 _MASKED = (
@@ -220,6 +222,7 @@ class Docker(Backend):
         self._seccomp = seccomp
         self._engine = engine
         self._reaped: set[Path] = set()
+        self._burials: ThreadPoolExecutor | None = None
         self._api: Any = None  # docker.APIClient, whose types say little
 
     async def launch(self, spec: SandboxSpec) -> Guest:
@@ -237,7 +240,7 @@ class Docker(Backend):
         guest: DockerGuest | None = None
         try:
             with _told(self._runtime):
-                guest = DockerGuest(api, self._engine, self._create(api, body, name))
+                guest = DockerGuest(api, self._engine, self._create(api, body, name), self._bury)
                 guest.start()
         except BaseException:
             if guest is not None:
@@ -282,7 +285,16 @@ class Docker(Backend):
             if self._runtime.name not in api.info().get("Runtimes", {}):
                 raise SandboxUnusable(f"Docker has no runtime {self._runtime.name!r}: see /etc/docker/daemon.json")
 
+    def _bury(self, container: str) -> None:
+        """Have the engine forget a container that has ended, which takes it a while. `close` waits for that."""
+        if self._burials is None:
+            self._burials = ThreadPoolExecutor(1, "airlock-burials")
+        self._burials.submit(_remove, self._connect(), container)
+
     def close(self) -> None:
+        if self._burials is not None:
+            self._burials.shutdown()
+            self._burials = None
         if self._api is not None:
             self._api.close()
             self._api = None
@@ -301,11 +313,21 @@ class Docker(Backend):
         return [Finding("engine", True, True, text), Finding("image", True, True, self._image())]
 
 
-class DockerGuest(Guest):
-    """container: its id. engine: the engine's socket. What it holds on the host goes with `end` and the stream."""
+def _remove(api: Any, container: str) -> None:
+    # One that stays is in nobody's way: it has ended, and whoever takes its slot, or starts next, removes it.
+    with contextlib.suppress(docker.errors.DockerException, requests.exceptions.RequestException):
+        api.remove_container(container, force=True, v=True)
 
-    def __init__(self, api: Any, engine: str, container: str) -> None:
+
+class DockerGuest(Guest):
+    """container: its id. engine: the engine's socket. What it holds on the host goes with `end` and the stream.
+
+    bury: has the engine forget a container that has ended.
+    """
+
+    def __init__(self, api: Any, engine: str, container: str, bury: Callable[[str], None]) -> None:
         self._api = api
+        self._bury = bury
         self._engine = engine
         self._container = container
         self._attached: AttachedStream | None = None
@@ -334,27 +356,33 @@ class DockerGuest(Guest):
                     self._dead = True
 
     def end(self) -> None:
-        """Kill and remove it. Blocks. When the engine is gone, root still has the pidfd. Raises SandboxUnusable."""
+        """Kill it. Blocks. Root does so itself, the engine there or not; else the engine. Raises SandboxUnusable."""
         try:
-            self._api.remove_container(self._container, force=True, v=True)
+            if self._killed_directly():
+                self._bury(self._container)
+            else:
+                self._api.remove_container(self._container, force=True, v=True)
         except docker.errors.NotFound:
             pass
         except (docker.errors.DockerException, requests.exceptions.RequestException) as error:
-            if not self._killed_directly():
-                raise SandboxUnusable(f"container {self._container[:12]} cannot be ended: {error}") from None
+            raise SandboxUnusable(f"container {self._container[:12]} cannot be ended: {error}") from None
         finally:
             if self._first >= 0:
                 os.close(self._first)
                 self._first = -1
 
     def _killed_directly(self) -> bool:
+        """First the one that could start others: process 1 of the namespace, or gVisor's sentry."""
+        if self._first < 0 or not self._group:
+            return False
         try:
             signal.pidfd_send_signal(self._first, signal.SIGKILL)
+            ended = bool(select.select([self._first], [], [], KILL_S)[0])
         except ProcessLookupError:
-            return True
+            ended = True
         except OSError:
             return False
-        return bool(select.select([self._first], [], [], 10.0)[0])
+        return ended and self._group.kill(KILL_S)
 
     async def usage(self) -> Usage:
         return self._usage if self._dead else self._measure()

@@ -28,7 +28,6 @@ Spec = Callable[[Slot], SandboxSpec]
 
 STARTS_AT_ONCE = 2 * (os.cpu_count() or 1)
 LONGEST_BACKOFF_S = 60.0
-AFTER_YOU_S = 0.05  # a query that has just taken a sandbox runs its first cell before the next one is started
 UNMEASURED_BYTES = 64 << 20  # of an idle sandbox, where there is no control group to ask
 _NOWHERE = Slot(-1, Path(), None)
 
@@ -110,6 +109,7 @@ class Pool:
         self._shelves: dict[tuple[Backend, SandboxSpec], _Shelf] = {}
         self._starting = anyio.Semaphore(STARTS_AT_ONCE)
         self._jobs: set[_Job] = set()
+        self._handed_out = 0
 
     def keep(self, backend: Backend, spec: Spec, size: int) -> None:
         """Have `size` sandboxes of this kind ready from now on, as far as the memory goes. Needs a running loop."""
@@ -120,18 +120,25 @@ class Pool:
     @asynccontextmanager
     async def open(self, backend: Backend, spec: Spec) -> AsyncGenerator[Sandbox]:
         """A started sandbox for one node; on leaving, guest and slot are gone. Raises what starting one raises."""
+        self._handed_out += 1
+        try:
+            async with AsyncExitStack() as end:
+                yield await self._enter(end, backend, spec)
+        finally:
+            self._handed_out -= 1
+            self._changed()
+
+    async def _enter(self, end: AsyncExitStack, backend: Backend, spec: Spec) -> Sandbox:
         shelf = self._shelves.get((backend, spec(_NOWHERE)))
         waiting = await self._take(shelf) if shelf else None
         if waiting is not None:
             waiting.sandbox.cold_because = ""
-            async with waiting.end:
-                yield waiting.sandbox
-            return
-        async with AsyncExitStack() as end:
-            sandbox = await self._start(end, backend, spec)
-            if shelf:
-                sandbox.cold_because = "none was ready"
-            yield sandbox
+            await end.enter_async_context(waiting.end)
+            return waiting.sandbox
+        sandbox = await self._start(end, backend, spec)
+        if shelf:
+            sandbox.cold_because = "none was ready"
+        return sandbox
 
     def figures(self) -> list[Figures]:
         """Of every shelf, as they are now."""
@@ -168,9 +175,12 @@ class Pool:
         shelf.ready.remove(waiting)
         shelf.figures.ready -= 1
         shelf.figures.memory_bytes -= waiting.bytes
-        for other in self._shelves.values():  # there is memory for any of them now
-            other.changed.set()
+        self._changed()  # there is memory for any of them now
         return waiting
+
+    def _changed(self) -> None:
+        for shelf in self._shelves.values():
+            shelf.changed.set()
 
     # In the background
 
@@ -179,9 +189,8 @@ class Pool:
         failures = 0
         while True:
             shelf.changed.clear()
-            if len(shelf.ready) >= shelf.figures.size or self._held() + shelf.most_bytes > self._most:
+            if not self._lacks(shelf):
                 await shelf.changed.wait()
-                await anyio.sleep(AFTER_YOU_S)
                 continue
             try:
                 await self._add(shelf)
@@ -191,6 +200,13 @@ class Pool:
                 shelf.figures.failed += 1
                 shelf.figures.fault = str(error)
                 await anyio.sleep(min(LONGEST_BACKOFF_S, 2.0**failures))
+
+    def _lacks(self, shelf: _Shelf) -> bool:
+        """A shelf that is less than half full is filled at once; the rest waits until no query needs the machine."""
+        ready, size = len(shelf.ready), shelf.figures.size
+        if ready >= size or self._held() + shelf.most_bytes > self._most:
+            return False
+        return 2 * ready < size or not self._handed_out
 
     def _held(self) -> int:
         return sum(shelf.figures.memory_bytes for shelf in self._shelves.values())

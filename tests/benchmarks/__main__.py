@@ -12,6 +12,8 @@ import anyio
 from rich.console import Console
 from rich.table import Table
 
+from tests.benchmarks.containers import containers
+from tests.benchmarks.crowd import crowd, idle
 from tests.benchmarks.figures import Figure, missed
 from tests.benchmarks.large import large
 from tests.benchmarks.peers import peer_python
@@ -25,7 +27,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer rounds: a minute, and more noise")
     parser.add_argument("--peer", type=Path, metavar="PYTHON", help="of an environment with rlms; else one is made")
-    parser.add_argument("--only", default="", metavar="WORD", help="one group: cells, start, queries or large")
+    parser.add_argument(
+        "--only", default="", metavar="WORD", help="one group: cells, start, queries, containers, crowd, large"
+    )
     chosen = parser.parse_args()
     console = Console()
     figures: list[Figure] = []
@@ -45,6 +49,8 @@ def groups(home: Path, peer: Path | None, quick: bool) -> Iterator[tuple[str, Ca
     yield "cells", lambda: anyio.run(cells, home, quick, backend_options=LOOP)
     yield "start", lambda: [anyio.run(start, home, quick, backend_options=LOOP)]
     yield "queries", lambda: queries(home, peer or peer_python(), quick)
+    yield "containers", lambda: containers(home, peer or peer_python(), quick)
+    yield "crowd", lambda: [*anyio.run(idle, home, backend_options=LOOP), *anyio.run(crowd, home, backend_options=LOOP)]
     yield "large", lambda: large(home, quick)
 
 

@@ -30,6 +30,13 @@ def versus(name: str, ours: list[float], label: str, theirs: list[float], most: 
     return Figure(name, spread(ours), f"{label} {ms(other)}", ratio, f"<= {most:g}x", ratio <= most)
 
 
+def at_most(name: str, seconds: list[float], most: float) -> Figure:
+    """Their median, which may be `most`."""
+    middle = percentile(seconds, 50)
+    measured = f"p50 {ms(middle)}, p95 {ms(percentile(seconds, 95))}"
+    return Figure(name, measured, target=f"p50 <= {ms(most)}", ok=middle <= most)
+
+
 def ms(seconds: float) -> str:
     return f"{seconds * 1000:.2f} ms" if seconds < 0.01 else f"{seconds * 1000:.0f} ms"
 

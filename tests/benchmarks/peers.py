@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import shutil
 import subprocess
 import tempfile
 import time
@@ -17,6 +19,7 @@ from typing import Any
 from tests.benchmarks.fake_lm import BATCH, REQUESTS, SINGLE, TURNS
 
 PEER = "rlms==0.1.3"
+PEER_IMAGE = "airlock-bench-rlms"
 
 
 def peer_python() -> Path:
@@ -30,13 +33,54 @@ def peer_python() -> Path:
     return python
 
 
+def peer_image(python: Path, base: str) -> str:
+    """An image as the peer's environment `docker` wants it: Python with dill and requests, and `tail`.
+
+    base: image to build it on. pip is left out of it, so that the peer's own installation step costs it nothing.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        command = [python, "-m", "pip", "install", "--quiet", "--no-input", "--target", folder / "site"]
+        subprocess.run([*command, "dill", "requests"], check=True)
+        (folder / "bin").mkdir()
+        shutil.copy("/usr/bin/tail", folder / "bin")
+        (folder / "bin" / "python").symlink_to(python_of(base))
+        lines = [f"FROM {base}", "USER 0", "COPY bin /usr/bin/", "COPY site /site", "ENV PYTHONPATH=/site"]
+        lines += ["ENTRYPOINT []", "WORKDIR /"]
+        (folder / "Dockerfile").write_text("\n".join(lines) + "\n")
+        build = ["docker", "build", "--quiet", "--tag", PEER_IMAGE, name]
+        subprocess.run(build, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "DOCKER_BUILDKIT": "0"})
+    return PEER_IMAGE
+
+
+def python_of(image: str) -> str:
+    """The path of the interpreter in one of our images."""
+    command = ["docker", "image", "inspect", "--format", "{{index .Config.Entrypoint 0}}", image]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
 @contextmanager
-def rlms(python: Path, base_url: str) -> Iterator[Callable[[int], float]]:
-    """Yields a function: characters of context -> seconds of one whole query, in a process that is already up."""
+def rlms(python: Path, base_url: str, image: str = "") -> Iterator[Callable[[int], float]]:
+    """Yields a function: characters of context -> seconds of one whole query, in a process that is already up.
+
+    image: to run in a container of this image; else in that process, which isolates nothing.
+    """
     script = Path(__file__).with_name("peer_rlms.py")
-    process = subprocess.Popen(
-        [python, script, base_url], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
-    )
+    with tempfile.TemporaryDirectory() as workspace:
+        process = subprocess.Popen(
+            [python, script, base_url, *([image] if image else [])],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+            env={**os.environ, "RLM_DOCKER_WORKSPACE_DIR": workspace},
+        )
+        with _measured_by(process) as measure:
+            yield measure
+
+
+@contextmanager
+def _measured_by(process: subprocess.Popen[str]) -> Iterator[Callable[[int], float]]:
     assert process.stdin
     assert process.stdout
     into, out = process.stdin, process.stdout

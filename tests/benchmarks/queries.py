@@ -24,7 +24,7 @@ def queries(home: Path, python: Path, quick: bool) -> list[Figure]:
     figures: list[Figure] = []
     with fake_lm() as base_url, rlms(python, base_url) as peer:
         for label, chars in SIZES.items():
-            context = _FILLER * (chars // len(_FILLER)) + NEEDLE + "\n"
+            context = text_of(chars)
             airlock(home, base_url, context)
             requests_since(base_url)
             airlock(home, base_url, context)
@@ -38,6 +38,10 @@ def queries(home: Path, python: Path, quick: bool) -> list[Figure]:
             figures.append(versus(f"query, {label}, {REQUESTS} requests", ours, "rlms local", theirs, PEER_RATIO))
             figures.append(versus(f"query, {label}, {REQUESTS} requests", ours, "AsyncOpenAI", bare, CLIENT_RATIO))
     return figures
+
+
+def text_of(chars: int) -> str:
+    return _FILLER * (chars // len(_FILLER)) + NEEDLE + "\n"
 
 
 def airlock(home: Path, base_url: str, context: str) -> float:
