@@ -82,10 +82,10 @@ class Supervisor:
                     return
                 self._run(frame)
             else:
-                self._poll()
-                status = self._workers.reap()
-                if status is not None:
-                    self._runner_died(status)
+                if self._poll():
+                    status = self._workers.reap()
+                    if status is not None:
+                        self._runner_died(status)
                 self._watch_time()
 
     def _be_worker(self, fds: tuple[int, int, int]) -> None:
@@ -98,7 +98,8 @@ class Supervisor:
 
         Worker(self._limits, self._folder).serve(socket.socket(fileno=fds[0]), fds[1], fds[2])
 
-    def _poll(self) -> None:
+    def _poll(self) -> bool:
+        """Wait for something, and deal with it. Whether a child may have ended."""
         poller = select.poll()
         runner, making = self._workers.runner, self._workers.making
         watched = [self._in, self._wake[0]]
@@ -123,6 +124,7 @@ class Supervisor:
                     self._lost_runner("closed its output")
             if runner.ctl.fileno() in ready:
                 self._read_worker(written)
+        return self._wake[0] in ready
 
     # Time
 

@@ -16,9 +16,9 @@ from tests.benchmarks.sandboxes import answer, make_backend, opened
 from tests.sandboxes import processes_of
 
 IDLE, PRIVATE_MB = 100, 15.0
-QUERIES, CORES = 50, 2
+QUERIES, SLOWEST = 50, 1.25
 SCRIPT = """
-replies:
+root:
   - |
     ```repl
     print(len(context))
@@ -62,7 +62,7 @@ def _private_mb(process: int) -> float:
 
 
 async def crowd(home: Path) -> list[Figure]:
-    """All asked at the same moment. The fair share of one: as long as all take on these cores, if all are equal."""
+    """All asked at the same moment: none fails, and the slowest is not far behind the one in the middle."""
     script, policy = home / "crowd.yaml", home / "policy.yaml"
     script.write_text(SCRIPT)
     default = (Path(__file__).parents[2] / "policies" / "default.yaml").read_text()
@@ -88,8 +88,8 @@ async def crowd(home: Path) -> list[Figure]:
                 tasks.start_soon(one)
         whole = time.perf_counter() - begun
     taken.sort()
-    share = QUERIES * alone / CORES
-    measured = f"{len(taken)} answered in {ms(whole)}; median {ms(taken[QUERIES // 2])}, slowest {ms(taken[-1])}"
-    beside = f"fair share {ms(share)} ({QUERIES} x {ms(alone)} / {CORES})"
-    slower = taken[-1] / share
-    return [Figure(f"{QUERIES} queries at once", measured, beside, slower, "<= 1x", ok=slower <= 1)]
+    middle, slowest = taken[QUERIES // 2], taken[-1]
+    measured = f"{len(taken)} answered in {ms(whole)}; slowest {ms(slowest)}"
+    beside = f"median {ms(middle)}; one alone {ms(alone)}"
+    ratio = slowest / middle
+    return [Figure(f"{QUERIES} queries at once", measured, beside, ratio, f"<= {SLOWEST:g}x", ok=ratio <= SLOWEST)]
