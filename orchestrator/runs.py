@@ -17,6 +17,7 @@ import click
 from orchestrator.console import PlainView, safe_for
 from orchestrator.core.errors import MachineError, RequestError
 from orchestrator.core.units import parse_price, usd
+from orchestrator.guest.wire import MAX_LINE
 from orchestrator.interrupts import StandardInput, cancelled_by_signals
 from orchestrator.streams import say
 from orchestrator.wiring import Choices, Platform, Watch, open_platform
@@ -47,7 +48,8 @@ async def run(question: str, options: dict[str, Any], schema: Any) -> int:
     elif outcome.answer is not None:
         _give(outcome.answer, closed, platform)
     if outcome.status != "answered":
-        say(sys.stderr, f"airlock: {outcome.status}: {outcome.reason}")
+        why = "" if outcome.reason == outcome.status else f": {outcome.reason}"  # cancelled is all there is to say
+        say(sys.stderr, f"airlock: {outcome.status}{why}")
     return closed.error.exit_code if closed.error else _STATUS_EXIT[outcome.status]
 
 
@@ -103,6 +105,10 @@ def _make_view() -> LiveView | PlainView:
 
 async def run_cell(code: str, options: dict[str, Any]) -> int:
     """One query that is one cell; the exit code."""
+    if len(json.dumps(code)) > MAX_LINE - 1024:  # what else is in its frame
+        raise RequestError(
+            f"the program is larger than a sandbox takes ({MAX_LINE >> 20} MiB, as JSON): give its data as --context"
+        )
     seen: dict[str, list[str]] = {"out": [], "err": []}
 
     scope = anyio.CancelScope()

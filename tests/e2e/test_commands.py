@@ -119,11 +119,18 @@ def test_audit_show_reads_like_a_run(airlock: Airlock) -> None:
 def test_audit_show_of_an_unclear_name(airlock: Airlock) -> None:
     first, second = run(airlock), run(airlock)
     said = airlock("audit", "show", first[:8], code=2).said
-    assert said.startswith(f"2 queries begin with '{first[:8]}': ")
+    assert said.startswith(f"several queries begin with '{first[:8]}', the newest of them: ")
     assert first in said
     assert second in said
     assert "there is no query '99'" in airlock("audit", "show", "99", code=2).said
     assert "there is no query '%'" in airlock("audit", "show", "%", code=2).said  # not a pattern
+
+
+def test_audit_show_of_a_single_cell(airlock: Airlock) -> None:
+    airlock("exec", airlock.file("cell.py", "FINAL(42)"), code=0)
+    shown = airlock("audit", "show", code=0).out
+    assert "model:    none, a single cell; sub-calls: none" in shown
+    assert "question:" not in shown
 
 
 def test_audit_show_without_a_journal(airlock: Airlock) -> None:
