@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -297,7 +298,7 @@ class Run:
 
 def read_run(home: Path, text: str) -> Run:
     """The query whose id begins with `text`, or the newest for `last`. Raises RequestError, StoreError."""
-    if not (home / "airlock.db").exists():
+    if not os.path.lexists(home / "airlock.db"):  # nor where we may not look
         raise RequestError(f"there is no journal in {home}: nothing has been run with this data folder")
     db = Database(home)
     try:
