@@ -180,3 +180,13 @@ def test_the_lock_of_the_image_names_packages_with_their_hashes(airlock: Airlock
     packages = [line.split() for line in lines if not line.startswith("#")]
     assert {"libc6", "python3.11-minimal"} <= {package[0] for package in packages}
     assert all(len(package) == 4 and len(package[3]) == 64 for package in packages)
+
+
+def test_a_command_keeps_no_sandboxes_ready(airlock: Airlock) -> None:
+    """A pool is for who asks again; its sandboxes would be started for nothing."""
+    airlock.file("home/airlock.toml", "[pool]\nsize = {bubblewrap = 3}\n")
+    cell = airlock.file("cell.py", "print('ready', flush=True)\nwhile True: pass")
+    with airlock.started("exec", cell) as query:
+        assert query.line() == "ready\n"
+        assert len(list(airlock.home.glob("slots/slot-*"))) == 1
+        assert query.interrupt().code == 130
