@@ -27,6 +27,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 _EXIT = """\
 Exit codes: 0 answered; 1 the cell raised an exception (exec); 2 usage or input; 3 stopped by a limit or refused by
 policy; 4 sandbox, or another part of this machine; 5 provider; 130 interrupted."""
+_BACKENDS = "How the sandbox is isolated: bubblewrap, docker, gvisor; auto: the strongest usable."
+_POLICIES = "default, strict, development, or a file."
 _LOOP = {"use_uvloop": True}  # a sixth less time for a query of many calls
 
 
@@ -50,17 +52,31 @@ class _Checked(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]  
 def _query_options(function: F) -> F:
     options = [
         click.option(
-            "--encoding", type=click.Choice(["utf-8", "latin-1", "replace"]), default="utf-8", show_default=True
+            "--encoding",
+            type=click.Choice(["utf-8", "latin-1", "replace"]),
+            default="utf-8",
+            show_default=True,
+            help="Of the context; replace: UTF-8, with what is none replaced.",
         ),
-        click.option("--model", help="NAME, local:NAME, local:/path/to.gguf or scripted:FILE."),
-        click.option("--sub-model", help="The model that sub-calls ask; default: --model."),
-        click.option("--base-url", help="An OpenAI-compatible server; default: OpenAI's."),
+        click.option("--model", metavar="MODEL", help="NAME, local:NAME, local:/path/to.gguf or scripted:FILE."),
+        click.option("--sub-model", metavar="MODEL", help="The model that sub-calls ask; default: --model."),
+        click.option("--base-url", metavar="URL", help="An OpenAI-compatible server; default: OpenAI's."),
         click.option("--api-key-env", metavar="NAME", help="The environment variable that holds the key."),
-        click.option("--price", "prices", multiple=True, metavar="MODEL=IN,OUT", help="USD per million tokens."),
-        click.option("--backend", default="auto", show_default=True, help="How the sandbox is isolated."),
-        click.option("--policy", default="default", show_default=True, help="A policy's name or file."),
-        click.option("--budget", type=_Checked("USD", limits.budget), help="The most the query may cost, in USD."),
-        click.option("--timeout", type=_Checked("SECONDS", limits.timeout, float), help="The most it may take."),
+        click.option(
+            "--price", "prices", multiple=True, metavar="MODEL=IN,OUT", help="USD per million tokens; may be repeated."
+        ),
+        click.option("--backend", metavar="NAME", default="auto", show_default=True, help=_BACKENDS),
+        click.option("--policy", metavar="POLICY", default="default", show_default=True, help=_POLICIES),
+        click.option(
+            "--budget",
+            type=_Checked("USD", limits.budget),
+            help="The most it may cost, in USD.",
+        ),
+        click.option(
+            "--timeout",
+            type=_Checked("SECONDS", limits.timeout, float),
+            help="The most it may take.",
+        ),
         click.option("--depth", type=_Checked("N", partial(limits.count, least=0), int), help="0: no sub-calls."),
         click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the answer."),
     ]
@@ -99,7 +115,10 @@ def run(question: str, answer_schema: Path | None, **options: Any) -> int:
 @_context_option(required=False)
 @_query_options
 def exec_(file: Path, **options: Any) -> int:
-    """Run FILE as one cell, without a root LM; its sub-calls go to --model."""
+    """Run FILE as one cell, without a root LM.
+
+    Its sub-calls go to --model. Without --context, `context` is an empty str.
+    """
     try:
         code = read_text(file)
     except Unreadable as why:
@@ -143,7 +162,6 @@ def _pull_with_progress(folder: Path, known: Any) -> Path:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    folder.mkdir(parents=True, exist_ok=True)
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(known.name, total=known.size)
         return weights.pull(
@@ -166,8 +184,8 @@ def models_list() -> None:
 
 
 @app.command()
-@click.option("--backend", default="auto", show_default=True)
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--backend", metavar="NAME", default="auto", show_default=True, help="bubblewrap, docker or gvisor.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def doctor(backend: str, as_json: bool) -> int:
     """Say what works on this machine, what does not, and why."""
     from orchestrator.doctor import examine
@@ -193,7 +211,10 @@ def images() -> None:
 @images.command(name="build")
 @click.option("--offline", is_flag=True, help="From Debian packages, where no registry is reached.")
 def images_build(offline: bool) -> None:
-    """Build the image with the Docker engine of this machine, and put it on record."""
+    """Build the image, and put it on record.
+
+    Needs the Docker engine of this machine.
+    """
     from orchestrator.sandbox.registry import build_image
 
     click.echo(build_image(settings.home(), offline=offline, say=lambda text: click.echo(text, err=True)))
@@ -201,7 +222,7 @@ def images_build(offline: bool) -> None:
 
 @images.command(name="lock")
 def images_lock() -> None:
-    """Print versions.lock with the newest Debian packages, for reading and keeping."""
+    """Print versions.lock with the newest packages."""
     from tempfile import TemporaryDirectory
 
     from orchestrator.sandbox.registry import images as images_of
@@ -223,7 +244,7 @@ def policy_check(file: str) -> None:
 
 
 @policy.command(name="show")
-@click.option("--policy", "name", default="default", show_default=True)
+@click.option("--policy", "name", metavar="POLICY", default="default", show_default=True, help=_POLICIES)
 def policy_show(name: str) -> None:
     """Print a policy as it is in force."""
     import yaml
@@ -258,8 +279,11 @@ def main() -> None:
         code = app.main(prog_name="airlock", standalone_mode=False)
     except click.exceptions.Abort:
         code = 130
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        code = 2
     except click.ClickException as error:
-        click.echo(f"airlock: {error.format_message()}", err=True)
+        click.echo(f"airlock: {error.format_message()}{_where_to_look(error)}", err=True)
         code = 2
     except BaseExceptionGroup as group:
         error = _first(group)
@@ -278,6 +302,14 @@ def main() -> None:
         click.echo(f"airlock: standard output cannot be written: {error.strerror}", err=True)
         code = 4
     sys.exit(code)
+
+
+def _where_to_look(error: click.ClickException) -> str:
+    """The page that lists what there is, after a word that is not there or lacks."""
+    known = isinstance(error, click.BadParameter) and not isinstance(error, click.MissingParameter)
+    if known or not isinstance(error, click.UsageError) or error.ctx is None:
+        return ""
+    return f" See `{error.ctx.command_path} --help`."
 
 
 def _first(error: BaseException) -> BaseException:

@@ -32,6 +32,11 @@ def safe_for(stream: TextIO, text: str) -> str:
     return printable(text) if stream.isatty() else text
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 line`, `2 lines`."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
 def _joined(line: str) -> str:
     """One line: a line break that a guest or a provider wrote must not begin a line of ours."""
     return re.sub(r"[\r\n\x0b\x0c\x85\u2028\u2029]+", " / ", line)
@@ -79,14 +84,15 @@ def one_line(event: Event) -> str:
         case "call.refused":
             return f"sub-call refused: {body['detail']}"
         case "cell.started":
-            return f"cell {body['cell']}: {event.payloads['code'].count(chr(10)) + 1} lines"
+            return f"cell {body['cell']}: {counted(event.payloads['code'].count(chr(10)) + 1, 'line')}"
         case "cell.ended":
             detail = f" ({body['detail']})" if body["detail"] else ""
             return f"cell {body['cell']} {body['status']} after {body['duration_ms']} ms{detail}"
         case "limit.hit":
             return f"limit: {body['detail']}"
         case "query.closed":
-            return f"{body['status']}: {body['turns']} turns, {body['sub_calls']} sub-calls, {body['cost_usd']} USD"
+            turns, calls = counted(body["turns"], "turn"), counted(body["sub_calls"], "sub-call")
+            return f"{body['status']}: {turns}, {calls}, {body['cost_usd']} USD"
         case _:
             return ""
 
@@ -159,9 +165,10 @@ def _show_cell(fields: dict[str, Any], payload: Any) -> Iterator[str]:
 def _show_opening(fields: dict[str, Any], question: str) -> Iterator[str]:
     body, context = fields["body"], fields["body"]["context"]
     yield f"query {fields['query']} of tenant {fields['tenant']}, opened {fields['at']}"
-    yield f"  question: {question}"
+    if body["model"]:
+        yield f"  question: {question}"
     yield f"  context:  {context['kind']}, {context['chars']:,} characters, sha256 {context['sha256']}"
-    yield f"  model:    {body['model']}; sub-calls: {', '.join(body['sub_models']) or 'none'}"
+    yield f"  model:    {body['model'] or 'none, a single cell'}; sub-calls: {', '.join(body['sub_models']) or 'none'}"
     yield f"  sandbox:  {body['backend']} ({body['isolation']}); budget {body['limit_usd']} USD"
     yield f"  policy:   {fields['policy']}"
 

@@ -13,12 +13,13 @@ from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
-from orchestrator.console import one_line, printable
+from orchestrator.console import counted, one_line, printable
 from orchestrator.core.events import Event
 from orchestrator.core.units import usd
 from orchestrator.proxy.proxy import Account
 
 _CODE_LINES, _OUTPUT_LINES = 16, 8
+_WIDE = 72  # columns that three of the head beside each other take
 
 
 class LiveView:
@@ -87,16 +88,16 @@ class LiveView:
             return Text("airlock: starting")
         policy, elapsed = account.policy, time.monotonic() - self._started
         limit, total = account.scopes[0].limit, policy.time.query / 1000
-        table = Table.grid(padding=(0, 2))
         turns = f"turn {account.turns} of {policy.counts.iterations}"
-        calls = f"{account.sub_calls} sub-calls, {account.running} calls in flight"
+        calls = f"{counted(account.sub_calls, 'sub-call')}, {counted(account.running, 'call')} in flight"
+        money, clock = f"{usd(account.spent)} of {usd(limit)} USD", f"{elapsed:.0f} of {total:.0f} s"
+        doing = Text(printable(self._doing)[:70], style="cyan")
+        if self._console.width < _WIDE:
+            lines = (turns, calls, money, clock)
+            return Group(Text(account.key.id, style="bold"), *(Text(line) for line in lines), doing)
+        table = Table.grid(padding=(0, 2))
         table.add_row(Text(account.key.id, style="bold"), Text(turns), Text(calls))
-        table.add_row(
-            Text(f"{usd(account.spent)} of {usd(limit)} USD"),
-            ProgressBar(total=max(1, limit), completed=account.spent, width=20),
-            Text(printable(self._doing)[:70], style="cyan"),
-        )
-        table.add_row(
-            Text(f"{elapsed:.0f} of {total:.0f} s"), ProgressBar(total=total, completed=min(elapsed, total), width=20)
-        )
+        spent = ProgressBar(total=max(1, limit), completed=account.spent, width=20)
+        table.add_row(Text(money), spent, doing)
+        table.add_row(Text(clock), ProgressBar(total=total, completed=min(elapsed, total), width=20))
         return table

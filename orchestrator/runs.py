@@ -14,11 +14,12 @@ import anyio
 import anyio.to_thread
 import click
 
-from orchestrator.console import PlainView, safe_for
+from orchestrator.console import PlainView
 from orchestrator.core.errors import MachineError, RequestError
 from orchestrator.core.units import parse_price, usd
+from orchestrator.guest.wire import MAX_LINE
 from orchestrator.interrupts import StandardInput, cancelled_by_signals
-from orchestrator.streams import say
+from orchestrator.streams import Printer, say
 from orchestrator.wiring import Choices, Platform, Watch, open_platform
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ async def run(question: str, options: dict[str, Any], schema: Any) -> int:
     async with open_platform(_choices(options, schema)) as platform:
         platform.require(question)
         with view:
-            closed = await _watched(platform, options, partial(platform.run, question), watch, anyio.CancelScope())
+            closed = await _watched(platform, options, partial(platform.run, question), watch)
         if closed is None:
             click.echo("airlock: interrupted before the query began", err=True)
             return INTERRUPTED
@@ -47,7 +48,8 @@ async def run(question: str, options: dict[str, Any], schema: Any) -> int:
     elif outcome.answer is not None:
         _give(outcome.answer, closed, platform)
     if outcome.status != "answered":
-        say(sys.stderr, f"airlock: {outcome.status}: {outcome.reason}")
+        why = "" if outcome.reason == outcome.status else f": {outcome.reason}"  # cancelled is all there is to say
+        say(sys.stderr, f"airlock: {outcome.status}{why}")
     return closed.error.exit_code if closed.error else _STATUS_EXIT[outcome.status]
 
 
@@ -103,31 +105,30 @@ def _make_view() -> LiveView | PlainView:
 
 async def run_cell(code: str, options: dict[str, Any]) -> int:
     """One query that is one cell; the exit code."""
+    if len(json.dumps(code)) > MAX_LINE - 1024:  # what else is in its frame
+        raise RequestError(
+            f"the program is larger than a sandbox takes ({MAX_LINE >> 20} MiB, as JSON): give its data as --context"
+        )
     seen: dict[str, list[str]] = {"out": [], "err": []}
-
-    scope = anyio.CancelScope()
-    broken: list[OSError] = []
+    printer = Printer()
 
     def output(stream: str, text: str) -> None:
         seen[stream].append(text)
-        if options["as_json"] or broken:
-            return
-        target = sys.stdout if stream == "out" else sys.stderr
-        try:
-            target.write(safe_for(target, text))
-            target.flush()
-        except OSError as error:  # nobody sees what it prints any more
-            broken.append(error)
-            scope.cancel()
+        if not options["as_json"]:
+            printer.put(stream, text)
 
     async with open_platform(_choices(options)) as platform:
         platform.require(None)
-        start = partial(platform.run, "", code=code)
-        closed = await _watched(platform, options, start, Watch(output=output), scope)
+
+        async def start(**given: Any) -> None:
+            async with printer:
+                await platform.run("", code=code, **given)
+
+        closed = await _watched(platform, options, start, Watch(output=output))
     if closed is None:
         return INTERRUPTED
-    if broken:
-        raise _undelivered(broken[0], closed, platform)
+    if printer.broken:
+        raise _undelivered(printer.broken, closed, platform)
     cell = closed.cell
     status = cell.status if cell else "timeout" if closed.outcome.status == "limit" else "killed"
     reason = closed.outcome.reason
@@ -141,13 +142,14 @@ async def run_cell(code: str, options: dict[str, Any]) -> int:
             "duration_s": round(cell.duration_s if cell else closed.duration_s, 3),
         }
         _give(json.dumps(report), closed, platform)
-    elif closed.outcome.answer is not None:
+    elif closed.outcome.answer is not None and printer.whole:
         _give(closed.outcome.answer, closed, platform)
     if status in ("timeout", "killed"):
         say(sys.stderr, f"airlock: {status}: {reason}")
     if closed.error:
         return closed.error.exit_code
-    return INTERRUPTED if closed.outcome.status == "cancelled" else _CELL_EXIT[status]
+    interrupted = closed.outcome.status == "cancelled" or not printer.whole
+    return INTERRUPTED if interrupted else _CELL_EXIT[status]
 
 
 def _choices(options: dict[str, Any], schema: Any = None) -> Choices:
@@ -175,12 +177,12 @@ def _price(text: str) -> tuple[str, tuple[Decimal, Decimal]]:
 
 
 async def _watched(
-    platform: Platform, options: dict[str, Any], start: Callable[..., Any], watch: Watch, scope: anyio.CancelScope
+    platform: Platform, options: dict[str, Any], start: Callable[..., Any], watch: Watch
 ) -> Closed | None:
-    """Ingest the context and run the query in `scope`; signals end it in good order. None if it never began."""
+    """Ingest the context and run the query; signals end it in good order. None if it never began."""
     result: list[Closed] = []
     watch.closed = result.append
-    with scope, cancelled_by_signals(scope), StandardInput() as stdin:
+    with anyio.CancelScope() as scope, cancelled_by_signals(scope), StandardInput() as stdin:
         ingest = partial(_ingest, platform, options["context"], options["encoding"], stdin)
         context = await anyio.to_thread.run_sync(ingest, abandon_on_cancel=True)
         await start(context=context, watch=watch)

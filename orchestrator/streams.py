@@ -9,9 +9,13 @@ from __future__ import annotations
 import io
 import os
 import select
+import stat
 import sys
-from typing import Any, TextIO
+from collections import deque
+from contextlib import suppress
+from typing import Any, Self, TextIO
 
+import anyio
 import click
 
 from orchestrator.console import safe_for
@@ -72,6 +76,69 @@ def _text(before: TextIO, raw: io.FileIO, *, line_buffering: bool) -> TextIO:
     return io.TextIOWrapper(
         io.BufferedWriter(raw), before.encoding, errors="backslashreplace", line_buffering=line_buffering
     )
+
+
+class Printer:
+    """Prints what a cell prints, as it comes. A context manager around the query; at its end all is printed.
+
+    A reader that does not read holds up nobody but itself: the event loop goes on, and with it the query's clock. What
+    waits meanwhile is bounded by what the policy lets a cell print. When standard output breaks, what is in the block
+    is cancelled, and `broken` is the error. whole: at the end, whether all of it was printed.
+    """
+
+    def __init__(self) -> None:
+        self.broken: OSError | None = None
+        self.whole = False
+        self._waiting: deque[tuple[str, str]] = deque()
+        self._more = anyio.Event()
+        self._ending = False
+        self._group = anyio.create_task_group()
+
+    def put(self, stream: str, text: str) -> None:
+        """stream: out or err."""
+        self._waiting.append((stream, text))
+        self._more.set()
+
+    async def __aenter__(self) -> Self:
+        await self._group.__aenter__()
+        self._group.start_soon(self._print)
+        return self
+
+    async def __aexit__(self, *error: Any) -> bool | None:
+        self._ending = True
+        self._more.set()
+        return await self._group.__aexit__(*error)
+
+    async def _print(self) -> None:
+        while self._waiting or not self._ending:
+            if not self._waiting:
+                await self._more.wait()
+                self._more = anyio.Event()
+                continue
+            stream, text = self._waiting.popleft()
+            try:
+                if stream == "out":
+                    await _write_out(safe_for(sys.stdout, text))
+                else:
+                    sys.stderr.write(safe_for(sys.stderr, text))
+                    sys.stderr.flush()
+            except OSError as error:
+                self.broken = error
+                self._group.cancel_scope.cancel()
+                return
+        self.whole = True
+
+
+async def _write_out(text: str) -> None:
+    data = text.encode(sys.stdout.encoding, "backslashreplace")
+    handle = sys.stdout.fileno()
+    mode = os.fstat(handle).st_mode
+    waits = stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) or os.isatty(handle)  # others cannot be waited for
+    while data:
+        if waits:
+            await anyio.wait_writable(handle)
+        with suppress(BlockingIOError):
+            data = data[os.write(handle, data[: select.PIPE_BUF if waits else len(data)]) :]
 
 
 def answer_lost() -> bool:

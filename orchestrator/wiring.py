@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -131,7 +132,8 @@ class Platform:
     def require(self, question: str | None) -> None:
         """What can be told before a context is read and a query is opened. question: None for a cell alone.
 
-        Raises RequestError without a question, ModelError without a model to ask and for one that is not there.
+        Raises RequestError without a question, ModelError without a model to ask and for one that is not there,
+        PriceUnknown.
         """
         if question is not None:
             if not question.strip():
@@ -142,6 +144,8 @@ class Platform:
             if not name.isprintable():
                 raise ModelError(f"{name!r} is not the name of a model")
             self.find_model(name)
+            if question is not None:
+                self._machinery.proxy.bound(name, 0, 0)
 
     def find_model(self, name: str) -> tuple[LM, str]:
         """The LM that a model's name stands for, and the provider's name for the model. Raises ModelError."""
@@ -165,6 +169,8 @@ class Platform:
         # What is said with the query goes before what the file says: a key given for one server is for that one.
         base_url = self.choices.base_url or own.base_url or self.config.base_url
         variable = self.choices.api_key_env or own.api_key_env or self.config.api_key_env
+        if base_url is not None and not base_url.startswith(("http://", "https://")):
+            raise ModelError(f"the server of {name} has to be an address with http:// or https://, not {base_url!r}")
         key = self.choices.api_key
         if key is None:
             secret = settings.api_key(variable)
@@ -292,13 +298,13 @@ class Run:
 
 def read_run(home: Path, text: str) -> Run:
     """The query whose id begins with `text`, or the newest for `last`. Raises RequestError, StoreError."""
-    if not (home / "airlock.db").exists():
+    if not os.path.lexists(home / "airlock.db"):  # nor where we may not look
         raise RequestError(f"there is no journal in {home}: nothing has been run with this data folder")
     db = Database(home)
     try:
         found = db.read(lambda tx: journal.find_query(tx, text))
         if len(found) != 1:
-            several = f"{len(found)} queries begin with {text!r}: {', '.join(found)}"
+            several = f"several queries begin with {text!r}, the newest of them: {', '.join(found[:3])}"
             raise RequestError(several if found else f"there is no query {text!r} in the journal")
         kept = db.read(lambda tx: list(journal.kept_payloads(tx, found[0])))
         chain = db.read(lambda tx: journal.chain(tx, found[0]))

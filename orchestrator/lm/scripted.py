@@ -33,7 +33,7 @@ class _Script(BaseModel):
 
     root: Annotated[list[str], Field(min_length=1)]
     sub: list[_Rule] = []
-    delay_s: float = 0.0
+    delay_s: Annotated[float, Field(ge=0, le=3600)] = 0.0
 
 
 def _compiled(rule: _Rule) -> tuple[re.Pattern[str], str]:
@@ -41,6 +41,17 @@ def _compiled(rule: _Rule) -> tuple[re.Pattern[str], str]:
     pattern = re.compile(rule.match, re.DOTALL)
     re.compile(f"(?:{rule.match})|", re.DOTALL).sub(rule.reply, "")  # the empty alternative always matches
     return pattern, rule.reply
+
+
+def _in_a_line(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        fault = error.errors()[0]
+        return f"{'.'.join(map(str, fault['loc'])) or 'its top'}: {fault['msg']}"
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+        return f"line {error.problem_mark.line + 1}: {error.problem}"
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    return " ".join(str(error).split())[:200]
 
 
 class ScriptedLM(LM):
@@ -52,9 +63,8 @@ class ScriptedLM(LM):
             self._rules = [_compiled(rule) for rule in self._script.sub]
         except Unreadable as why:
             raise ModelError(f"cannot read the script {path}: {why}") from None
-        except (yaml.YAMLError, ValidationError, re.error, IndexError) as error:
-            line = " ".join(str(error).split())[:200]
-            raise ModelError(f"{path} is not a script for a model: {line}") from None
+        except (yaml.YAMLError, ValidationError, re.error, IndexError, RecursionError) as error:
+            raise ModelError(f"{path} is not a script for a model: {_in_a_line(error)}") from None
 
     async def ask(self, request: Request) -> Reply:
         if self._script.delay_s >= request.timeout_s:

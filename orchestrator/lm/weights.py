@@ -72,8 +72,14 @@ def path_of(folder: Path, name: str) -> Path:
 
 
 def installed(folder: Path) -> dict[str, Path]:
-    """Name to file of every complete model in `folder`, sorted by name. GGUF files put there by hand count too."""
-    return {file.stem: file for file in sorted(folder.glob("*.gguf"))}
+    """Name to file of every complete model in `folder`, sorted by name. GGUF files put there by hand count too.
+
+    Raises StoreError where the folder is there and cannot be read.
+    """
+    try:
+        return {file.stem: file for file in sorted(folder.glob("*.gguf"))}
+    except OSError as error:
+        raise StoreError(f"cannot read {folder}: {error.strerror}; set AIRLOCK_HOME to a folder of your own") from None
 
 
 def pull(folder: Path, progress: Progress, *, weights: Weights = QWEN, resolve: Resolve = find) -> Path:

@@ -119,11 +119,18 @@ def test_audit_show_reads_like_a_run(airlock: Airlock) -> None:
 def test_audit_show_of_an_unclear_name(airlock: Airlock) -> None:
     first, second = run(airlock), run(airlock)
     said = airlock("audit", "show", first[:8], code=2).said
-    assert said.startswith(f"2 queries begin with '{first[:8]}': ")
+    assert said.startswith(f"several queries begin with '{first[:8]}', the newest of them: ")
     assert first in said
     assert second in said
     assert "there is no query '99'" in airlock("audit", "show", "99", code=2).said
     assert "there is no query '%'" in airlock("audit", "show", "%", code=2).said  # not a pattern
+
+
+def test_audit_show_of_a_single_cell(airlock: Airlock) -> None:
+    airlock("exec", airlock.file("cell.py", "FINAL(42)"), code=0)
+    shown = airlock("audit", "show", code=0).out
+    assert "model:    none, a single cell; sub-calls: none" in shown
+    assert "question:" not in shown
 
 
 def test_audit_show_without_a_journal(airlock: Airlock) -> None:
@@ -173,3 +180,13 @@ def test_the_lock_of_the_image_names_packages_with_their_hashes(airlock: Airlock
     packages = [line.split() for line in lines if not line.startswith("#")]
     assert {"libc6", "python3.11-minimal"} <= {package[0] for package in packages}
     assert all(len(package) == 4 and len(package[3]) == 64 for package in packages)
+
+
+def test_a_command_keeps_no_sandboxes_ready(airlock: Airlock) -> None:
+    """A pool is for who asks again; its sandboxes would be started for nothing."""
+    airlock.file("home/airlock.toml", "[pool]\nsize = {bubblewrap = 3}\n")
+    cell = airlock.file("cell.py", "print('ready', flush=True)\nwhile True: pass")
+    with airlock.started("exec", cell) as query:
+        assert query.line() == "ready\n"
+        assert len(list(airlock.home.glob("slots/slot-*"))) == 1
+        assert query.interrupt().code == 130

@@ -167,9 +167,10 @@ def test_an_option_that_makes_no_sense(airlock: Airlock, option: str, value: str
 
 def test_a_model_without_a_price_is_refused_before_it_is_asked(airlock: Airlock) -> None:
     options = ["--model", "nobody/knows", "--base-url", "http://127.0.0.1:9/v1"]
-    done = airlock("run", "What?", "--context", "context.txt", *options, code=2)
-    assert "the price of model 'nobody/knows' is not known" in done.said
-    assert "--price nobody/knows=IN,OUT" in done.said
+    said = refused(airlock, "run", "What?", "--context", "context.txt", *options)
+    assert "the price of model 'nobody/knows' is not known" in said
+    assert "--price nobody/knows=IN,OUT" in said
+    assert airlock.rows("SELECT id FROM queries") == []
 
 
 def test_answer_schemas_that_are_none(airlock: Airlock) -> None:
@@ -212,6 +213,34 @@ def test_a_configuration_that_is_wrong(airlock: Airlock) -> None:
     airlock.file("home/airlock.toml", "model = \n")
     assert "airlock.toml: not TOML" in refused(airlock, *run(airlock, "context.txt"))
     (airlock.home / "airlock.toml").unlink()
+
+
+def test_a_command_that_lacks_something(airlock: Airlock) -> None:
+    assert refused(airlock, "run", "--context", "context.txt").endswith("'QUESTION'. See `airlock run --help`.")
+    assert refused(airlock, "run", "What?", "more", "--context", "x").endswith("(more) See `airlock run --help`.")
+    assert "See `airlock --help`." in refused(airlock, "rnu")
+    for command in ((), ("policy",)):
+        done = airlock(*command, code=2)
+        assert done.out == ""
+        assert done.err.startswith("Usage: airlock ")
+
+
+def test_a_program_that_no_frame_carries(airlock: Airlock) -> None:
+    cell = airlock.file("large.py", "x = '" + "\u00e9" * 4_000_000 + "'")
+    assert "larger than a sandbox takes (16 MiB, as JSON)" in refused(airlock, "exec", cell)
+    assert airlock.rows("SELECT id FROM queries") == []
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:9", "ftp://host", "/path", "host/v1"])
+def test_a_server_that_has_no_address(airlock: Airlock, url: str) -> None:
+    options = ["--context", "context.txt", "--model", "mine", "--base-url", url, "--price", "mine=0,0"]
+    assert "has to be an address with http:// or https://" in refused(airlock, "run", "What?", *options)
+
+
+def test_a_data_folder_that_is_none(airlock: Airlock) -> None:
+    nowhere = replace(airlock, home=airlock.file("file", ""))
+    for command in (["exec", airlock.file("cell.py", "pass")], ["models", "pull"]):
+        assert "Not a directory" in nowhere(*command, code=4).said
 
 
 def test_an_empty_context_path_is_not_the_current_folder(airlock: Airlock) -> None:

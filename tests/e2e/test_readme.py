@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.settings import Config, ModelSettings, load_config
+from orchestrator.settings import Config, ModelSettings, PoolSettings, load_config
 
 PROJECT = Path(__file__).parents[2]
 
@@ -35,6 +35,7 @@ def test_the_configuration_is_read_and_has_every_key(tmp_path: Path):
     assert config.model_fields_set == set(Config.model_fields)
     (own,) = config.models.values()
     assert own.model_fields_set == set(ModelSettings.model_fields)
+    assert config.pool.model_fields_set == set(PoolSettings.model_fields)
     assert config.prices == {"large": (Decimal("0.5"), Decimal("1.5")), "small": (0, 0)}
 
 

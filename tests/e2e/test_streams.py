@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.command import Airlock, Done
+from tests.command import Airlock, Done, until
 from tests.fakes.provider import Provider, Say
 
 PRICED = ("--price", "mine=1,2")
@@ -115,6 +116,25 @@ def test_the_reader_of_other_commands_has_gone(airlock: Airlock, command: str) -
         assert running.process.stderr is not None
         assert running.process.stderr.read() == b""
     assert running.process.returncode == 1
+
+
+def test_a_reader_that_falls_asleep_does_not_stop_the_clock(airlock: Airlock) -> None:
+    """What a cell prints is more than a pipe takes: the query ends in its time all the same, and nothing is lost."""
+    airlock.file("cell.py", "print('x' * 900_000, flush=True)\nwhile True: pass")
+    with airlock.started("exec", "cell.py", "--timeout", "1") as query:
+        until(lambda: airlock.rows("SELECT id FROM queries WHERE status='limit'"))
+        assert query.process.poll() is None
+        done = query.end()
+    assert (done.code, done.out) == (3, "x" * 900_000 + "\n")
+    assert done.said.startswith("timeout: ")
+
+
+def test_ctrl_c_ends_what_waits_for_a_reader(airlock: Airlock) -> None:
+    airlock.file("cell.py", "print('x' * 900_000)")
+    with airlock.started("exec", "cell.py") as query:
+        until(lambda: airlock.rows("SELECT id FROM queries WHERE status='answered'"))
+        query.process.send_signal(signal.SIGINT)
+        assert query.process.wait(timeout=20) == 130
 
 
 def newest(airlock: Airlock) -> str:

@@ -269,7 +269,7 @@ def test_a_call_of_rlms_with_all_of_its_keywords(provider: Provider, home: Path,
     assert 0 < complete[2] < 20
     printed = capfd.readouterr()
     assert printed.out == ""
-    assert "answered: 2 turns, 1 sub-calls" in printed.err
+    assert "answered: 2 turns, 1 sub-call," in printed.err
     summary = done.usage_summary
     assert (summary.total_input_tokens, summary.total_output_tokens) == (310, 75)
     assert set(done.to_dict()["usage_summary"]["model_usage_summaries"]) == {"fake", "small"}

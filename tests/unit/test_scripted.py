@@ -75,6 +75,9 @@ async def test_it_can_be_slow(tmp_path: Path):
         "{",
         "root: [a]\nsub: 3",
         "root: [a]\nsub: [{match: '(', reply: a}]",
+        "root: [a]\ndelay_s: .nan",
+        "root: [a]\ndelay_s: -1",
+        "[" * 10_000,
     ],
 )
 async def test_what_is_no_script(tmp_path: Path, text: str):
@@ -83,6 +86,23 @@ async def test_what_is_no_script(tmp_path: Path, text: str):
     with pytest.raises(ModelError, match="is not a script for a model") as caught:
         ScriptedLM(path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("root: [a, 1]", "root.1: Input should be a valid string"),
+        ("text", "its top: Input should be"),
+        ("root:\n  - [", "line 2: "),
+    ],
+)
+async def test_a_fault_of_a_script_is_told_with_its_place(tmp_path: Path, text: str, says: str):
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    with pytest.raises(ModelError) as caught:
+        ScriptedLM(path)
+    assert f"{path} is not a script for a model: {says}" in str(caught.value)
+    assert "pydantic" not in str(caught.value)
 
 
 async def test_a_script_that_cannot_be_read(tmp_path: Path):
