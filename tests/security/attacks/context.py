@@ -1,0 +1,3 @@
+from tests.security.frame import Attack
+
+ATTACKS: list[Attack] = []
