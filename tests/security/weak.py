@@ -54,7 +54,7 @@ class Weak:
         return Weak(
             self.argv + other.argv,
             self.body + other.body,
-            self.agent + other.agent,
+            f"{self.agent}\n{other.agent}".strip(),
             self.own_uid and other.own_uid,
             {**self.changes, **other.changes},
             other.host or self.host,

@@ -6,9 +6,11 @@ import contextlib
 import time
 from typing import Any
 
+import anyio
 import pytest
 
 from orchestrator.core.errors import SandboxDied
+from orchestrator.guest.processes import OURS
 from orchestrator.sandbox import sandbox
 from orchestrator.sandbox.bubblewrap import MEMORY_OF_AIRLOCK, PIDS_OF_AIRLOCK, BubblewrapGuest
 from orchestrator.sandbox.docker import PIDS_OF_SENTRY, DockerGuest
@@ -29,6 +31,8 @@ try:
         count += 1
 except OSError:
     pass
+if count > LIMIT:
+    breach('tasks')
 llm_query('look')
 """
 THREADS = """
@@ -40,6 +44,8 @@ try:
         count += 1
 except RuntimeError:
     pass
+if count > LIMIT:
+    breach('tasks')
 llm_query('look')
 """
 ZOMBIES = """
@@ -51,6 +57,8 @@ try:
         count += 1
 except OSError:
     pass
+if count > LIMIT:
+    breach('tasks')
 llm_query('look')
 """
 ANONYMOUS = """
@@ -158,49 +166,56 @@ DEAF = """
 def main():
     import json, signal
     os.read(0, 1 << 16)
-    os.write(1, json.dumps({"type": "ready", "version": wire.VERSION, "python": "3"}).encode() + b"\\n")
     for number in range(1, 65):
         if number not in (9, 19, 32, 33):
             signal.signal(number, lambda *_: None)
-    if not os.fork():
+    if os.fork():
+        os.write(1, json.dumps({"type": "ready", "version": wire.VERSION, "python": "3"}).encode() + b"\\n")
+    else:
         os.setsid()
     while True:
         signal.pause()
 """
 
 
-def margin(stage: Stage) -> int:
-    return PIDS_OF_SENTRY if stage.backend == "gvisor" else PIDS_OF_AIRLOCK
-
-
 def tasks(code: str) -> Attempt:
-    """More processes and threads, as the host counts them, than there may be."""
+    """More processes and threads than there may be, as the cell counts them, or the host."""
 
     async def attempt(stage: Stage) -> list[str]:
-        most, counts = PIDS + margin(stage), list[int]()
+        margin = PIDS_OF_SENTRY if stage.backend == "gvisor" else PIDS_OF_AIRLOCK
+        counts: list[int] = []
         async with stage.open(pids=PIDS, memory_bytes=512 * MIB) as repl:
 
             async def on_call(_call: object) -> str:
                 counts.append(host_view.tasks(repl))
                 return ""
 
-            with contextlib.suppress(SandboxDied):  # all of it, where `deviations` says so
-                await attacked(repl, code, {"MOST": most + 20}, on_call=on_call)
-        return ["tasks"] if any(count > most for count in counts) else []
+            result = await attacked(repl, code, {"MOST": 3 * PIDS, "LIMIT": PIDS + OURS}, on_call=on_call)
+        assert counts
+        return [*breaches(result), *("tasks" for count in counts if count > PIDS + margin)]
 
     return attempt
 
 
-def memory(code: str, count: int = 0, **changes: Any) -> Attempt:
+def memory(code: str, **changes: Any) -> Attempt:
     """More memory, as the control group counts it, than the sandbox may use."""
 
     async def attempt(stage: Stage) -> list[str]:
-        async with stage.open(memory_bytes=MEMORY, **changes) as repl:
+        peaks: list[int] = []
+        async with stage.open(memory_bytes=MEMORY, **changes) as repl, anyio.create_task_group() as group:
+
+            async def watch() -> None:
+                while True:  # gVisor's group goes with its sandbox, before anybody could ask what it has used
+                    peaks.append((await repl.sandbox.usage()).peak_memory_bytes or 0)
+                    await anyio.sleep(0.01)
+
+            group.start_soon(watch)
             with contextlib.suppress(SandboxDied):
-                await attacked(repl, code, {"COUNT": count if stage.backend != "gvisor" else count // 3})
-            peak = (await repl.sandbox.usage()).peak_memory_bytes
-        assert peak, "the tests of isolation need a control group"
-        return ["memory"] if peak > MEMORY + MEMORY_OF_AIRLOCK else []
+                await attacked(repl, code, {"COUNT": 150_000 if stage.backend != "gvisor" else 20_000})
+            peaks.append((await repl.sandbox.usage()).peak_memory_bytes or 0)
+            group.cancel_scope.cancel()
+        assert max(peaks), "the tests of isolation need a control group"
+        return ["memory"] if max(peaks) > MEMORY + MEMORY_OF_AIRLOCK else []
 
     return attempt
 
@@ -285,10 +300,10 @@ def soon(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(sandbox, "OVERTIME_S", 1.0)
 
 
-MORE_TASKS = Weak(changes={"pids": 200}, body=(host_config(PidsLimit=0),))
+MORE_TASKS = Weak(changes={"pids": 60}, body=(host_config(PidsLimit=0),))
 MORE_MEMORY = Weak(changes={"memory_bytes": 256 * MIB})
 MORE_INODES = MORE_MEMORY | Weak(
-    body=(lambda body, _scene: body["HostConfig"]["Tmpfs"].update({"/tmp": "rw,mode=1777,size=512m"}),),  # noqa: S108
+    body=(lambda body, _scene: body["HostConfig"]["Tmpfs"].update({"/tmp": "rw,mode=1777,size=512m"}),),
 )
 NO_SNAPSHOT = Weak(agent="Workers._make_snapshot = lambda self: None")
 NO_SWEEP = Weak(agent="Workers._sweep = lambda self: False")
@@ -297,11 +312,11 @@ LARGE = 512 * MIB
 ATTACKS = [
     Attack("resources", "processes", tasks(FORK), MORE_TASKS),
     Attack("resources", "threads", tasks(THREADS), MORE_TASKS),
-    Attack("resources", "zombies", tasks(ZOMBIES), MORE_TASKS, elsewhere=("gvisor",)),
+    Attack("resources", "zombies", tasks(ZOMBIES), MORE_TASKS),
     Attack("resources", "anonymous memory", memory(ANONYMOUS), MORE_MEMORY),
     Attack("resources", "shared memory", memory(SHARED), MORE_MEMORY),
     Attack("resources", "memory in /tmp", memory(IN_TMP, tmp_bytes=LARGE), MORE_MEMORY),
-    Attack("resources", "inodes in /tmp", memory(INODES, 150_000, tmp_bytes=LARGE), MORE_INODES),
+    Attack("resources", "inodes in /tmp", memory(INODES, tmp_bytes=LARGE), MORE_INODES),
     Attack("resources", "space in /tmp", counted(DISK, "tmp_bytes", TMP), Weak(changes={"tmp_bytes": 64 * MIB})),
     Attack("resources", "descriptors", counted(DESCRIPTORS, "files", FILES), Weak(changes={"files": 1000})),
     Attack("resources", "CPU", cpu, Weak(changes={"cpus": 2.0})),
