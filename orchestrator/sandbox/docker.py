@@ -173,6 +173,7 @@ class AttachedStream(ByteStream):
     """The channel's bytes over an attach connection."""
 
     def __init__(self, sock: socket.socket) -> None:
+        self._raw = sock
         self._socket = HostSocket(sock)
         self._frames = Demultiplexer()
 
@@ -193,6 +194,11 @@ class AttachedStream(ByteStream):
 
     async def aclose(self) -> None:
         await self._socket.aclose()
+
+    def cut(self) -> None:
+        """End the connection, from any thread. Idempotent."""
+        with contextlib.suppress(OSError):
+            self._raw.shutdown(socket.SHUT_RDWR)
 
 
 def attach(engine: str, container: str) -> socket.socket:
@@ -353,6 +359,8 @@ class DockerGuest(Guest):
 
     def end(self) -> None:
         """Kill and remove it. Blocks. When the engine is gone, root still has the pidfd. Raises SandboxUnusable."""
+        if self._attached:  # the engine does not remove a container while it waits for us to read what that has written
+            self._attached.cut()
         try:
             self._api.remove_container(self._container, force=True, v=True)
         except docker.errors.NotFound:
