@@ -54,6 +54,7 @@ class Attack:
 
     elsewhere: backends on which it gets nothing however weak they are made; there docker's counter-run has to do.
     known: backends on which it succeeds, and why; SECURITY.md tells it among what is not defended.
+    walls: where two defences stand in its way, each taken away alone: it still gets nothing.
     """
 
     group: str
@@ -63,6 +64,7 @@ class Attack:
     expect: frozenset[str] | Callable[[], frozenset[str]] = frozenset()
     elsewhere: Sequence[str] = ()
     known: Mapping[str, str] = field(default_factory=dict[str, str])
+    walls: Mapping[str, Sequence[Weak]] = field(default_factory=dict[str, Sequence[Weak]])
 
     def word(self, backend: str) -> str:
         """What the table says of it."""

@@ -45,6 +45,8 @@ async def test_attack(
         assert found, "it fails here: take it off the list of what is known"
         return
     assert not found
+    for wall in attack.walls.get(backend.name, ()):
+        assert await attack.attempt(stages.stage(backend.name, wall)) == [], "the other defence has to do"
     if backend.name in attack.elsewhere:
         assert await attempt(attack, stages, backend.name) == [], "it can succeed here: prove it here"
         await prove(attack, stages, "docker")

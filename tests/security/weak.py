@@ -219,13 +219,16 @@ UNFILTERED = Weak(
     (without("--seccomp", 1), without("--disable-userns")),
     (host_config(SecurityOpt=["no-new-privileges", "seccomp=unconfined"]),),
 )
+NO_FILTER = Weak((without("--seccomp", 1),), UNFILTERED.body)
+USER_NAMESPACES = Weak((without("--disable-userns"),))
 PRIVILEGED = UNFILTERED | Weak(
     (without("--cap-drop", 1), with_more("--cap-add", "ALL")),
     (host_config(SecurityOpt=["seccomp=unconfined"], CapAdd=_CAPABILITIES), body_with(User="0:0")),
 )
-HOST_NETWORK = UNFILTERED | Weak(
+FILTERED_NETWORK = Weak(
     (instead("--unshare-all", *_SOME),), (host_config(NetworkMode="host"), body_with(NetworkDisabled=False))
 )
+HOST_NETWORK = UNFILTERED | FILTERED_NETWORK
 BRIDGE = UNFILTERED | Weak(
     (instead("--unshare-all", *_SOME),), (host_config(NetworkMode="bridge"), body_with(NetworkDisabled=False))
 )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tests.security import host_view
 from tests.security.frame import Attack, Stage, attacked, breaches, cell, number, seen
-from tests.security.weak import BRIDGE, HOST_NETWORK, UNFILTERED
+from tests.security.weak import BRIDGE, FILTERED_NETWORK, HOST_NETWORK, NO_FILTER, UNFILTERED
 
 FAMILIES = """
 held = []
@@ -163,6 +163,7 @@ async def abstract_sockets(stage: Stage) -> list[str]:
 
 
 GVISOR = ("gvisor",)  # its runtime is configured without the host's network, whatever a container asks for
+WALLS = dict.fromkeys(("bubblewrap", "docker"), (NO_FILTER, FILTERED_NETWORK))
 ATTACKS = [
     Attack(
         "network",
@@ -180,7 +181,9 @@ ATTACKS = [
         lambda: of_the_host(*KERNELS),
         GVISOR,
     ),
-    Attack("network", "addresses of the host", to_the_host, HOST_NETWORK, frozenset({"127.0.0.1"}), GVISOR),
+    Attack(
+        "network", "addresses of the host", to_the_host, HOST_NETWORK, frozenset({"127.0.0.1"}), GVISOR, walls=WALLS
+    ),
     Attack(
         "network", "metadata addresses and the internet", cell(ROUTE), BRIDGE, frozenset({"169.254.169.254"}), GVISOR
     ),

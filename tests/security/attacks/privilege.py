@@ -6,9 +6,10 @@ import os
 import platform
 from pathlib import Path
 
+from orchestrator.sandbox.registry import NAMES
 from tests.security import host_view
 from tests.security.frame import Attack, Stage, cell, number, seen, survives
-from tests.security.weak import OPEN_PROC, PRIVILEGED, UNFILTERED, Weak, host_config
+from tests.security.weak import NO_FILTER, OPEN_PROC, PRIVILEGED, UNFILTERED, USER_NAMESPACES, Weak, host_config
 
 CAPABILITIES = """
 import socket
@@ -234,6 +235,8 @@ async def root_on_the_host(stage: Stage) -> list[str]:
     for status in host_view.guests(repl):
         if "0" in status["Uid"].split() + status["Gid"].split() + status["Groups"].split():
             found.add("root")
+        if stage.backend != "gvisor" and set(status["Uid"].split()) != {str(repl.slot.uid)}:
+            found.add("a user id that is not its own")
         on_the_host = status["user"] == str(Path("/proc/self/ns/user").readlink())
         if on_the_host and any(int(status[name], 16) for name in ("CapEff", "CapPrm", "CapInh", "CapAmb")):
             found.add("capabilities")
@@ -292,6 +295,7 @@ ATTACKS = [
         UNFILTERED,
         frozenset({"unshare user", "clone user", "unshare net"}),
         GVISOR,
+        walls={"bubblewrap": (NO_FILTER, USER_NAMESPACES)},
     ),
     Attack(
         "privilege",
@@ -307,6 +311,7 @@ ATTACKS = [
         cell(AGENT, READV=number("process_vm_readv"), WRITEV=number("process_vm_writev"), PTRACE=number("ptrace")),
         SOFT_AGENT,
         frozenset({"environ"}),
+        walls=dict.fromkeys(NAMES, (UNFILTERED,)),
     ),
     Attack(
         "privilege",
