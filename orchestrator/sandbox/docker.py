@@ -40,28 +40,46 @@ INODES = 16_384  # of /tmp
 KILL_S = 10.0
 WORDS = 4096  # bytes of standard error that are kept
 _STDERR = 2  # stream number in the engine's frames
+# Of the host, and of no use to a cell. What is left tells no more than system calls do: cpuinfo, filesystems, loadavg,
+# meminfo, uptime, version. A process's own mountinfo cannot be masked.
 _MASKED = (
-    *("/proc/acpi", "/proc/asound", "/proc/interrupts", "/proc/kcore", "/proc/keys", "/proc/latency_stats"),
-    *("/proc/sched_debug", "/proc/scsi", "/proc/timer_list", "/proc/timer_stats", "/proc/config.gz"),
-    *("/sys/devices/virtual/powercap", "/sys/firmware", "/sys/kernel"),
+    *("/sys", "/proc/sys", "/proc/acpi", "/proc/asound", "/proc/buddyinfo", "/proc/cgroups", "/proc/cmdline"),
+    *("/proc/config.gz", "/proc/consoles", "/proc/crypto", "/proc/devices", "/proc/diskstats", "/proc/dma"),
+    *("/proc/driver", "/proc/execdomains", "/proc/interrupts", "/proc/iomem", "/proc/ioports", "/proc/kallsyms"),
+    *("/proc/kcore", "/proc/key-users", "/proc/keys", "/proc/kmsg", "/proc/kpagecgroup", "/proc/kpagecount"),
+    *("/proc/kpageflags", "/proc/latency_stats", "/proc/locks", "/proc/mdstat", "/proc/misc", "/proc/modules"),
+    *("/proc/mtrr", "/proc/pagetypeinfo", "/proc/partitions", "/proc/pressure", "/proc/sched_debug"),
+    *("/proc/schedstat", "/proc/scsi", "/proc/slabinfo", "/proc/softirqs", "/proc/stat", "/proc/swaps"),
+    *(
+        "/proc/sysvipc",
+        "/proc/timer_list",
+        "/proc/timer_stats",
+        "/proc/tty",
+        "/proc/vmallocinfo",
+        "/proc/vmstat",
+        "/proc/zoneinfo",
+    ),
 )
-_READ_ONLY = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
+_READ_ONLY = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sysrq-trigger")
+_EMPTY = "ro,noexec,nosuid,nodev,mode=555,size=4k"
 
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
-    """name: as the daemon knows it."""
+    """name: as the daemon knows it. pids: its own. covered: folders with nothing in them, which it starts without."""
 
     name: str
     isolation: Isolation
     pids: int
+    covered: tuple[str, ...] = ()
 
 
 _OF_GVISOR = {
     EXHAUSTION: "a cell that uses up memory or processes ends the sandbox: gVisor holds no process to either limit"
 }
 RUNC = Runtime("runc", Isolation.container, PIDS_OF_AIRLOCK)
-RUNSC = Runtime("runsc", Isolation.gvisor, PIDS_OF_SENTRY)
+# gVisor masks no path, and opens /proc/1/fd to whoever has the agent's user id: a cell could write to the channel.
+RUNSC = Runtime("runsc", Isolation.gvisor, PIDS_OF_SENTRY, ("/proc", "/sys"))
 KATA = Runtime("kata", Isolation.microvm, PIDS_OF_AIRLOCK)
 
 
@@ -102,7 +120,7 @@ def request(spec: SandboxSpec, runtime: Runtime, image: str, seccomp: str, *, ap
                 {"Type": "bind", "Source": str(spec.slot.folder), "Target": "/context", "ReadOnly": True}
                 | {"BindOptions": {"Propagation": "rprivate"}}
             ],
-            "Tmpfs": {"/tmp": tmpfs},  # noqa: S108
+            "Tmpfs": {"/tmp": tmpfs} | dict.fromkeys(runtime.covered, _EMPTY),  # noqa: S108
             "Memory": memory,
             "MemorySwap": memory,  # both together: no swap
             "MemorySwappiness": 0,
@@ -157,6 +175,7 @@ class AttachedStream(ByteStream):
     """The channel's bytes over an attach connection."""
 
     def __init__(self, sock: socket.socket) -> None:
+        self._raw = sock
         self._socket = HostSocket(sock)
         self._frames = Demultiplexer()
 
@@ -177,6 +196,11 @@ class AttachedStream(ByteStream):
 
     async def aclose(self) -> None:
         await self._socket.aclose()
+
+    def cut(self) -> None:
+        """End the connection, from any thread. Idempotent."""
+        with contextlib.suppress(OSError):
+            self._raw.shutdown(socket.SHUT_RDWR)
 
 
 def attach(engine: str, container: str) -> socket.socket:
@@ -357,6 +381,8 @@ class DockerGuest(Guest):
 
     def end(self) -> None:
         """Kill it. Blocks. Root does so itself, the engine there or not; else the engine. Raises SandboxUnusable."""
+        if self._attached:  # the engine does not remove a container while it waits for us to read what that has written
+            self._attached.cut()
         try:
             if self._killed_directly():
                 self._bury(self._container)

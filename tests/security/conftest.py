@@ -1,19 +1,55 @@
 from __future__ import annotations
 
+import shutil
+import tempfile
+from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 
 import pytest
 
 from orchestrator.sandbox.base import Backend
-from orchestrator.sandbox.registry import make_backend
+from orchestrator.sandbox.registry import NAMES, make_backend
 from tests.sandboxes import open_repl
-from tests.security.attacks import Weak
+from tests.security.frame import Stages
+from tests.security.table import Outcome, render
+
+# A program that ends well when it is root's: geteuid, exit(it is not 0). Linked to nothing, so it runs anywhere.
+_CODE = bytes.fromhex("b86b0000000f0531ff85c0400f95c7b83c0000000f05")
+_ELF = (
+    bytes.fromhex("7f454c4602010100000000000000000002003e0001000000780040000000000040000000000000000000000000000000")
+    + bytes.fromhex("00000000400038000100000000000000")
+    + bytes.fromhex("010000000500000000000000000000000000400000000000000040000000000000010000000000000001000000000000")
+    + bytes.fromhex("0010000000000000")
+)
 
 
-@pytest.fixture(scope="session", params=["bubblewrap"])
-def backend(request: pytest.FixtureRequest, home: Path) -> Backend:
-    """The attacks are written against this one; what containers hold is asserted by tests of their own so far."""
-    return make_backend(request.param, least="namespace", home=home)
+@pytest.fixture(scope="module")
+def yard() -> Iterator[Path]:
+    """A folder of the host's that every user can reach, with a secret, a set-uid program and a place to write."""
+    folder = Path(tempfile.mkdtemp(prefix="airlock-yard-", dir="/var/tmp"))  # a sandbox has a /tmp of its own
+    try:
+        folder.chmod(0o755)
+        (folder / "secret").write_text("secret of the host")
+        (folder / "program").write_bytes(_ELF + _CODE)
+        (folder / "program").chmod(0o4755)
+        (folder / "shared").mkdir()
+        (folder / "shared").chmod(0o1777)
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+async def stages(home: Path, yard: Path, image: str) -> AsyncGenerator[Stages]:
+    """Of every backend: what cannot succeed on one is shown to work on another."""
+    backends = {name: make_backend(name, least="namespace", home=home) for name in NAMES}
+    stages = Stages(backends, home, yard)
+    try:
+        yield stages
+    finally:
+        await stages.aclose()
+        for backend in backends.values():
+            backend.close()
 
 
 @pytest.fixture
@@ -22,6 +58,16 @@ async def repl(backend: Backend, home: Path):
         yield opened
 
 
-@pytest.fixture
-def weak(home: Path, monkeypatch: pytest.MonkeyPatch) -> Weak:
-    return Weak(home, monkeypatch)
+_outcomes: dict[tuple[str, str, str], str] = {}
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    for key, value in report.user_properties:
+        if key == "containment" and isinstance(value, Outcome):
+            _outcomes[value.group, value.name, value.backend] = value.word
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if _outcomes:
+        terminalreporter.section("containment: attack by backend")
+        terminalreporter.write_line(render(_outcomes))
