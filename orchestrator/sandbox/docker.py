@@ -12,7 +12,7 @@ import os
 import select
 import signal
 import socket
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,18 @@ import requests.exceptions
 from anyio.abc import ByteStream
 
 from orchestrator.core.errors import SandboxUnusable
-from orchestrator.sandbox.base import EXHAUSTION, Backend, Finding, Guest, Isolation, SandboxSpec, Usage
+from orchestrator.sandbox.base import (
+    CHANNEL,
+    EXHAUSTION,
+    HOST_PATHS,
+    SIGNALS,
+    Backend,
+    Finding,
+    Guest,
+    Isolation,
+    SandboxSpec,
+    Usage,
+)
 from orchestrator.sandbox.cgroup import Cgroup, group_with
 from orchestrator.sandbox.hostsocket import HostSocket
 from orchestrator.sandbox.slots import UID_BASE
@@ -58,8 +69,11 @@ class Runtime:
 
 
 _OF_GVISOR = {
-    EXHAUSTION: "a cell that uses up memory or processes ends the sandbox: gVisor holds no process to either limit"
+    EXHAUSTION: "a cell that uses up memory, by processes too, ends its sandbox: gVisor bounds no single process",
+    SIGNALS: "a cell can end its own sandbox by a signal to process 1, which gVisor does not protect",
+    CHANNEL: "a cell can open the agent's descriptors in /proc/1/fd, and forge frames of its own sandbox",
 }
+_OF_RUNC = {HOST_PATHS: "/proc/self/mountinfo tells the path of the slot's folder on the host"}
 RUNC = Runtime("runc", Isolation.container, PIDS_OF_AIRLOCK)
 RUNSC = Runtime("runsc", Isolation.gvisor, PIDS_OF_SENTRY)
 KATA = Runtime("kata", Isolation.microvm, PIDS_OF_AIRLOCK)
@@ -215,8 +229,6 @@ class Docker(Backend):
     ) -> None:
         self.name = {"runc": "docker", "runsc": "gvisor"}.get(runtime.name, runtime.name)
         self.isolation = runtime.isolation
-        if runtime is RUNSC:
-            self.deviations = _OF_GVISOR
         self._runtime = runtime
         self._image = image
         self._seccomp = seccomp
@@ -224,6 +236,10 @@ class Docker(Backend):
         self._reaped: set[Path] = set()
         self._burials: ThreadPoolExecutor | None = None
         self._api: Any = None  # docker.APIClient, whose types say little
+
+    @property
+    def deviations(self) -> Mapping[str, str]:
+        return {RUNC: _OF_RUNC, RUNSC: _OF_GVISOR}.get(self._runtime, {})
 
     async def launch(self, spec: SandboxSpec) -> Guest:
         # Not to be cancelled: a container that is being made has no name here that could be removed.
@@ -358,6 +374,9 @@ class DockerGuest(Guest):
     def end(self) -> None:
         """Kill it. Blocks. Root does so itself, the engine there or not; else the engine. Raises SandboxUnusable."""
         try:
+            if self._group and self._usage.cpu_s is None:  # it has ended by itself, and its group with it
+                state = self._api.inspect_container(self._container)["State"]
+                self._usage = Usage(None, None, oom=bool(state["OOMKilled"]))
             if self._killed_directly():
                 self._bury(self._container)
             else:
