@@ -166,23 +166,13 @@ def models_list() -> None:
 
 
 @app.command()
-@click.option("--backend", default="auto", show_default=True)
-@click.option("--json", "as_json", is_flag=True)
-def doctor(backend: str, as_json: bool) -> int:
+@click.option("--backend", help="One alone; default: all that there are.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def doctor(backend: str | None, as_json: bool) -> int:
     """Say what works on this machine, what does not, and why."""
-    from orchestrator.doctor import examine
+    from orchestrator.doctor import report
 
-    findings = anyio.run(examine, settings.home(), backend)
-    usable = all(finding.ok for finding in findings if finding.needed)
-    if as_json:
-        rows = [{"name": f.name, "ok": f.ok, "needed": f.needed, "text": f.text} for f in findings]
-        click.echo(json.dumps({"usable": usable, "findings": rows}))
-    else:
-        for finding in findings:
-            mark = "ok  " if finding.ok else "FAIL" if finding.needed else "lack"
-            click.echo(f"{mark}  {finding.name}: {finding.text}")
-        click.echo("usable" if usable else "not usable", err=True)
-    return 0 if usable else 4
+    return anyio.run(partial(report, settings.home(), backend, as_json=as_json))
 
 
 @app.group()

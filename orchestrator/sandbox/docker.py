@@ -12,9 +12,9 @@ import os
 import select
 import signal
 import socket
+import subprocess
 from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,27 +26,15 @@ import requests.exceptions
 from anyio.abc import ByteStream
 
 from orchestrator.core.errors import SandboxUnusable
-from orchestrator.sandbox.base import (
-    CHANNEL,
-    EXHAUSTION,
-    HOST_PATHS,
-    SIGNALS,
-    Backend,
-    Finding,
-    Guest,
-    Isolation,
-    SandboxSpec,
-    Usage,
-)
+from orchestrator.sandbox.base import Backend, Finding, Guest, SandboxSpec, Usage
 from orchestrator.sandbox.cgroup import Cgroup, group_with
 from orchestrator.sandbox.hostsocket import HostSocket
+from orchestrator.sandbox.runtimes import RUNC, Runtime, is_backport, known_faults, why_refused
 from orchestrator.sandbox.slots import UID_BASE
 
 T = TypeVar("T")
 API_TIMEOUT_S = 30
 MEMORY_OF_AIRLOCK = 32 << 20  # supervisor, and the page tables and stacks of a snapshot
-PIDS_OF_AIRLOCK = 8  # supervisor, snapshots
-PIDS_OF_SENTRY = 512  # gVisor's own threads count, too, and die first; the guest's are bounded by rlimits there
 INODES = 16_384  # of /tmp
 KILL_S = 10.0
 WORDS = 4096  # bytes of standard error that are kept
@@ -57,26 +45,6 @@ _MASKED = (
     *("/sys/devices/virtual/powercap", "/sys/firmware", "/sys/kernel"),
 )
 _READ_ONLY = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
-
-
-@dataclass(frozen=True, slots=True)
-class Runtime:
-    """name: as the daemon knows it."""
-
-    name: str
-    isolation: Isolation
-    pids: int
-
-
-_OF_GVISOR = {
-    EXHAUSTION: "a cell that uses up memory, by processes too, ends its sandbox: gVisor bounds no single process",
-    SIGNALS: "a cell can end its own sandbox by a signal to process 1, which gVisor does not protect",
-    CHANNEL: "a cell can open the agent's descriptors in /proc/1/fd, and forge frames of its own sandbox",
-}
-_OF_RUNC = {HOST_PATHS: "/proc/self/mountinfo tells the path of the slot's folder on the host"}
-RUNC = Runtime("runc", Isolation.container, PIDS_OF_AIRLOCK)
-RUNSC = Runtime("runsc", Isolation.gvisor, PIDS_OF_SENTRY)
-KATA = Runtime("kata", Isolation.microvm, PIDS_OF_AIRLOCK)
 
 
 def request(spec: SandboxSpec, runtime: Runtime, image: str, seccomp: str, *, apparmor: bool) -> dict[str, Any]:
@@ -227,7 +195,7 @@ class Docker(Backend):
     def __init__(
         self, image: Callable[[], str], seccomp: Path, runtime: Runtime, engine: str = "/var/run/docker.sock"
     ) -> None:
-        self.name = {"runc": "docker", "runsc": "gvisor"}.get(runtime.name, runtime.name)
+        self.name = runtime.backend
         self.isolation = runtime.isolation
         self._runtime = runtime
         self._image = image
@@ -239,7 +207,7 @@ class Docker(Backend):
 
     @property
     def deviations(self) -> Mapping[str, str]:
-        return {RUNC: _OF_RUNC, RUNSC: _OF_GVISOR}.get(self._runtime, {})
+        return self._runtime.deviations
 
     async def launch(self, spec: SandboxSpec) -> Guest:
         # Not to be cancelled: a container that is being made has no name here that could be removed.
@@ -290,8 +258,13 @@ class Docker(Backend):
         if self._api is None:
             with _told(self._runtime):
                 api: Any = docker.APIClient(f"unix://{self._engine}", version="auto", timeout=API_TIMEOUT_S)
-                self._apparmor = any("apparmor" in option for option in api.info().get("SecurityOptions", ()))
-                self._api = api
+                info = api.info()
+            self._apparmor = any("apparmor" in option for option in info.get("SecurityOptions") or ())
+            why = why_refused(_revision(api, info)) if self._runtime.backend == RUNC.backend else None
+            if why:
+                api.close()
+                raise SandboxUnusable(why)
+            self._api = api
         return self._api
 
     def require_usable(self) -> None:
@@ -320,13 +293,49 @@ class Docker(Backend):
 
     def _diagnose(self) -> list[Finding]:
         try:
-            version = self._connect().version()
-            parts = {part["Name"]: part["Version"] for part in version.get("Components", ())}
+            api = self._connect()
+            version, info = api.version(), api.info()
             self.require_usable()
         except SandboxUnusable as error:
             return [Finding("engine", False, True, str(error))]
-        text = f"Docker {version['Version']}, {', '.join(f'{name} {number}' for name, number in parts.items())}"
-        return [Finding("engine", True, True, text), Finding("image", True, True, self._image())]
+        parts = {part["Name"]: part["Version"] for part in version.get("Components") or ()}
+        text = f"Docker {version['Version']}, containerd {parts.get('containerd', 'of an unknown version')}"
+        lack = "not on this host: the filter of system calls and the capabilities stand without it"
+        return [
+            Finding("engine", True, True, text),
+            *self._diagnose_runtime(api, info),
+            Finding("image", True, True, self._image()),
+            Finding("AppArmor", self._apparmor, False, "profile docker-default" if self._apparmor else lack),
+        ]
+
+    def _diagnose_runtime(self, api: Any, info: dict[str, Any]) -> list[Finding]:
+        name = self._runtime.name
+        if self._runtime.backend != RUNC.backend:
+            return [Finding(name, True, True, _version_of(info["Runtimes"][name].get("path", name)))]
+        revision = _revision(api, info)
+        mended = ", with CVE-2024-21626 mended by the distribution" if is_backport(revision) else ""
+        found = [Finding(name, True, True, f"{revision}{mended}")]
+        if faults := known_faults(revision):
+            found.append(Finding("known-bad", False, False, faults))
+        return found
+
+
+def _revision(api: Any, info: dict[str, Any]) -> str:
+    """Of runc, as far as the engine knows it; a distribution's packages have their own number in it."""
+    named = str(info.get("RuncCommit", {}).get("ID", ""))
+    if "." in named:
+        return named
+    parts = api.version().get("Components") or ()
+    return next((str(part["Version"]) for part in parts if part["Name"] == "runc"), "")
+
+
+def _version_of(program: str) -> str:
+    """The first line that a runtime's program says of its version; it is on this machine, as its engine is."""
+    try:
+        done = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=10, check=True)  # noqa: S603
+    except (OSError, subprocess.SubprocessError):
+        return "of an unknown version"
+    return next(iter(done.stdout.splitlines()), "of an unknown version")
 
 
 def _remove(api: Any, container: str) -> None:

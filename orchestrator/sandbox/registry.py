@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from orchestrator import settings
 from orchestrator.core.errors import NotPermitted, RequestError, SandboxUnusable
 from orchestrator.sandbox.base import Backend, Isolation
 from orchestrator.sandbox.images import Images
+from orchestrator.sandbox.runtimes import RUNTIMES
 
-_ISOLATION = {
-    "bubblewrap": Isolation.namespace,
-    "docker": Isolation.container,
-    "gvisor": Isolation.gvisor,
-}
+_ISOLATION = {"bubblewrap": Isolation.namespace, **{runtime.backend: runtime.isolation for runtime in RUNTIMES}}
 NAMES = tuple(_ISOLATION)
 
 
@@ -59,9 +57,11 @@ def _make(name: str, home: Path) -> Backend:
             from orchestrator.sandbox.bubblewrap import Bubblewrap
 
             return Bubblewrap(home / "cache", seccomp)
-        from orchestrator.sandbox.docker import RUNC, RUNSC, Docker
+        from orchestrator.sandbox.docker import Docker
 
-        return Docker(images(home).expected, seccomp, RUNSC if name == "gvisor" else RUNC, settings.docker_socket())
+        (runtime,) = (runtime for runtime in RUNTIMES if runtime.backend == name)
+        runtime = replace(runtime, name=settings.load_config(home).runtimes.model_dump()[name])
+        return Docker(images(home).expected, seccomp, runtime, settings.docker_socket())
     except ValueError as error:
         raise SandboxUnusable(str(error)) from None
     except ImportError as error:

@@ -6,8 +6,8 @@ import json
 from typing import Any
 
 from orchestrator.core.errors import SandboxDied
-from orchestrator.sandbox.base import EXHAUSTION
-from orchestrator.sandbox.conformance.promise import MIB, Bench, Repl, expect, in_a_sandbox, over_sandboxes
+from orchestrator.sandbox.base import EXHAUSTION, UNBOUNDED
+from orchestrator.sandbox.conformance.promise import MIB, Bench, Broken, Repl, expect, in_a_sandbox, over_sandboxes
 from orchestrator.sandbox.sandbox import Call
 
 # A cell that ends every process it can, its own snapshot with them, and then itself.
@@ -182,7 +182,7 @@ async def memory_to_the_brim(bench: Bench) -> None:
 
 @over_sandboxes(
     "Processes that use up the memory together are killed, which is told, and leave the state from before.",
-    unless={EXHAUSTION: SandboxDied},
+    unless={EXHAUSTION: SandboxDied, UNBOUNDED: Broken},
 )
 async def memory_of_many_processes(bench: Bench) -> None:
     # Each for itself stays below the limit of one process.
