@@ -5,7 +5,6 @@ The answer alone goes to standard output, progress to standard error. Errors are
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -18,6 +17,7 @@ import click
 from orchestrator import settings
 from orchestrator.core import limits
 from orchestrator.core.errors import AirlockError, RequestError
+from orchestrator.core.policy import IMAGES
 from orchestrator.files import Unreadable, read_text
 from orchestrator.named_policy import load_policy
 from orchestrator.streams import answer_lost, open_standard_streams, say
@@ -177,16 +177,17 @@ def doctor(backend: str | None, as_json: bool) -> int:
 
 @app.group()
 def images() -> None:
-    """The image that containers run."""
+    """The images that containers run."""
 
 
 @images.command(name="build")
+@click.argument("name", default=IMAGES[0], metavar=f"[{'|'.join(IMAGES)}]")
 @click.option("--offline", is_flag=True, help="From Debian packages, where no registry is reached.")
-def images_build(offline: bool) -> None:
-    """Build the image with the Docker engine of this machine, and put it on record."""
+def images_build(name: str, offline: bool) -> None:
+    """Build an image with the Docker engine of this machine, and put it on record."""
     from orchestrator.sandbox.registry import build_image
 
-    click.echo(build_image(settings.home(), offline=offline, say=lambda text: click.echo(text, err=True)))
+    click.echo(build_image(settings.home(), name, offline=offline, say=lambda text: click.echo(text, err=True)))
 
 
 @images.command(name="lock")

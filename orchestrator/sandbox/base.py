@@ -91,9 +91,10 @@ class Usage:
 
 
 class Guest(ABC):
-    """A running guest agent."""
+    """A running guest agent. image: the digest of what it runs in; None where that is this machine's own Python."""
 
     stream: ByteStream
+    image: str | None = None
 
     @abstractmethod
     async def kill(self) -> None:

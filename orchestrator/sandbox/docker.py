@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import select
 import signal
 import socket
@@ -190,7 +191,7 @@ def attach(engine: str, container: str) -> socket.socket:
 
 
 class Docker(Backend):
-    """image: digest of the image to run. seccomp: the profile's file. engine: its socket."""
+    """image: gives the digest of the image to run. seccomp: the profile's file. engine: its socket."""
 
     def __init__(
         self, image: Callable[[], str], seccomp: Path, runtime: Runtime, engine: str = "/var/run/docker.sock"
@@ -225,6 +226,7 @@ class Docker(Backend):
         try:
             with _told(self._runtime):
                 guest = DockerGuest(api, self._engine, self._create(api, body, name), self._bury)
+                guest.image = image
                 guest.start()
         except BaseException:
             if guest is not None:
@@ -450,7 +452,7 @@ def _told(runtime: Runtime) -> Generator[None]:
         raise SandboxUnusable("the sandbox's image is not here: run `airlock images build`") from None
     except docker.errors.APIError as error:
         said = " ".join(str(error.explanation or error).split())[:300]
-        if "runtime" in said and runtime.name in said:
+        if re.search("unknown (or invalid )?runtime", said, re.IGNORECASE):
             raise SandboxUnusable(f"Docker has no runtime {runtime.name!r} ({said})") from None
         raise SandboxUnusable(f"Docker could not make a sandbox: {said}") from None
     except (docker.errors.DockerException, requests.exceptions.RequestException, OSError) as error:

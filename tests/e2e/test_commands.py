@@ -79,7 +79,8 @@ def test_doctor_of_what_is_not_there(airlock: Airlock) -> None:
 
 
 def test_doctor_of_a_runc_that_lets_guests_out(airlock: Airlock) -> None:
-    (airlock.home / "images.json").write_text(json.dumps({"id": "sha256:" + "0" * 64, "agent": agent_version()}))
+    record = {"python": {"id": "sha256:" + "0" * 64, "agent": agent_version()}}
+    (airlock.home / "images.json").write_text(json.dumps(record))
     with fake_engine(airlock.folder / "docker.sock", runc="1.1.11") as named:
         airlock.env["DOCKER_HOST"] = named
         doctor = airlock("doctor", "--backend", "docker", code=4)
@@ -167,7 +168,7 @@ def test_audit_show_without_a_journal(airlock: Airlock) -> None:
 
 
 def test_under_the_strict_policy_no_payload_is_kept(airlock: Airlock) -> None:
-    run(airlock, "--policy", "strict")
+    run(airlock, "--policy", airlock.policy("strict", sandbox_least_isolation="namespace"))
     assert airlock.rows("SELECT count(*) FROM payloads") == [(0,)]
     shown = airlock("audit", "show", code=0).out
     assert "question: (not kept: 19 bytes)" in shown

@@ -66,7 +66,8 @@ def test_without_an_image(airlock: Airlock, backend: str) -> None:
 
 def test_an_image_that_is_gone(contained: Airlock, backend: str) -> None:
     record = json.loads((contained.home / "images.json").read_text())
-    (contained.home / "images.json").write_text(json.dumps({**record, "id": "sha256:" + "0" * 64}))
+    record["python"]["id"] = "sha256:" + "0" * 64
+    (contained.home / "images.json").write_text(json.dumps(record))
     done = contained(*execute(contained, "print(1)", backend), code=4)
     assert done.said == "killed: sandbox-unusable: the sandbox's image is not here: run `airlock images build`"
 

@@ -66,7 +66,7 @@ def test_what_is_known_of_a_runc_is_named(revision: str, named: bool):
 @pytest.fixture
 def built(tmp_path: Path) -> Path:
     """A data folder with an image on record."""
-    (tmp_path / "images.json").write_text(json.dumps({"id": IMAGE, "agent": agent_version()}))
+    (tmp_path / "images.json").write_text(json.dumps({"python": {"id": IMAGE, "agent": agent_version()}}))
     return tmp_path
 
 

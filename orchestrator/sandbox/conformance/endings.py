@@ -126,6 +126,7 @@ LEFTOVERS = {
     "a daemon": "if not os.fork():\n    os.setsid()\n    if not os.fork():\n        spin()\n    os._exit(0)\nos.wait()",
     "a thread": "threading.Thread(target=spin).start()",
     "a daemon thread": "threading.Thread(target=spin, daemon=True).start()",
+    "a thread that prints without end": "threading.Thread(target=flood).start()",
     "a raw thread": "_thread.start_new_thread(spin, ())",
     "a thread and a lie": "threading.Thread(target=spin).start()\nthreading.active_count = lambda: 1",
     "a sibling": "libc = ctypes.CDLL(None)\nif not libc.syscall(56, 0x8000 | 17, 0, 0, 0, 0):\n    spin()",
@@ -141,6 +142,9 @@ def spin():
             llm_query('from the cell before')
         except BaseException:
             pass
+def flood():
+    while True:
+        print('x' * 5000)
 """
 # A look at it while it can do no more: it makes its file again and again, if it lives.
 _LOOK = "if os.path.exists('/tmp/alive'): os.unlink('/tmp/alive')\ntime.sleep(0.05)\nos.path.exists('/tmp/alive')"
