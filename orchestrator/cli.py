@@ -5,7 +5,6 @@ The answer alone goes to standard output, progress to standard error. Errors are
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -18,6 +17,7 @@ import click
 from orchestrator import settings
 from orchestrator.core import limits
 from orchestrator.core.errors import AirlockError, RequestError
+from orchestrator.core.policy import IMAGES
 from orchestrator.files import Unreadable, read_text
 from orchestrator.named_policy import load_policy
 from orchestrator.streams import answer_lost, open_standard_streams, say
@@ -184,40 +184,28 @@ def models_list() -> None:
 
 
 @app.command()
-@click.option("--backend", metavar="NAME", default="auto", show_default=True, help="bubblewrap, docker or gvisor.")
+@click.option("--backend", help="One alone; default: all that there are.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def doctor(backend: str, as_json: bool) -> int:
+def doctor(backend: str | None, as_json: bool) -> int:
     """Say what works on this machine, what does not, and why."""
-    from orchestrator.doctor import examine
+    from orchestrator.doctor import report
 
-    findings = anyio.run(examine, settings.home(), backend)
-    usable = all(finding.ok for finding in findings if finding.needed)
-    if as_json:
-        rows = [{"name": f.name, "ok": f.ok, "needed": f.needed, "text": f.text} for f in findings]
-        click.echo(json.dumps({"usable": usable, "findings": rows}))
-    else:
-        for finding in findings:
-            mark = "ok  " if finding.ok else "FAIL" if finding.needed else "lack"
-            click.echo(f"{mark}  {finding.name}: {finding.text}")
-        click.echo("usable" if usable else "not usable", err=True)
-    return 0 if usable else 4
+    return anyio.run(partial(report, settings.home(), backend, as_json=as_json))
 
 
 @app.group()
 def images() -> None:
-    """The image that containers run."""
+    """The images that containers run."""
 
 
 @images.command(name="build")
+@click.argument("name", default=IMAGES[0], metavar=f"[{'|'.join(IMAGES)}]")
 @click.option("--offline", is_flag=True, help="From Debian packages, where no registry is reached.")
-def images_build(offline: bool) -> None:
-    """Build the image, and put it on record.
-
-    Needs the Docker engine of this machine.
-    """
+def images_build(name: str, offline: bool) -> None:
+    """Build an image with the Docker engine of this machine, and put it on record."""
     from orchestrator.sandbox.registry import build_image
 
-    click.echo(build_image(settings.home(), offline=offline, say=lambda text: click.echo(text, err=True)))
+    click.echo(build_image(settings.home(), name, offline=offline, say=lambda text: click.echo(text, err=True)))
 
 
 @images.command(name="lock")

@@ -42,6 +42,17 @@ class PoolSettings(_Strict):
     memory_share: float = Field(default=0.25, gt=0, le=1)
 
 
+_Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
+
+
+class Runtimes(_Strict):
+    """What the Docker engine calls the runtime of each backend."""
+
+    docker: _Name = "runc"
+    gvisor: _Name = "runsc"
+    kata: _Name = "kata"
+
+
 class Config(_Strict):
     """`airlock.toml`. prices: model -> [input, output] in USD per million tokens."""
 
@@ -52,6 +63,7 @@ class Config(_Strict):
     models: dict[str, ModelSettings] = {}
     prices: dict[str, tuple[Decimal, Decimal]] = {}
     pool: PoolSettings = PoolSettings()
+    runtimes: Runtimes = Runtimes()
 
 
 def home() -> Path:

@@ -87,7 +87,10 @@ class Platform:
         self.choices = choices
         self.config = _config(home)
         self.policy = effective_policy(choices)
-        self.backend: Backend = make_backend(choices.backend, least=self.policy.sandbox.least_isolation, home=home)
+        limits = self.policy.sandbox
+        self.backend: Backend = make_backend(
+            choices.backend, least=limits.least_isolation, image=limits.image, home=home
+        )
         self.model = choices.model or self.config.model or ""
         self.sub_model = choices.sub_model or self.config.sub_model or self.model
         self.db = Database(home)

@@ -17,6 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 from orchestrator.core.units import cores, parse_bytes, parse_millicores, parse_ms, parse_usd, usd
 
 ISOLATION = ("namespace", "container", "gvisor", "microvm")  # weakest first
+IMAGES = ("python", "data")  # what has fewer programs first
 PAYLOADS = ("hash", "keep")  # what keeps least first
 
 
@@ -66,6 +67,8 @@ def _stricter(name: str, mine: Any, theirs: Any) -> Any:
         return mine.narrowed(theirs)
     if name == "least_isolation":
         return max(mine, theirs, key=ISOLATION.index)
+    if name == "image":
+        return min(mine, theirs, key=IMAGES.index)
     if name == "payloads":
         return min(mine, theirs, key=PAYLOADS.index)
     if name == "verify_context":
@@ -112,9 +115,10 @@ class Counts(_Section):
 
 
 class SandboxLimits(_Section):
-    """output: bytes a cell may print. shown: characters of it that the root LM sees."""
+    """image: what a container runs. output: bytes a cell may print. shown: characters of it that the root LM sees."""
 
     least_isolation: Literal["namespace", "container", "gvisor", "microvm"]
+    image: Literal["python", "data"]
     cpu: Millicores
     memory: Bytes
     pids: AtLeastOne

@@ -105,8 +105,10 @@ class Supervisor:
         watched = [self._in, self._wake[0]]
         if self._cell:
             watched += [runner.ctl.fileno(), runner.out, runner.err]
-        if making:
-            watched.append(making.ctl.fileno())
+        if (
+            making
+        ):  # what a cell left still writes: a thread that no one reads would hold the lock of the REPL's streams
+            watched += [making.ctl.fileno(), runner.out, runner.err]
         for fd in watched:
             poller.register(fd, select.POLLIN)
         ready = {fd for fd, _event in poller.poll(self._wait_ms())}
@@ -114,8 +116,8 @@ class Supervisor:
             _drain(self._wake[0])
         if self._in in ready:
             self._read_channel()
-        if making and making.ctl.fileno() in ready:
-            self._workers.snapshot_made()
+        if making:
+            self._while_making(made=making.ctl.fileno() in ready)
         elif self._cell:
             # What a cell wrote before its end is in its pipes when its end is seen, for poll looks at the socket first.
             written = [(name, fd) for name, fd in (("out", runner.out), ("err", runner.err)) if fd in ready]
@@ -125,6 +127,12 @@ class Supervisor:
             if runner.ctl.fileno() in ready:
                 self._read_worker(written)
         return self._wake[0] in ready
+
+    def _while_making(self, *, made: bool) -> None:
+        if made:
+            self._workers.snapshot_made()
+        for fd in (self._workers.runner.out, self._workers.runner.err):
+            _drain(fd)
 
     # Time
 

@@ -274,7 +274,12 @@ class _Query:
     def _started_body(self, sandbox: Sandbox) -> dict[str, Any]:
         backend = self._m.backend
         start = {"start": "cold", "because": sandbox.cold_because} if sandbox.cold_because else {"start": "warm"}
-        body = {"backend": backend.name, "isolation": backend.isolation.name, "python": sandbox.python, "image": None}
+        body = {
+            "backend": backend.name,
+            "isolation": backend.isolation.name,
+            "python": sandbox.python,
+            "image": sandbox.image,
+        }
         return {**body, **start}
 
     async def _ended(self, sandbox: Sandbox) -> None:

@@ -91,9 +91,10 @@ class Usage:
 
 
 class Guest(ABC):
-    """A running guest agent."""
+    """A running guest agent. image: the digest of what it runs in; None where that is this machine's own Python."""
 
     stream: ByteStream
+    image: str | None = None
 
     @abstractmethod
     async def kill(self) -> None:
@@ -118,18 +119,23 @@ class Finding:
     text: str
 
 
-EXHAUSTION = "exhaustion"  # a deviation: a cell that uses up memory or processes ends the sandbox, not itself alone
+# Names of deviations.
+EXHAUSTION = "exhaustion"  # a cell that uses up memory ends the sandbox, not itself alone
+SIGNALS = "signals"  # a cell can end its sandbox by a signal to the agent
+UNBOUNDED = "unbounded"  # memory and processors of the sandbox as a whole are not bounded
+HOST_PATHS = "host paths"  # the guest can learn where the context lies on the host
 
 
 class Backend(ABC):
-    """One way of isolating guests. Constructing it does no I/O.
-
-    deviations: name -> what this backend does otherwise than promised; `doctor` shows them, tests hold it to them.
-    """
+    """One way of isolating guests. Constructing it does no I/O."""
 
     name: str
     isolation: Isolation
-    deviations: Mapping[str, str] = {}
+
+    @property
+    def deviations(self) -> Mapping[str, str]:
+        """Name -> what this backend does otherwise than promised, on this machine; it is held to them as well."""
+        return {}
 
     def require_usable(self) -> None:
         """A quick look, for choosing among backends: raises SandboxUnusable when `launch` would for certain. Blocks."""

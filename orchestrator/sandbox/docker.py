@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import select
 import signal
 import socket
-from collections.abc import Callable, Generator
+import subprocess
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,16 +27,15 @@ import requests.exceptions
 from anyio.abc import ByteStream
 
 from orchestrator.core.errors import SandboxUnusable
-from orchestrator.sandbox.base import EXHAUSTION, Backend, Finding, Guest, Isolation, SandboxSpec, Usage
+from orchestrator.sandbox.base import Backend, Finding, Guest, SandboxSpec, Usage
 from orchestrator.sandbox.cgroup import Cgroup, group_with
 from orchestrator.sandbox.hostsocket import HostSocket
+from orchestrator.sandbox.runtimes import RUNC, Runtime, is_backport, known_faults, why_refused
 from orchestrator.sandbox.slots import UID_BASE
 
 T = TypeVar("T")
 API_TIMEOUT_S = 30
 MEMORY_OF_AIRLOCK = 32 << 20  # supervisor, and the page tables and stacks of a snapshot
-PIDS_OF_AIRLOCK = 8  # supervisor, snapshots
-PIDS_OF_SENTRY = 512  # gVisor's own threads count, too, and die first; the guest's are bounded by rlimits there
 INODES = 16_384  # of /tmp
 KILL_S = 10.0
 WORDS = 4096  # bytes of standard error that are kept
@@ -50,37 +50,11 @@ _MASKED = (
     *("/proc/kpageflags", "/proc/latency_stats", "/proc/locks", "/proc/mdstat", "/proc/misc", "/proc/modules"),
     *("/proc/mtrr", "/proc/pagetypeinfo", "/proc/partitions", "/proc/pressure", "/proc/sched_debug"),
     *("/proc/schedstat", "/proc/scsi", "/proc/slabinfo", "/proc/softirqs", "/proc/stat", "/proc/swaps"),
-    *(
-        "/proc/sysvipc",
-        "/proc/timer_list",
-        "/proc/timer_stats",
-        "/proc/tty",
-        "/proc/vmallocinfo",
-        "/proc/vmstat",
-        "/proc/zoneinfo",
-    ),
+    *("/proc/sysvipc", "/proc/timer_list", "/proc/timer_stats", "/proc/tty", "/proc/vmallocinfo"),
+    *("/proc/vmstat", "/proc/zoneinfo"),
 )
 _READ_ONLY = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sysrq-trigger")
 _EMPTY = "ro,noexec,nosuid,nodev,mode=555,size=4k"
-
-
-@dataclass(frozen=True, slots=True)
-class Runtime:
-    """name: as the daemon knows it. pids: its own. covered: folders with nothing in them, which it starts without."""
-
-    name: str
-    isolation: Isolation
-    pids: int
-    covered: tuple[str, ...] = ()
-
-
-_OF_GVISOR = {
-    EXHAUSTION: "a cell that uses up memory or processes ends the sandbox: gVisor holds no process to either limit"
-}
-RUNC = Runtime("runc", Isolation.container, PIDS_OF_AIRLOCK)
-# gVisor masks no path, and opens /proc/1/fd to whoever has the agent's user id: a cell could write to the channel.
-RUNSC = Runtime("runsc", Isolation.gvisor, PIDS_OF_SENTRY, ("/proc", "/sys"))
-KATA = Runtime("kata", Isolation.microvm, PIDS_OF_AIRLOCK)
 
 
 def request(spec: SandboxSpec, runtime: Runtime, image: str, seccomp: str, *, apparmor: bool) -> dict[str, Any]:
@@ -232,15 +206,13 @@ def attach(engine: str, container: str) -> socket.socket:
 
 
 class Docker(Backend):
-    """image: digest of the image to run. seccomp: the profile's file. engine: its socket."""
+    """image: gives the digest of the image to run. seccomp: the profile's file. engine: its socket."""
 
     def __init__(
         self, image: Callable[[], str], seccomp: Path, runtime: Runtime, engine: str = "/var/run/docker.sock"
     ) -> None:
-        self.name = {"runc": "docker", "runsc": "gvisor"}.get(runtime.name, runtime.name)
+        self.name = runtime.backend
         self.isolation = runtime.isolation
-        if runtime is RUNSC:
-            self.deviations = _OF_GVISOR
         self._runtime = runtime
         self._image = image
         self._seccomp = seccomp
@@ -248,6 +220,10 @@ class Docker(Backend):
         self._reaped: set[Path] = set()
         self._burials: ThreadPoolExecutor | None = None
         self._api: Any = None  # docker.APIClient, whose types say little
+
+    @property
+    def deviations(self) -> Mapping[str, str]:
+        return self._runtime.deviations
 
     async def launch(self, spec: SandboxSpec) -> Guest:
         # Not to be cancelled: a container that is being made has no name here that could be removed.
@@ -265,6 +241,7 @@ class Docker(Backend):
         try:
             with _told(self._runtime):
                 guest = DockerGuest(api, self._engine, self._create(api, body, name), self._bury)
+                guest.image = image
                 guest.start()
         except BaseException:
             if guest is not None:
@@ -298,8 +275,13 @@ class Docker(Backend):
         if self._api is None:
             with _told(self._runtime):
                 api: Any = docker.APIClient(f"unix://{self._engine}", version="auto", timeout=API_TIMEOUT_S)
-                self._apparmor = any("apparmor" in option for option in api.info().get("SecurityOptions", ()))
-                self._api = api
+                info = api.info()
+            self._apparmor = any("apparmor" in option for option in info.get("SecurityOptions") or ())
+            why = why_refused(_revision(api, info)) if self._runtime.backend == RUNC.backend else None
+            if why:
+                api.close()
+                raise SandboxUnusable(why)
+            self._api = api
         return self._api
 
     def require_usable(self) -> None:
@@ -328,13 +310,49 @@ class Docker(Backend):
 
     def _diagnose(self) -> list[Finding]:
         try:
-            version = self._connect().version()
-            parts = {part["Name"]: part["Version"] for part in version.get("Components", ())}
+            api = self._connect()
+            version, info = api.version(), api.info()
             self.require_usable()
         except SandboxUnusable as error:
             return [Finding("engine", False, True, str(error))]
-        text = f"Docker {version['Version']}, {', '.join(f'{name} {number}' for name, number in parts.items())}"
-        return [Finding("engine", True, True, text), Finding("image", True, True, self._image())]
+        parts = {part["Name"]: part["Version"] for part in version.get("Components") or ()}
+        text = f"Docker {version['Version']}, containerd {parts.get('containerd', 'of an unknown version')}"
+        lack = "not on this host: the filter of system calls and the capabilities stand without it"
+        return [
+            Finding("engine", True, True, text),
+            *self._diagnose_runtime(api, info),
+            Finding("image", True, True, self._image()),
+            Finding("AppArmor", self._apparmor, False, "profile docker-default" if self._apparmor else lack),
+        ]
+
+    def _diagnose_runtime(self, api: Any, info: dict[str, Any]) -> list[Finding]:
+        name = self._runtime.name
+        if self._runtime.backend != RUNC.backend:
+            return [Finding(name, True, True, _version_of(info["Runtimes"][name].get("path", name)))]
+        revision = _revision(api, info)
+        mended = ", with CVE-2024-21626 mended by the distribution" if is_backport(revision) else ""
+        found = [Finding(name, True, True, f"{revision}{mended}")]
+        if faults := known_faults(revision):
+            found.append(Finding("known-bad", False, False, faults))
+        return found
+
+
+def _revision(api: Any, info: dict[str, Any]) -> str:
+    """Of runc, as far as the engine knows it; a distribution's packages have their own number in it."""
+    named = str(info.get("RuncCommit", {}).get("ID", ""))
+    if "." in named:
+        return named
+    parts = api.version().get("Components") or ()
+    return next((str(part["Version"]) for part in parts if part["Name"] == "runc"), "")
+
+
+def _version_of(program: str) -> str:
+    """The first line that a runtime's program says of its version; it is on this machine, as its engine is."""
+    try:
+        done = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=10, check=True)  # noqa: S603
+    except (OSError, subprocess.SubprocessError):
+        return "of an unknown version"
+    return next(iter(done.stdout.splitlines()), "of an unknown version")
 
 
 def _remove(api: Any, container: str) -> None:
@@ -384,6 +402,9 @@ class DockerGuest(Guest):
         if self._attached:  # the engine does not remove a container while it waits for us to read what that has written
             self._attached.cut()
         try:
+            if self._group and self._usage.cpu_s is None:  # it has ended by itself, and its group with it
+                state = self._api.inspect_container(self._container)["State"]
+                self._usage = Usage(None, None, oom=bool(state["OOMKilled"]))
             if self._killed_directly():
                 self._bury(self._container)
             else:
@@ -448,7 +469,7 @@ def _told(runtime: Runtime) -> Generator[None]:
         raise SandboxUnusable("the sandbox's image is not here: run `airlock images build`") from None
     except docker.errors.APIError as error:
         said = " ".join(str(error.explanation or error).split())[:300]
-        if "runtime" in said and runtime.name in said:
+        if re.search("unknown (or invalid )?runtime", said, re.IGNORECASE):
             raise SandboxUnusable(f"Docker has no runtime {runtime.name!r} ({said})") from None
         raise SandboxUnusable(f"Docker could not make a sandbox: {said}") from None
     except (docker.errors.DockerException, requests.exceptions.RequestException, OSError) as error:

@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from orchestrator import settings
 from orchestrator.core.errors import NotPermitted, RequestError, SandboxUnusable
+from orchestrator.core.policy import IMAGES
 from orchestrator.sandbox.base import Backend, Isolation
 from orchestrator.sandbox.images import Images
+from orchestrator.sandbox.runtimes import RUNTIMES
 
-_ISOLATION = {
-    "bubblewrap": Isolation.namespace,
-    "docker": Isolation.container,
-    "gvisor": Isolation.gvisor,
-}
+_ISOLATION = {"bubblewrap": Isolation.namespace, **{runtime.backend: runtime.isolation for runtime in RUNTIMES}}
 NAMES = tuple(_ISOLATION)
 
 
-def make_backend(name: str, *, least: str, home: Path) -> Backend:
+def make_backend(name: str, *, least: str, home: Path, image: str = IMAGES[0]) -> Backend:
     """The backend called `name`, or, for `auto`, the strongest that is usable. home: the data folder.
 
-    Raises RequestError for an unknown name, NotPermitted when the policy asks for more isolation than it gives,
-    SandboxUnusable when it cannot be loaded, or `auto` finds none. Weaker isolation than `least` is never picked.
+    Raises RequestError for an unknown name, NotPermitted when the policy asks for more isolation than it gives or for
+    an image that it has not, SandboxUnusable when it cannot be loaded, or `auto` finds none. Neither weaker isolation
+    than `least` nor another image is ever picked.
     """
     if name == "auto":
-        return _strongest(least, home)
+        return _strongest(least, home, image)
     if name not in NAMES:
         raise RequestError(f"there is no backend {name!r}; there are {', '.join(NAMES)} and auto")
     if _ISOLATION[name] < Isolation[least]:
@@ -34,17 +35,17 @@ def make_backend(name: str, *, least: str, home: Path) -> Backend:
             limit=least,
             asked=_ISOLATION[name].name,
         )
-    return _make(name, home)
+    return _make(name, home, image)
 
 
-def _strongest(least: str, home: Path) -> Backend:
+def _strongest(least: str, home: Path, image: str) -> Backend:
     enough = [name for name in reversed(NAMES) if _ISOLATION[name] >= Isolation[least]]
     why: list[str] = []
     for name in enough:
         try:
-            backend = _make(name, home)
+            backend = _make(name, home, image)
             backend.require_usable()
-        except SandboxUnusable as error:
+        except (SandboxUnusable, NotPermitted) as error:
             why.append(f"{name}: {error}")
         else:
             return backend
@@ -52,16 +53,24 @@ def _strongest(least: str, home: Path) -> Backend:
     raise SandboxUnusable(f"no backend with isolation of at least {least!r}, which the policy asks for: {said}")
 
 
-def _make(name: str, home: Path) -> Backend:
+def _make(name: str, home: Path, image: str) -> Backend:
+    if name == "bubblewrap" and image != IMAGES[0]:
+        raise NotPermitted(
+            f"the policy asks for image {image!r}, and backend bubblewrap has this machine's Python: take a container",
+            limit=image,
+            asked=name,
+        )
     seccomp = settings.data_folder("policies") / "seccomp.json"
     try:
         if name == "bubblewrap":
             from orchestrator.sandbox.bubblewrap import Bubblewrap
 
             return Bubblewrap(home / "cache", seccomp)
-        from orchestrator.sandbox.docker import RUNC, RUNSC, Docker
+        from orchestrator.sandbox.docker import Docker
 
-        return Docker(images(home).expected, seccomp, RUNSC if name == "gvisor" else RUNC, settings.docker_socket())
+        (runtime,) = (runtime for runtime in RUNTIMES if runtime.backend == name)
+        runtime = replace(runtime, name=settings.load_config(home).runtimes.model_dump()[name])
+        return Docker(partial(images(home).expected, image), seccomp, runtime, settings.docker_socket())
     except ValueError as error:
         raise SandboxUnusable(str(error)) from None
     except ImportError as error:
@@ -78,14 +87,14 @@ def pool_size(sizes: Mapping[str, int], backend: Backend) -> int:
     return sizes.get(backend.name, sizes.get(backend.isolation.name, 0))
 
 
-def build_image(home: Path, *, offline: bool, say: Callable[[str], None]) -> str:
-    """Build the containers' image, and put it on record; its id. Raises SandboxUnusable."""
+def build_image(home: Path, name: str = IMAGES[0], *, offline: bool, say: Callable[[str], None]) -> str:
+    """Build an image of containers, and put it on record; its id. Raises RequestError, SandboxUnusable."""
     try:
         from orchestrator.sandbox.docker import engine
 
         home.mkdir(parents=True, exist_ok=True, mode=0o700)
         with engine(settings.docker_socket()) as api:
-            return images(home).build(api, offline=offline, say=say)
+            return images(home).build(api, name, offline=offline, say=say)
     except (ImportError, ValueError, OSError) as error:
         raise SandboxUnusable(f"the image cannot be built: {error}") from None
 

@@ -76,6 +76,11 @@ class Sandbox:
         self.python = ""
         self.cold_because = "no sandboxes are kept ready"  # empty for one that was started before it was asked for
 
+    @property
+    def image(self) -> str | None:
+        """The digest of the image that it runs in, if it is in a container."""
+        return self._guest.image
+
     async def start(self) -> None:
         """Raises SandboxUnusable when the agent does not come up."""
         hello = {"type": "hello", "version": wire.VERSION, "limits": self._spec.guest_limits()}

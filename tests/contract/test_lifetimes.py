@@ -7,11 +7,9 @@ from pathlib import Path
 import anyio
 import pytest
 
-from orchestrator.core.errors import SandboxDied
-from orchestrator.sandbox.base import Backend, Isolation, Usage
+from orchestrator.sandbox.base import Backend, Isolation
 from orchestrator.sandbox.cgroup import own_hierarchy
 from orchestrator.sandbox.sandbox import Call
-from orchestrator.store.contexts import ContextStore
 from tests.sandboxes import MIB, Repl, open_repl, processes_of, until
 
 pytestmark = pytest.mark.anyio
@@ -74,47 +72,6 @@ async def test_an_error_of_the_caller_ends_the_sandbox_and_is_not_changed(backen
     with pytest.raises(FileNotFoundError, match="the caller's own"):
         await fail()
     assert mine or not seen_from_outside(backend)
-
-
-async def test_kill_is_idempotent_and_concurrent(backend: Backend, home: Path):
-    async with open_repl(backend, home) as repl:
-        mine = processes_of(repl.slot.uid)
-        guest = repl.sandbox._guest
-        async with anyio.create_task_group() as tasks:
-            for _ in range(5):
-                tasks.start_soon(guest.kill)
-        await guest.kill()
-        await repl.sandbox.close()
-        assert not mine & processes_of(repl.slot.uid)
-        usage = await guest.usage()
-        assert isinstance(usage, Usage)
-        assert usage.cpu_s is None or usage.cpu_s > 0
-        with pytest.raises(SandboxDied):
-            await repl.run("1")
-
-
-async def test_kill_while_a_cell_runs(backend: Backend, home: Path):
-    async with open_repl(backend, home) as repl:
-
-        async def on_call(_call: Call) -> str:
-            await repl.sandbox.close()
-            return "too late"
-
-        with pytest.raises(SandboxDied):
-            await repl.run("llm_query('x')\nwhile True:\n    pass", on_call=on_call)
-
-
-async def test_two_sandboxes_do_not_see_each_other(backend: Backend, home: Path, store: ContextStore):
-    async with open_repl(backend, home) as one, open_repl(backend, home) as other:
-        one.sandbox.attach(store.ingest_value("of the first"))
-        assert one.slot != other.slot
-        await one.run("open('/tmp/secret', 'w').write('x')\nimport os\nif not os.fork():\n    while True: pass")
-        look = "import os\n(context, os.listdir('/context'), os.listdir('/tmp'), os.getpid() < 50)"
-        assert await other.out(look) == "(None, [], [], True)"
-        await other.run("os.kill(-1, 9)")
-        assert await one.out("context") == "'of the first'"
-        mine, theirs = processes_of(one.slot.uid), processes_of(other.slot.uid)
-        assert one.slot.uid is None or not mine & theirs
 
 
 async def test_usage_is_measured(backend: Backend, home: Path):

@@ -6,9 +6,13 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import anyio
 import pytest
 
+from orchestrator.sandbox.bubblewrap import Bubblewrap
+from orchestrator.store.db import Database
 from tests.command import Airlock, copy_home
+from tests.sandboxes import SECCOMP, open_repl
 from tests.warm import Warm
 
 
@@ -23,8 +27,15 @@ def seed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data folder with its database made and its agent packed, to be copied: the first start is paid for once."""
     assert os.geteuid() == 0, "these tests take root, as `make test` has it in CI"
     folder = tmp_path_factory.mktemp("seed")
-    Airlock(folder / "home", folder)("doctor", code=0)
-    return folder / "home"
+    home = folder / "home"
+    Database(home).close()
+
+    async def start_one() -> None:
+        async with open_repl(Bubblewrap(home / "cache", SECCOMP), home) as repl:
+            await repl.run("1")
+
+    anyio.run(start_one)
+    return home
 
 
 @pytest.fixture

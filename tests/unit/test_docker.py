@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from hypothesis import strategies as st
 from orchestrator.core.errors import NotPermitted, RequestError, SandboxUnusable
 from orchestrator.sandbox.agent import agent_version
 from orchestrator.sandbox.base import Isolation, Slot
-from orchestrator.sandbox.docker import RUNC, RUNSC, Demultiplexer, request
+from orchestrator.sandbox.docker import Demultiplexer, request
 from orchestrator.sandbox.images import Images
 from orchestrator.sandbox.registry import make_backend
+from orchestrator.sandbox.runtimes import RUNC, RUNSC
 from tests.sandboxes import MIB, SECCOMP, spec_for
 from tests.unit.helpers import quick
 
@@ -119,29 +121,50 @@ def images(folder: Path, content: str | None) -> Images:
 
 
 def test_the_image_on_record_is_the_one_that_runs(tmp_path: Path):
-    record = json.dumps({"id": IMAGE, "agent": agent_version()})
-    assert images(tmp_path, record).expected() == IMAGE
+    record = {"python": {"id": IMAGE, "agent": agent_version()}, "data": {"id": "other", "agent": agent_version()}}
+    assert images(tmp_path, json.dumps(record)).expected("python") == IMAGE
+    assert images(tmp_path, json.dumps(record)).expected("data") == "other"
 
 
 @pytest.mark.parametrize(
     ("record", "says"),
     [
         (None, "is not built"),
+        ("{}", "is not built"),
+        (json.dumps({"python": {"id": IMAGE}}), "is not built"),
         ("", "cannot read"),
         ("[]", "cannot read"),
-        (json.dumps({"id": IMAGE}), "cannot read"),
-        (json.dumps({"id": IMAGE, "agent": "another"}), "is of another version"),
+        ('{"python": []}', "cannot read"),
+        (json.dumps({"python": {"id": IMAGE, "agent": "another"}}), "is of another version"),
     ],
 )
 def test_without_the_right_image_nothing_runs(tmp_path: Path, record: str | None, says: str):
-    with pytest.raises(SandboxUnusable, match=says):
-        images(tmp_path, record).expected()
+    with pytest.raises(SandboxUnusable, match=f"{says}.*: run `airlock images build`"):
+        images(tmp_path, record).expected("python")
+
+
+def test_one_image_does_not_stand_for_another(tmp_path: Path):
+    record = json.dumps({"python": {"id": IMAGE, "agent": agent_version()}})
+    with pytest.raises(SandboxUnusable, match="the image 'data' is not built: run `airlock images build data`"):
+        images(tmp_path, record).expected("data")
+    with pytest.raises(RequestError, match="there is no image 'gpu'; there are python and data"):
+        images(tmp_path, record).build(None, "gpu", offline=True, say=print)
 
 
 def test_the_lock_names_whole_packages():
-    packages = images(SOURCES, None).packages()
-    assert {"libc6", "python3.11-minimal", "libpython3.11-stdlib"} <= {package.name for package in packages}
-    assert all(len(package.sha256) == 64 for package in packages)
+    python, data = (images(SOURCES, None).packages(name) for name in ("python", "data"))
+    assert {"libc6", "python3.11-minimal", "libpython3.11-stdlib"} <= {package.name for package in python}
+    assert data[: len(python)] == python
+    assert {"python3-numpy", "python3-pandas", "tzdata"} <= {package.name for package in data[len(python) :]}
+    assert all(re.fullmatch("[0-9a-f]{64}", package.sha256) for package in data)
+    assert len({package.name for package in data}) == len(data)
+
+
+def test_an_image_that_a_backend_has_not_is_refused(tmp_path: Path):
+    with pytest.raises(NotPermitted, match="asks for image 'data', and backend bubblewrap has this machine's Python"):
+        make_backend("bubblewrap", least="namespace", home=tmp_path, image="data")
+    with pytest.raises(SandboxUnusable, match=r"the image 'data' is not built.*; bubblewrap: the policy asks"):
+        make_backend("auto", least="namespace", home=tmp_path, image="data")
 
 
 def test_weaker_isolation_is_never_picked(tmp_path: Path):
@@ -149,12 +172,11 @@ def test_weaker_isolation_is_never_picked(tmp_path: Path):
     with pytest.raises(NotPermitted, match="gives 'container'"):
         make_backend("docker", least="gvisor", home=tmp_path)
     with pytest.raises(
-        SandboxUnusable, match="at least 'gvisor', which the policy asks for: gvisor: the sandbox's image"
+        SandboxUnusable,
+        match=r"at least 'gvisor', which the policy asks for: kata: the sandbox's image .*; gvisor: the",
     ):
         make_backend("auto", least="gvisor", home=tmp_path)
-    with pytest.raises(SandboxUnusable, match="there is none"):
-        make_backend("auto", least="microvm", home=tmp_path)
-    with pytest.raises(RequestError, match="there are bubblewrap, docker, gvisor and auto"):
+    with pytest.raises(RequestError, match="there are bubblewrap, docker, gvisor, kata and auto"):
         make_backend("podman", least="namespace", home=tmp_path)
 
 

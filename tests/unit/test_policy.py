@@ -11,13 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from orchestrator.core.policy import ISOLATION, PAYLOADS, Policy
+from orchestrator.core.policy import IMAGES, ISOLATION, PAYLOADS, Policy
 from orchestrator.core.policy_file import parse_policy
 from tests.unit.helpers import DEFAULT, POLICIES, policy, quick
 
 PATTERNS = ("*", "gpt-*", "gpt-5", "local:*", "gpt-[45]")
 MODELS = ("gpt-5", "gpt-4", "local:x", "o3")
-RANK = {"least_isolation": lambda value: -ISOLATION.index(value), "payloads": PAYLOADS.index}
+RANK = {
+    "least_isolation": lambda value: -ISOLATION.index(value),
+    "image": IMAGES.index,
+    "payloads": PAYLOADS.index,
+}
 
 
 def leaves(model: type[BaseModel] = Policy, above: str = "") -> list[str]:
@@ -35,6 +39,8 @@ def values(key: str) -> st.SearchStrategy[Any]:
             return st.lists(st.sampled_from(PATTERNS), min_size=1, max_size=3).map(lambda names: (tuple(names),))
         case "sandbox.least_isolation":
             return st.sampled_from(ISOLATION)
+        case "sandbox.image":
+            return st.sampled_from(IMAGES)
         case "audit.payloads":
             return st.sampled_from(PAYLOADS)
         case "audit.verify_context":
