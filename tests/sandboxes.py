@@ -13,12 +13,25 @@ import anyio
 from orchestrator.sandbox.base import Backend, SandboxSpec, Slot
 from orchestrator.sandbox.conformance.endings import KILL_ALL
 from orchestrator.sandbox.conformance.promise import MIB, Repl, processes_of, small_spec, status_of
+from orchestrator.sandbox.registry import NAMES
 from orchestrator.sandbox.sandbox import open_sandbox
 from orchestrator.sandbox.slots import Slots
 
-__all__ = ["KILL_ALL", "MIB", "SECCOMP", "Repl", "open_repl", "processes_of", "spec_for", "status_of", "until"]
+__all__ = [
+    "BACKENDS",
+    "KILL_ALL",
+    "MIB",
+    "SECCOMP",
+    "Repl",
+    "open_repl",
+    "processes_of",
+    "spec_for",
+    "status_of",
+    "until",
+]
 
 SECCOMP = Path(__file__).parents[1] / "policies" / "seccomp.json"
+BACKENDS = tuple(name for name in NAMES if name != "kata")  # kata takes a machine that few have
 spec_for = small_spec
 
 

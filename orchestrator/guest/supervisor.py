@@ -131,6 +131,7 @@ class Supervisor:
     def _while_making(self, *, made: bool) -> None:
         if made:
             self._workers.snapshot_made()
+            self._forget_what_came_late()
         for fd in (self._workers.runner.out, self._workers.runner.err):
             _drain(fd)
 
@@ -254,6 +255,16 @@ class Supervisor:
         cell.newest_call = frame["id"]
         cell.calls.add(frame["id"])
         self._send(frame)  # as it was understood here, not as it was written
+
+    def _forget_what_came_late(self) -> None:
+        """What was written to the runner's socket after its cell's end is no word of the next one. All are stopped."""
+        runner = self._workers.runner
+        try:
+            while runner.ctl.recv(READ, socket.MSG_DONTWAIT):
+                pass
+        except OSError:
+            pass
+        runner.buffer.clear()
 
     def _kill_runner(self, fault: str) -> None:
         self._fault = self._fault or "%s and was killed" % fault

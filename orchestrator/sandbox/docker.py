@@ -7,15 +7,17 @@ containers alone: no network, no volume. The engine's API: https://docs.docker.c
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import re
+import secrets
 import select
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -236,11 +238,11 @@ class Docker(Backend):
         self._reap(api, spec.slot.folder.parent)
         image = self._image()
         body = request(spec, self._runtime, image, self._seccomp.read_text(), apparmor=self._apparmor)
-        name = _name(spec)
         guest: DockerGuest | None = None
         try:
             with _told(self._runtime):
-                guest = DockerGuest(api, self._engine, self._create(api, body, name), self._bury)
+                container = api.create_container_from_config(body, _name(spec))["Id"]
+                guest = DockerGuest(api, self._engine, container, partial(self._bury, api))
                 guest.image = image
                 guest.start()
         except BaseException:
@@ -254,22 +256,13 @@ class Docker(Backend):
         if slots in self._reaped:
             return
         self._reaped.add(slots)
-        filters = {"label": f"airlock.slots={slots}", "status": ["exited", "dead"]}
+        filters = {"label": f"airlock.slots={slots}", "status": ["exited", "dead", "created"]}
         with _told(self._runtime):
             for container in api.containers(all=True, filters=filters):
+                if container["State"] == "created" and time.time() - container["Created"] < 2 * API_TIMEOUT_S:
+                    continue  # another orchestrator is about to start it
                 with contextlib.suppress(docker.errors.APIError):  # another orchestrator was faster
                     api.remove_container(container["Id"], force=True, v=True)
-
-    @staticmethod
-    def _create(api: Any, body: dict[str, Any], name: str) -> str:
-        try:
-            return api.create_container_from_config(body, name)["Id"]
-        except docker.errors.APIError as error:
-            if error.status_code != 409:
-                raise
-        # Whoever holds the slot owns the name: what has it was left by an orchestrator that died.
-        api.remove_container(name, force=True, v=True)
-        return api.create_container_from_config(body, name)["Id"]
 
     def _connect(self) -> Any:
         if self._api is None:
@@ -291,11 +284,11 @@ class Docker(Backend):
             if self._runtime.name not in api.info().get("Runtimes", {}):
                 raise SandboxUnusable(f"Docker has no runtime {self._runtime.name!r}: see /etc/docker/daemon.json")
 
-    def _bury(self, container: str) -> None:
+    def _bury(self, api: Any, container: str) -> None:
         """Have the engine forget a container that has ended, which takes it a while. `close` waits for that."""
         if self._burials is None:
             self._burials = ThreadPoolExecutor(1, "airlock-burials")
-        self._burials.submit(_remove, self._connect(), container)
+        self._burials.submit(_remove, api, container)
 
     def close(self) -> None:
         if self._burials is not None:
@@ -356,7 +349,7 @@ def _version_of(program: str) -> str:
 
 
 def _remove(api: Any, container: str) -> None:
-    # One that stays is in nobody's way: it has ended, and whoever takes its slot, or starts next, removes it.
+    # One that stays is in nobody's way: it has ended, and the next orchestrator's first launch removes it.
     with contextlib.suppress(docker.errors.DockerException, requests.exceptions.RequestException):
         api.remove_container(container, force=True, v=True)
 
@@ -456,8 +449,8 @@ def engine(path: str) -> Generator[Any]:
 
 
 def _name(spec: SandboxSpec) -> str:
-    folder = hashlib.sha256(str(spec.slot.folder.parent).encode()).hexdigest()[:8]
-    return f"airlock-{folder}-{spec.slot.number}"
+    """Of one container alone: the one that had the slot before may still be on the engine's list."""
+    return f"airlock-{spec.slot.number}-{secrets.token_hex(6)}"
 
 
 @contextlib.contextmanager

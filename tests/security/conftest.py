@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from orchestrator.sandbox.base import Backend
-from orchestrator.sandbox.registry import NAMES, make_backend
-from tests.sandboxes import open_repl
+from orchestrator.sandbox.registry import make_backend
+from tests.sandboxes import BACKENDS, open_repl
 from tests.security.frame import Stages
 from tests.security.table import Outcome, render
 
@@ -42,7 +42,7 @@ def yard() -> Iterator[Path]:
 @pytest.fixture(scope="module")
 async def stages(home: Path, yard: Path, image: str) -> AsyncGenerator[Stages]:
     """Of every backend: what cannot succeed on one is shown to work on another."""
-    backends = {name: make_backend(name, least="namespace", home=home) for name in NAMES}
+    backends = {name: make_backend(name, least="namespace", home=home) for name in BACKENDS}
     stages = Stages(backends, home, yard)
     try:
         yield stages

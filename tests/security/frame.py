@@ -14,9 +14,8 @@ import pyseccomp
 
 from orchestrator.core.errors import SandboxDied
 from orchestrator.sandbox.base import Backend
-from orchestrator.sandbox.registry import NAMES
 from orchestrator.sandbox.sandbox import CellResult
-from tests.sandboxes import Repl
+from tests.sandboxes import BACKENDS, Repl
 from tests.security.weak import WHOLE, Weak, open_weak
 
 HELD, HOLE, NOT_IMPLEMENTED = "held", "HOLE", "not implemented"
@@ -80,7 +79,7 @@ class Stages:
     """Opens stages; a sandbox whose state no attack changes is shared among attacks."""
 
     def __init__(self, backends: Mapping[str, Backend], home: Path, yard: Path) -> None:
-        assert set(backends) <= set(NAMES)
+        assert set(backends) <= set(BACKENDS)
         self._backends, self.home, self.yard = backends, home, yard
         self._shared: dict[tuple[str, int], tuple[Repl, AsyncExitStack]] = {}
         self.proved: set[tuple[str, str]] = set()

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.sandbox.registry import NAMES
+from tests.sandboxes import BACKENDS
 from tests.security.frame import Attack
 
 SECURITY = Path(__file__).parents[2] / "SECURITY.md"
@@ -26,14 +26,14 @@ class Outcome:
 
 def promised(attacks: list[Attack]) -> dict[tuple[str, str, str], str]:
     """What every test has to find."""
-    return {(each.group, each.name, backend): each.word(backend) for each in attacks for backend in NAMES}
+    return {(each.group, each.name, backend): each.word(backend) for each in attacks for backend in BACKENDS}
 
 
 def render(outcomes: Mapping[tuple[str, str, str], str]) -> str:
     """Markdown that reads well as text, too."""
-    rows = [("group", "attack", *NAMES)]
+    rows = [("group", "attack", *BACKENDS)]
     for group, name in dict.fromkeys(key[:2] for key in outcomes):
-        rows.append((group, name, *(outcomes.get((group, name, backend), "-") for backend in NAMES)))
+        rows.append((group, name, *(outcomes.get((group, name, backend), "-") for backend in BACKENDS)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]) + "\n"

@@ -6,7 +6,7 @@ import os
 import platform
 from pathlib import Path
 
-from orchestrator.sandbox.registry import NAMES
+from tests.sandboxes import BACKENDS
 from tests.security import host_view
 from tests.security.frame import Attack, Stage, cell, number, seen, survives
 from tests.security.weak import NO_FILTER, OPEN_PROC, PRIVILEGED, UNFILTERED, USER_NAMESPACES, Weak, host_config
@@ -311,7 +311,7 @@ ATTACKS = [
         cell(AGENT, READV=number("process_vm_readv"), WRITEV=number("process_vm_writev"), PTRACE=number("ptrace")),
         SOFT_AGENT,
         frozenset({"environ"}),
-        walls=dict.fromkeys(NAMES, (UNFILTERED,)),
+        walls=dict.fromkeys(BACKENDS, (UNFILTERED,)),
     ),
     Attack(
         "privilege",

@@ -13,7 +13,8 @@ from orchestrator.core.errors import SandboxDied
 from orchestrator.guest.processes import OURS
 from orchestrator.sandbox import sandbox
 from orchestrator.sandbox.bubblewrap import MEMORY_OF_AIRLOCK, PIDS_OF_AIRLOCK, BubblewrapGuest
-from orchestrator.sandbox.docker import PIDS_OF_SENTRY, DockerGuest
+from orchestrator.sandbox.docker import DockerGuest
+from orchestrator.sandbox.runtimes import PIDS_OF_SENTRY
 from tests.sandboxes import MIB, status_of
 from tests.security import host_view
 from tests.security.frame import Attack, Attempt, Stage, attacked, breaches, survives
@@ -307,6 +308,7 @@ MORE_INODES = MORE_MEMORY | Weak(
 )
 NO_SNAPSHOT = Weak(agent="Workers._make_snapshot = lambda self: None")
 NO_SWEEP = Weak(agent="Workers._sweep = lambda self: False")
+NO_END = NO_SWEEP | Weak(agent="Supervisor._forget_what_came_late = lambda self: None")
 NO_WATCH = Weak(agent="Supervisor._watch_time = lambda self: None", host=soon)
 LARGE = 512 * MIB
 ATTACKS = [

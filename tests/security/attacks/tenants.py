@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import uuid
 
-from orchestrator.sandbox.registry import NAMES
 from orchestrator.store.contexts import ContextStore
+from tests.sandboxes import BACKENDS
 from tests.security import host_view
 from tests.security.attacks.channel import HOSTILE
 from tests.security.frame import PRELUDE, Attack, Attempt, Stage, attacked, breaches, number
@@ -200,6 +200,6 @@ ATTACKS = [
         locks("/context/data", of_python=False),
         WITH_YARD,
         elsewhere=GVISOR,
-        known={name: SIGNAL for name in NAMES if name != "gvisor"},
+        known={name: SIGNAL for name in BACKENDS if name != "gvisor"},
     ),
 ]
