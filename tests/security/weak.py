@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 
 from orchestrator.sandbox import agent, bubblewrap, docker
@@ -64,6 +65,8 @@ class Weak:
 class Weakened(Backend):
     """`inner`, which launches what `weak` makes of it."""
 
+    _launching = anyio.Lock()  # one patch at a time
+
     def __init__(self, inner: Backend, weak: Weak, yard: Path, cache: Path) -> None:
         self.name, self.isolation = inner.name, inner.isolation
         self._inner, self._weak, self._yard, self._cache = inner, weak, yard, cache
@@ -72,7 +75,6 @@ class Weakened(Backend):
         weak = self._weak
         launcher = getattr(self._inner, "_launcher", None)
         scene = Scene(spec, self._yard, launcher.reach if launcher and spec.slot.uid is not None else Path)
-        command, request = bubblewrap.command, docker.request
 
         def edited_command(*arguments: Any) -> list[str]:
             made = command(*arguments)
@@ -90,12 +92,14 @@ class Weakened(Backend):
                 mount(body, _agent_with(weak.agent, self._cache), "/agent.pyz")
             return body
 
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(bubblewrap, "command", edited_command)
-            patch.setattr(docker, "request", edited_request)
-            if weak.agent:
-                patch.setattr(bubblewrap, "agent_file", lambda folder: _agent_with(weak.agent, folder))
-            return await self._inner.launch(spec)
+        async with self._launching:
+            command, request = bubblewrap.command, docker.request
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(bubblewrap, "command", edited_command)
+                patch.setattr(docker, "request", edited_request)
+                if weak.agent:
+                    patch.setattr(bubblewrap, "agent_file", lambda folder: _agent_with(weak.agent, folder))
+                return await self._inner.launch(spec)
 
     async def diagnose(self) -> list[Finding]:
         return await self._inner.diagnose()

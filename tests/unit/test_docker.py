@@ -82,6 +82,12 @@ def test_gvisor_gets_room_for_its_own_threads():
     assert (config["Runtime"], config["PidsLimit"]) == ("runsc", 522)
 
 
+def test_what_is_the_hosts_in_proc_and_sys_is_out_of_sight():
+    assert {"/sys", "/proc/sys", "/proc/cmdline", "/proc/stat", "/proc/kcore"} <= set(host()["MaskedPaths"])
+    covered = host(runtime=RUNSC)["Tmpfs"]  # it masks no path, and starts without either
+    assert covered["/proc"] == covered["/sys"] == "ro,noexec,nosuid,nodev,mode=555,size=4k"
+
+
 def test_a_container_ends_with_its_orchestrator_and_leaves_no_log():
     config, whole = host(), asked()
     assert whole["OpenStdin"]

@@ -131,7 +131,15 @@ async def said(stage: Stage, code: str, timeout_s: float = 0.5) -> list[str]:
 
 def each(cases: dict[str, str]) -> Attempt:
     async def attempt(stage: Stage) -> list[str]:
-        return [f"{name}: {what}" for name, code in cases.items() for what in await said(stage, code)]
+        found: list[str] = []
+
+        async def one(name: str, code: str) -> None:
+            found.extend(f"{name}: {what}" for what in await said(stage, code))
+
+        async with anyio.create_task_group() as group:
+            for name, code in cases.items():
+                group.start_soon(one, name, code)
+        return found
 
     return attempt
 
@@ -165,7 +173,7 @@ async def flood(stage: Stage) -> list[str]:
         frames += 1
 
     async with stage.open(agent=HOSTILE) as repl:
-        with anyio.move_on_after(1.5):
+        with anyio.move_on_after(1.1):
             await repl.sandbox.run(FLOOD, 60.0, answer, count)
     return ["frames"] if frames > 2 * channel_limit + 100 else []
 
@@ -173,15 +181,20 @@ async def flood(stage: Stage) -> list[str]:
 async def keeps_waiting(stage: Stage) -> list[str]:
     """The host ends a sandbox that does not end its cell, whatever it does not do."""
     found: list[str] = []
-    for name, code in WAITING.items():
+
+    async def one(name: str, code: str) -> None:
         async with stage.open(agent=HOSTILE) as repl:
-            with pytest.MonkeyPatch.context() as patch, anyio.move_on_after(1.2) as patience:
-                patch.setattr(sandbox, "OVERTIME_S", sandbox.OVERTIME_S / 20)
-                with contextlib.suppress(SandboxDied):
-                    await repl.sandbox.run(code, 0.2, answer)
-                    found.append(f"{name}: taken")
+            with anyio.move_on_after(1.2) as patience, contextlib.suppress(SandboxDied):
+                await repl.sandbox.run(code, 0.2, answer)
+                found.append(f"{name}: taken")
             if patience.cancelled_caught:
                 found.append(name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sandbox, "OVERTIME_S", sandbox.OVERTIME_S / 20)
+        async with anyio.create_task_group() as group:
+            for name, code in WAITING.items():
+                group.start_soon(one, name, code)
     return found
 
 
