@@ -14,6 +14,7 @@ import select
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -262,14 +263,22 @@ class Docker(Backend):
 
     @staticmethod
     def _create(api: Any, body: dict[str, Any], name: str) -> str:
-        try:
-            return api.create_container_from_config(body, name)["Id"]
-        except docker.errors.APIError as error:
-            if error.status_code != 409:
-                raise
-        # Whoever holds the slot owns the name: what has it was left by an orchestrator that died.
-        api.remove_container(name, force=True, v=True)
-        return api.create_container_from_config(body, name)["Id"]
+        """Whoever holds the slot owns the name: what has it is being buried, or was left by an orchestrator that died."""
+        until = time.monotonic() + API_TIMEOUT_S
+        while True:
+            try:
+                return api.create_container_from_config(body, name)["Id"]
+            except docker.errors.APIError as error:
+                if error.status_code != 409 or time.monotonic() >= until:
+                    raise
+            try:
+                api.remove_container(name, force=True, v=True)
+            except docker.errors.NotFound:
+                continue
+            except docker.errors.APIError as error:
+                if error.status_code != 409:
+                    raise
+                time.sleep(0.01)  # another is removing it: the engine tells nobody when it is done
 
     def _connect(self) -> Any:
         if self._api is None:
