@@ -263,7 +263,7 @@ class Docker(Backend):
 
     @staticmethod
     def _create(api: Any, body: dict[str, Any], name: str) -> str:
-        """Whoever holds the slot owns the name: what has it is being buried, or was left by an orchestrator that died."""
+        """Whoever holds the slot owns the name: what has it is being buried, or was left by one that died."""
         until = time.monotonic() + API_TIMEOUT_S
         while True:
             try:
