@@ -9,6 +9,7 @@ import pytest
 
 from orchestrator.sandbox.base import Backend, Isolation
 from orchestrator.sandbox.cgroup import own_hierarchy
+from orchestrator.sandbox.registry import make_backend
 from orchestrator.sandbox.sandbox import Call
 from tests.sandboxes import MIB, Repl, open_repl, processes_of, until
 
@@ -89,3 +90,12 @@ async def test_usage_is_measured(backend: Backend, home: Path):
     assert usage.cpu_s is None or usage.cpu_s >= 0.2
     assert usage.peak_memory_bytes is None or usage.peak_memory_bytes > 40 * MIB
     assert not usage.oom
+
+
+async def test_a_slot_is_free_at_once_for_another_backend(backend: Backend, home: Path):
+    other = make_backend(backend.name, least="namespace", home=home)
+    for _ in range(4):
+        for either in (backend, other):
+            async with open_repl(either, home) as repl:
+                assert await repl.out("1") == "1"
+    other.close()

@@ -212,8 +212,9 @@ def test_a_journal_of_hostile_text_is_shown_in_json_safe_records(airlock: Airloc
 
 def test_the_lock_of_the_image_names_packages_with_their_hashes(airlock: Airlock) -> None:
     lines = airlock("images", "lock", code=0).out.splitlines()
-    packages = [line.split() for line in lines if not line.startswith("#")]
-    assert {"libc6", "python3.11-minimal"} <= {package[0] for package in packages}
+    assert [line for line in lines if line.startswith("[")] == ["[python]", "[data]"]
+    packages = [line.split() for line in lines if not line.startswith(("#", "["))]
+    assert {"libc6", "python3.11-minimal", "python3-pandas"} <= {package[0] for package in packages}
     assert all(len(package) == 4 and len(package[3]) == 64 for package in packages)
 
 

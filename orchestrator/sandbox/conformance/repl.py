@@ -164,7 +164,7 @@ async def contexts(bench: Bench) -> None:
 @over_sandboxes("A context that is large for the sandbox's memory is a view that decodes what is touched.")
 async def large_contexts_are_lazy(bench: Bench) -> None:
     text = "0123456789" * (2 * MIB) + "needle" + "e" * 100
-    async with bench.open(memory_bytes=64 * MIB, context_bytes=len(text)) as repl:
+    async with bench.open(memory_bytes=64 * MIB) as repl:
         repl.attach(text)
         facts = f"('LazyText', {len(text)}, {20 * MIB}, 'needle')"
         await repl.prints("type(context).__name__, len(context), context.find('needle'), context[-106:-100]", facts)
