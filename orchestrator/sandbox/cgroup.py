@@ -124,6 +124,10 @@ class Cgroup:
             for folder in {folder.parent for folder in self.folders.values()}:
                 (folder / "tasks").write_text("0")
 
+    def is_of(self, container: str) -> bool:
+        """Whether every folder of it is named for this container, as engines name them."""
+        return all(container in str(folder) for folder in self.folders.values())
+
     def cpu_s(self) -> float | None:
         if self.version == 2:
             micros = self._field("cpu", "cpu.stat", "usage_usec")

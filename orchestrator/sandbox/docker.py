@@ -378,7 +378,9 @@ class DockerGuest(Guest):
         self._api.start(self._container)
         pid = int(self._api.inspect_container(self._container)["State"]["Pid"])
         if pid:  # 0: it has ended already
-            self._group = group_with(pid)
+            group = group_with(pid)
+            # What is in its group is killed with it: it has to be the container's own.
+            self._group = group if group and group.is_of(self._container) else None
             with contextlib.suppress(OSError):
                 self._first = os.pidfd_open(pid)
 
