@@ -50,7 +50,7 @@ def docker_compose_file(image: str) -> Iterator[str]:
         yield str(Path(__file__).with_name("neighbour.yaml"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def street(docker_services: Services, docker_compose_project_name: str) -> tuple[str, str]:
     """The network, and the neighbour's address in it, once its service answers."""
     with engine(docker_socket()) as api:
