@@ -87,7 +87,7 @@ async def cells(home: Path, quick: bool) -> list[Figure]:
 
 
 def _cell(name: str, seconds: list[float], bare: list[float], judged: bool) -> Figure:
-    """judged: an LM thinks between cells, and the snapshot is made meanwhile; without a pause it is told, not judged."""
+    """judged: after a pause, as an LM thinks between cells and the snapshot is made meanwhile; else only told."""
     middle, least = percentile(seconds, 50), percentile(bare, 50)
     measured = f"p50 {ms(middle)}, p95 {ms(percentile(seconds, 95))}"
     target = f"p50 <= {ms(CELL_P50_S)}" if judged else ""
