@@ -95,7 +95,7 @@ def cold(home: Path, quick: bool) -> list[Figure]:
         ours, theirs = interleaved(
             5 if quick else 20,
             lambda first=first: anyio.run(first, backend_options={"use_uvloop": True}),
-            partial(_docker_run, images(home).expected(), runtime),
+            partial(_docker_run, images(home).expected("python"), runtime),
         )
         backend.close()
         figures.append(versus(f"{name}: cold sandbox to first cell", ours, "docker run -i", theirs, COLD_RATIO))
@@ -122,7 +122,7 @@ def scripts(home: Path, python: Path, quick: bool) -> list[Figure]:
     with (
         fake_lm() as base_url,
         rlms(python, base_url) as local,
-        rlms(python, base_url, peer_image(python, images(home).expected())) as docker,
+        rlms(python, base_url, peer_image(python, images(home).expected("python"))) as docker,
         RLM(
             "gvisor", model="fake", base_url=base_url, api_key="none", prices={"fake": (0, 0)}, home=home, pool=2
         ) as rlm,
