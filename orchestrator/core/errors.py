@@ -11,7 +11,9 @@
     │   ├── BudgetExhausted       spent money blocks it
     │   ├── BudgetInFlight        money held by calls in flight blocks it: try again
     │   ├── CountExceeded         iterations, sub-calls, batch or prompt size
-    │   └── TimeExceeded          wall clock of the query or of a cell
+    │   ├── RateLimited           requests or tokens of this minute, or calls in flight: try again
+    │   ├── TimeExceeded          wall clock of the query or of a cell
+    │   └── ChildStopped          a child query ended without an answer
     ├── MachineError            mend the machine                        exit 4
     │   ├── SandboxUnusable       the isolation asked for is not to be had here
     │   ├── SandboxDied           the guest ended, or was killed
@@ -92,6 +94,26 @@ class CountExceeded(LimitError):
 
 class TimeExceeded(LimitError):
     kind = "time-exceeded"
+
+
+class RateLimited(LimitError):
+    """retry_after: seconds until there can be room again."""
+
+    kind = "rate-limited"
+
+    def __init__(self, message: str, *, retry_after: float, limit: str = "", asked: str = "", left: str = "") -> None:
+        super().__init__(message, limit=limit, asked=asked, left=left)
+        self.retry_after = retry_after
+
+
+class ChildStopped(LimitError):
+    """partial: the best answer that the child query had, or None."""
+
+    kind = "child-stopped"
+
+    def __init__(self, message: str, *, partial: str | None) -> None:
+        super().__init__(message)
+        self.partial = partial
 
 
 class MachineError(AirlockError):

@@ -19,6 +19,7 @@ from orchestrator.core.units import cores, parse_bytes, parse_millicores, parse_
 ISOLATION = ("namespace", "container", "gvisor", "microvm")  # weakest first
 IMAGES = ("python", "data")  # what has fewer programs first
 PAYLOADS = ("hash", "keep")  # what keeps least first
+MOST_DEPTH = 8
 
 
 def _quantity(parse: Callable[[object], int], show: Callable[[int], str]) -> tuple[Any, ...]:
@@ -73,19 +74,29 @@ def _stricter(name: str, mine: Any, theirs: Any) -> Any:
         return min(mine, theirs, key=PAYLOADS.index)
     if name == "verify_context":
         return mine or theirs
+    if name == "dedupe":
+        return mine and theirs
+    if name == "fallbacks":  # in the order of the first; what one does not name is not asked
+        return tuple(model for model in mine if model in theirs)
     if name in ("root", "sub"):  # allow-lists: a model has to pass both
         return tuple(dict.fromkeys((*mine, *theirs)))
     return min(mine, theirs)
 
 
 class Models(_Section):
-    """root, sub: which models may be asked, as lists of patterns; a model must match one of every list."""
+    """root, sub: which models may be asked, as lists of patterns; a model must match one of every list.
+
+    fallbacks: asked in this order in place of a model whose provider fails. dedupe: answer identical calls of one
+    query once.
+    """
 
     root: Allowed
     sub: Allowed
+    fallbacks: Annotated[tuple[str, ...], Field(max_length=8)]
     prompt: Bytes
     output_tokens: AtLeastOne
     output_floor: AtLeastOne
+    dedupe: Annotated[bool, Field(strict=True)]
 
     def permits(self, role: Literal["root", "sub"], model: str) -> bool:
         lists: Allowed = getattr(self, role)
@@ -93,7 +104,10 @@ class Models(_Section):
 
 
 class Money(_Section):
+    """child_share: per cent of what its parent has left that one child query may spend."""
+
     query: Nano
+    child_share: Annotated[int, Field(ge=1, le=100, strict=True)]
     tenant_day: Nano
     tenant_month: Nano
 
@@ -107,9 +121,14 @@ class Time(_Section):
 
 
 class Counts(_Section):
+    """depth: 0 no sub-calls, 1 plain calls, from 2 on child queries. children: in the whole tree of a query."""
+
     iterations: AtLeastOne
     sub_calls: Count
-    depth: Annotated[int, Field(ge=0, le=1, strict=True)]
+    batch: AtLeastOne
+    depth: Annotated[int, Field(ge=0, le=MOST_DEPTH, strict=True)]
+    children: Count
+    children_in_flight: AtLeastOne
     in_flight: AtLeastOne
     retries: Count
 
@@ -129,7 +148,13 @@ class SandboxLimits(_Section):
 
 
 class Tenant(_Section):
+    """in_flight, requests_minute, tokens_minute: LM calls of all its queries. share: its weight when others wait too."""
+
     queries_at_once: AtLeastOne
+    in_flight: AtLeastOne
+    requests_minute: AtLeastOne
+    tokens_minute: AtLeastOne
+    share: AtLeastOne
 
 
 class Audit(_Section):
@@ -141,6 +166,7 @@ class Audit(_Section):
 
 class Content(_Section):
     question_chars: AtLeastOne
+    child_context: Bytes
     answer_chars: AtLeastOne
 
 

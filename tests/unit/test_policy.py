@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from orchestrator.core.policy import IMAGES, ISOLATION, PAYLOADS, Policy
+from orchestrator.core.policy import IMAGES, ISOLATION, MOST_DEPTH, PAYLOADS, Policy
 from orchestrator.core.policy_file import parse_policy
 from tests.unit.helpers import DEFAULT, POLICIES, policy, quick
 
@@ -43,10 +43,14 @@ def values(key: str) -> st.SearchStrategy[Any]:
             return st.sampled_from(IMAGES)
         case "audit.payloads":
             return st.sampled_from(PAYLOADS)
-        case "audit.verify_context":
+        case "models.fallbacks":
+            return st.permutations(MODELS).map(lambda names: tuple(names[:2]))
+        case "audit.verify_context" | "models.dedupe":
             return st.booleans()
         case "counts.depth":
-            return st.integers(0, 1)
+            return st.integers(0, MOST_DEPTH)
+        case "money.child_share":
+            return st.integers(1, 100)
         case _:
             return st.integers(32, 1 << 34)
 
@@ -82,9 +86,10 @@ def permitted(rules: Policy) -> set[tuple[str, str]]:
 def test_narrowing_never_widens(mine: Policy, theirs: Policy):
     both = mine.narrowed(theirs)
     for key in leaves():
-        if key not in ("models.root", "models.sub"):
+        if key not in ("models.root", "models.sub", "models.fallbacks"):
             assert loosest(both, key) == min(loosest(mine, key), loosest(theirs, key)), key
     assert permitted(both) == permitted(mine) & permitted(theirs)
+    assert both.models.fallbacks == tuple(name for name in mine.models.fallbacks if name in theirs.models.fallbacks)
 
 
 @quick
@@ -114,8 +119,8 @@ def test_policies_have_one_hash_only_when_they_are_equal(mine: Policy, theirs: P
 def test_every_field_is_in_the_hash(key: str):
     section, name = key.split(".")
     value = leaf(DEFAULT, key)
-    others = {"least_isolation": "gvisor", "payloads": "hash", "verify_context": False, "depth": 0}
-    other = (("x",),) if isinstance(value, tuple) else others.get(name, value + 1 if type(value) is int else None)
+    others = {"least_isolation": "gvisor", "payloads": "hash", "verify_context": False, "dedupe": True}
+    other = ("x",) if name == "fallbacks" else (("x",),) if isinstance(value, tuple) else others.get(name, value + 1 if type(value) is int else None)
     assert policy(**{section: {name: other}}).sha256() != DEFAULT.sha256()
 
 
