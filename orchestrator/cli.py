@@ -28,6 +28,7 @@ _EXIT = """\
 Exit codes: 0 answered; 1 the cell raised an exception (exec); 2 usage or input; 3 stopped by a limit or refused by
 policy; 4 sandbox, or another part of this machine; 5 provider; 130 interrupted."""
 _BACKENDS = "How the sandbox is isolated: bubblewrap, docker, gvisor; auto: the strongest usable."
+_DEPTH = "0: no sub-calls; 1: plain ones; 2 and more: child queries with a sandbox of their own."
 _POLICIES = "default, strict, development, or a file."
 _LOOP = {"use_uvloop": True}  # a sixth less time for a query of many calls
 
@@ -59,7 +60,13 @@ def _query_options(function: F) -> F:
             help="Of the context; replace: UTF-8, with what is none replaced.",
         ),
         click.option("--model", metavar="MODEL", help="NAME, local:NAME, local:/path/to.gguf or scripted:FILE."),
-        click.option("--sub-model", metavar="MODEL", help="The model that sub-calls ask; default: --model."),
+        click.option(
+            "--sub-model",
+            "sub_models",
+            multiple=True,
+            metavar="MODEL",
+            help="The model that sub-calls ask; default: --model. Repeated: one for each depth.",
+        ),
         click.option("--base-url", metavar="URL", help="An OpenAI-compatible server; default: OpenAI's."),
         click.option("--api-key-env", metavar="NAME", help="The environment variable that holds the key."),
         click.option(
@@ -77,7 +84,7 @@ def _query_options(function: F) -> F:
             type=_Checked("SECONDS", limits.timeout, float),
             help="The most it may take.",
         ),
-        click.option("--depth", type=_Checked("N", partial(limits.count, least=0), int), help="0: no sub-calls."),
+        click.option("--depth", type=_Checked("N", partial(limits.count, least=0), int), help=_DEPTH),
         click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the answer."),
     ]
     for option in reversed(options):

@@ -17,7 +17,7 @@ from orchestrator.core.events import Event
 from orchestrator.core.units import usd
 
 if TYPE_CHECKING:
-    from orchestrator.proxy.proxy import Account
+    from orchestrator.proxy.account import Account
 
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
 
@@ -55,11 +55,11 @@ class PlainView:
         sys.stderr.flush()
 
     def account(self, account: Account) -> None:
-        self._say(f"query {account.key.id}, budget {usd(account.scopes[0].limit)} USD")
+        self._say(f"query {account.key.id}, budget {usd(account.policy.money.query)} USD")
 
     def event(self, event: Event) -> None:
         if line := one_line(event):
-            self._say(line)
+            self._say(line if event.node == "root" else f"{event.node}: {line}")
 
     def output(self, stream: str, text: str) -> None:
         """A cell's output is not repeated here; `airlock audit show` has it."""
@@ -73,16 +73,10 @@ def one_line(event: Event) -> str:
     match event.type:
         case "sandbox.started":
             return f"sandbox ready: {body['backend']} ({body['isolation']}), Python {body['python']}"
-        case "call.intent":
-            if body["role"] == "sub":
-                return ""
-            return f"asking {body['model']} (may cost up to {body['bound_usd']} USD)"
-        case "call.result":
-            if body["outcome"] == "answered":
-                return "" if ".c" in body["call"] and body["cost_usd"] == "0.00" else f"cost {body['cost_usd']} USD"
-            return f"call {body['call']} {body['outcome']}: {body['detail']}"
-        case "call.refused":
-            return f"sub-call refused: {body['detail']}"
+        case "node.opened":
+            return f"child query of {body['parent']}, {body['model']}, at most {body['limit_usd']} USD"
+        case "node.closed":
+            return f"child query {body['status']}: {counted(body['turns'], 'turn')}, {body['cost_usd']} USD"
         case "cell.started":
             return f"cell {body['cell']}: {counted(event.payloads['code'].count(chr(10)) + 1, 'line')}"
         case "cell.ended":
@@ -93,6 +87,23 @@ def one_line(event: Event) -> str:
         case "query.closed":
             turns, calls = counted(body["turns"], "turn"), counted(body["sub_calls"], "sub-call")
             return f"{body['status']}: {turns}, {calls}, {body['cost_usd']} USD"
+        case _:
+            return _line_of_call(event)
+
+
+def _line_of_call(event: Event) -> str:
+    body: Mapping[str, Any] = event.body
+    match event.type:
+        case "call.intent":
+            if body["role"] == "sub":
+                return ""
+            return f"asking {body['model']} (may cost up to {body['bound_usd']} USD)"
+        case "call.result":
+            if body["outcome"] == "answered":
+                return "" if ".c" in body["call"] and body["cost_usd"] == "0.00" else f"cost {body['cost_usd']} USD"
+            return f"call {body['call']} {body['outcome']}: {body['detail']}"
+        case "call.refused":
+            return f"sub-call refused: {body['detail']}"
         case _:
             return ""
 
@@ -118,10 +129,35 @@ def show_run(
 
 
 def _show_record(fields: dict[str, Any], body: dict[str, Any], payload: Any) -> Iterator[str]:
-    at = fields["at"][11:23]
+    at, whose = fields["at"][11:23], _whose(fields)
     match fields["type"]:
         case "query.opened":
             yield from _show_opening(fields, payload("question"))
+        case "node.opened":
+            yield f"{at} {whose}child query to {body['model']}, at most {body['limit_usd']} USD"
+            yield from _indented(payload("question"), "? ")
+        case "cell.started" | "cell.ended":
+            yield from _show_cell(fields, payload)
+        case "limit.hit":
+            yield f"{at} {whose}limit: {body['detail']}"
+        case "sandbox.started":
+            yield f"{at} {whose}sandbox started, Python {body['python']}"
+        case "sandbox.ended":
+            yield f"{at} {whose}sandbox ended: {_show_usage(body)}"
+        case "context.verified":
+            yield f"{at} {whose}context {'unchanged' if body['unchanged'] else 'CHANGED'}"
+        case "query.closed" | "node.closed":
+            yield f"{at} {whose}closed: {body['status']} {body['reason']}".rstrip() + f"; cost {body['cost_usd']} USD"
+            if "answer" in fields["payloads"]:
+                yield f"{whose}answer:"
+                yield from _indented(payload("answer"), "  ")
+        case _:
+            yield from _show_call(fields, payload)
+
+
+def _show_call(fields: dict[str, Any], payload: Any) -> Iterator[str]:
+    at, body = fields["at"][11:23], fields["body"]
+    match fields["type"]:
         case "call.intent":
             what = "turn" if body["role"] == "root" else "sub-call"
             yield f"{at} {what} {body['call']} to {body['model']}, at most {body['bound_usd']} USD"
@@ -132,34 +168,27 @@ def _show_record(fields: dict[str, Any], body: dict[str, Any], payload: Any) -> 
             tokens = f", {usage['input_tokens']:,} tokens in, {usage['output_tokens']:,} out" if usage else ""
             yield f"{at} {body['call']} {body['outcome']} ({body['detail']}){tokens}, {body['cost_usd']} USD"
             yield from _indented(payload("completion"), "< ")
-        case "call.refused":
-            yield f"{at} sub-call refused: {body['detail']}"
-        case "cell.started" | "cell.ended":
-            yield from _show_cell(fields, payload)
-        case "limit.hit":
-            yield f"{at} limit: {body['detail']}"
-        case "sandbox.started":
-            yield f"{at} sandbox started, Python {body['python']}"
-        case "sandbox.ended":
-            yield f"{at} sandbox ended: {_show_usage(body)}"
-        case "context.verified":
-            yield f"{at} context {'unchanged' if body['unchanged'] else 'CHANGED'}"
+        case "call.repeated":
+            yield f"{at} {_whose(fields)}sub-call answered as {body['of']} was"
         case _:
-            yield f"{at} closed: {body['status']} {body['reason']}".rstrip() + f"; cost {body['cost_usd']} USD"
-            if "answer" in fields["payloads"]:
-                yield "answer:"
-                yield from _indented(payload("answer"), "  ")
+            yield f"{at} {_whose(fields)}sub-call refused: {body['detail']}"
 
 
 def _show_cell(fields: dict[str, Any], payload: Any) -> Iterator[str]:
     at, body = fields["at"][11:23], fields["body"]
     if fields["type"] == "cell.started":
-        yield f"{at} cell {body['cell']}"
+        yield f"{at} {_whose(fields)}cell {body['cell']}"
         yield from _indented(payload("code"), "| ")
         return
-    yield f"{at} cell {body['cell']} {body['status']} after {body['duration_ms']} ms {body['detail']}".rstrip()
+    how = f"{body['status']} after {body['duration_ms']} ms {body['detail']}"
+    yield f"{at} {_whose(fields)}cell {body['cell']} {how}".rstrip()
     yield from _indented(payload("stdout"), "  ")
     yield from _indented(payload("stderr"), "! ")
+
+
+def _whose(fields: dict[str, Any]) -> str:
+    """Which node it is of, unless it is the root's."""
+    return "" if fields["node"] == "root" else f"{fields['node']}: "
 
 
 def _show_opening(fields: dict[str, Any], question: str) -> Iterator[str]:

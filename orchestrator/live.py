@@ -16,7 +16,7 @@ from rich.text import Text
 from orchestrator.console import counted, one_line, printable
 from orchestrator.core.events import Event
 from orchestrator.core.units import usd
-from orchestrator.proxy.proxy import Account
+from orchestrator.proxy.account import Account
 
 _CODE_LINES, _OUTPUT_LINES = 16, 8
 _WIDE = 72  # columns that three of the head beside each other take
@@ -87,7 +87,7 @@ class LiveView:
         if account is None:
             return Text("airlock: starting")
         policy, elapsed = account.policy, time.monotonic() - self._started
-        limit, total = account.scopes[0].limit, policy.time.query / 1000
+        limit, total = policy.money.query, policy.time.query / 1000
         turns = f"turn {account.turns} of {policy.counts.iterations}"
         calls = f"{counted(account.sub_calls, 'sub-call')}, {counted(account.running, 'call')} in flight"
         money, clock = f"{usd(account.spent)} of {usd(limit)} USD", f"{elapsed:.0f} of {total:.0f} s"

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from orchestrator.loop.query import Closed
     from orchestrator.wiring import Platform, Watch
 
-_PROMPT_ALONE = "The context is a request, perhaps with the material that it is about. Read it, and do what it asks."
 Price = tuple[float | str | Decimal, float | str | Decimal]
 
 
@@ -90,12 +89,12 @@ class Completion:
 class AsyncRLM:
     """Asks questions of contexts. An async context manager; without one, the first `completion` opens it.
 
-    model, sub_model: names as on the command line. prices: model -> (input, output) in USD per million tokens.
-    backend: a sandbox backend or `auto`. policy: a name or a file. home: the data folder.
-    max_budget in USD, max_timeout in seconds; the policy's own limits hold where they are stricter. max_depth: 0
-    switches sub-calls off. max_concurrent_subcalls: LM calls at the same time. answer_schema: a JSON Schema.
-    pool: sandboxes to keep ready for coming queries, while it is open; else as many as `airlock.toml` says.
-    verbose: progress lines on standard error.
+    model, sub_model: names as on the command line; several sub-models are by depth, the last one for all further down.
+    prices: model -> (input, output) in USD per million tokens. backend: a sandbox backend or `auto`. policy: a name or
+    a file. home: the data folder. max_budget in USD, max_timeout in seconds; the policy's own limits hold where they
+    are stricter. max_depth: 0 switches sub-calls off, 1 has plain ones, from 2 on there are child queries.
+    max_concurrent_subcalls: LM calls at the same time. answer_schema: a JSON Schema. pool: sandboxes to keep ready for
+    coming queries, while it is open; else as many as `airlock.toml` says. verbose: progress lines on standard error.
 
     environment, backend_kwargs, other_backends, other_backend_kwargs and on_subcall_*: as in `rlms`. Further keywords
     of rlms are refused with a word on what to use instead, unless their value asks for nothing.
@@ -112,7 +111,7 @@ class AsyncRLM:
         model: str | None = None,
         base_url: str | None = None,
         api_key: str | None = None,
-        sub_model: str | None = None,
+        sub_model: str | Sequence[str] | None = None,
         prices: Mapping[str, Price] | None = None,
         policy: str | Path = "default",
         home: Path | str | None = None,
@@ -140,13 +139,15 @@ class AsyncRLM:
             backend = rlms.sandbox(environment)
         elif other_backends or other_backend_kwargs:
             raise RequestError("other_backends goes with backend_kwargs, as in rlms; say sub_model=... instead")
-        texts = {**said, "sub_model": sub_model, "backend": backend, "policy": str(policy) if policy else policy}
-        for name, text in texts.items():
+        sub_models = [sub_model] if isinstance(sub_model, str) else list(sub_model or ())
+        texts = {**said, "backend": backend, "policy": str(policy) if policy else policy}
+        for name, text in [*texts.items(), *(("sub_model", name or 0) for name in sub_models)]:
             if not (isinstance(text, str) or (text is None and name not in ("backend", "policy"))):
                 raise RequestError(f"{name} has to be a str, and is a {type(text).__name__}")
         self._home = Path(home) if home is not None else None
         self._choices: dict[str, Any] = {
             **texts,
+            "sub_models": sub_models,
             "prices": {
                 name: _checked(f"prices[{name!r}]", price_pair, price) for name, price in (prices or {}).items()
             },
@@ -285,7 +286,9 @@ def _question_and_context(given: tuple[Any, ...], named: dict[str, Any], *, as_r
         raise RequestError("give either completion(query, context) or completion(prompt, root_prompt=...)")
     question, source = ours if any(part is not None for part in ours) else theirs
     if question is None and source is not None and as_rlms:
-        question = _PROMPT_ALONE
+        from orchestrator.loop.prompts import PROMPT_ALONE
+
+        question = PROMPT_ALONE
     if question is None or source is None:
         raise RequestError("completion needs a query and a context (or, as in rlms, a prompt and a root_prompt)")
     if not isinstance(question, str):

@@ -127,9 +127,14 @@ class SubcallCallbacks:
         if event.type == "call.intent" and body["role"] == "sub":
             self._running[body["call"]] = (body["model"], time.monotonic())
             if self._start:
-                self._start(1, body["model"], json.loads(event.payloads["prompt"])[-1]["content"][:80])
+                self._start(_depth(event), body["model"], json.loads(event.payloads["prompt"])[-1]["content"][:80])
         elif event.type == "call.result" and body["call"] in self._running:
             model, started = self._running.pop(body["call"])
             if self._complete:
                 error = None if body["outcome"] == "answered" else body["detail"]
-                self._complete(1, model, time.monotonic() - started, error)
+                self._complete(_depth(event), model, time.monotonic() - started, error)
+
+
+def _depth(event: Event) -> int:
+    """Of a call: one more than that of the node which makes it."""
+    return 1 + event.node.count(".")

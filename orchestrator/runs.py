@@ -155,7 +155,7 @@ async def run_cell(code: str, options: dict[str, Any]) -> int:
 def _choices(options: dict[str, Any], schema: Any = None) -> Choices:
     return Choices(
         model=options["model"],
-        sub_model=options["sub_model"],
+        sub_models=options["sub_models"],
         base_url=options["base_url"],
         api_key_env=options["api_key_env"],
         prices=dict(_price(text) for text in options["prices"]),

@@ -42,6 +42,17 @@ class PoolSettings(_Strict):
     memory_share: float = Field(default=0.25, gt=0, le=1)
 
 
+class PlatformSettings(_Strict):
+    """What all tenants of one Airlock share. month_usd: what they may spend together in a month; None is no limit.
+
+    in_flight: LM calls at once; sandboxes: at once, on each level of child queries. Who waits gets a turn by its share.
+    """
+
+    month_usd: Decimal | None = Field(default=None, ge=0, le=10**9)
+    in_flight: int = Field(default=256, ge=1, le=100_000)
+    sandboxes: int = Field(default=64, ge=1, le=10_000)
+
+
 _Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
 
 
@@ -54,15 +65,16 @@ class Runtimes(_Strict):
 
 
 class Config(_Strict):
-    """`airlock.toml`. prices: model -> [input, output] in USD per million tokens."""
+    """`airlock.toml`. prices: model -> [input, output] in USD per million tokens. sub_model: several are by depth."""
 
     model: str | None = None
-    sub_model: str | None = None
+    sub_model: str | list[str] | None = None
     base_url: str | None = None
     api_key_env: str = DEFAULT_KEY_VARIABLE
     models: dict[str, ModelSettings] = {}
     prices: dict[str, tuple[Decimal, Decimal]] = {}
     pool: PoolSettings = PoolSettings()
+    platform: PlatformSettings = PlatformSettings()
     runtimes: Runtimes = Runtimes()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -20,16 +20,20 @@ from orchestrator import settings
 from orchestrator.core.context import Context
 from orchestrator.core.errors import ModelError, PolicyError, RequestError
 from orchestrator.core.events import Event
-from orchestrator.core.policy import Policy
+from orchestrator.core.policy import MOST_DEPTH, Policy
+from orchestrator.core.turns import Turns
+from orchestrator.core.units import nano
 from orchestrator.files import read_text
 from orchestrator.lm.base import LM
 from orchestrator.loop.engine import schema_check
+from orchestrator.loop.node import Machine
 from orchestrator.loop.prompts import RootLimits
 from orchestrator.loop.query import Closed, Machinery, Order, run_query
-from orchestrator.loop.recovery import recover
+from orchestrator.loop.recovery import recover, sweep
 from orchestrator.named_policy import load_policy
+from orchestrator.proxy.account import Account
 from orchestrator.proxy.prices import Prices
-from orchestrator.proxy.proxy import Account, Proxy
+from orchestrator.proxy.proxy import Proxy
 from orchestrator.sandbox.base import Backend, SandboxSpec
 from orchestrator.sandbox.pool import Pool, machine_memory
 from orchestrator.sandbox.registry import make_backend, pool_size
@@ -49,11 +53,12 @@ LOCAL_SHOWN_CHARS = 1500
 class Choices:
     """What a user chose, on the command line or in `RLM(...)`; None where nothing was said. Narrows the policy only.
 
-    pool: how many sandboxes are kept ready; None for what `airlock.toml` says.
+    sub_models: by depth, the last one for all further down. pool: how many sandboxes are kept ready; None for what
+    `airlock.toml` says.
     """
 
     model: str | None = None
-    sub_model: str | None = None
+    sub_models: Sequence[str] = ()
     base_url: str | None = None
     api_key: str | None = field(default=None, repr=False)
     api_key_env: str | None = None
@@ -92,7 +97,7 @@ class Platform:
             choices.backend, least=limits.least_isolation, image=limits.image, home=home
         )
         self.model = choices.model or self.config.model or ""
-        self.sub_model = choices.sub_model or self.config.sub_model or self.model
+        self.sub_models = list(choices.sub_models) or _listed(self.config.sub_model) or _listed(self.model or None)
         self.db = Database(home)
         recover(self.db)
         self.slots = Slots(home)
@@ -101,13 +106,19 @@ class Platform:
         self.contexts = ContextStore(home / "contexts", check=_check_cancelled)
         self._lms: dict[str, LM] = {}
         prices = {**self.config.prices, **choices.prices}
-        self._machinery = Machinery(
-            db=self.db,
-            proxy=Proxy(Prices(prices), self.find_model),
+        shared = self.config.platform
+        places = [Turns(shared.sandboxes) for _level in range(MOST_DEPTH + 1)]
+        self._proxy = Proxy(Prices(prices), self.find_model, Turns(shared.in_flight), partial(sweep, self.db))
+        machine = Machine(
+            proxy=self._proxy,
             backend=self.backend,
             open_sandbox=partial(self.pool.open, self.backend),
             verify=self.contexts.verify,
+            keep_context=self.contexts.ingest_pieces,
+            limits=self._root_limits,
+            places=places.__getitem__,
         )
+        self._machinery = Machinery(self.db, machine)
 
     async def run(
         self, question: str, context: Context, *, code: str | None = None, watch: Watch | None = None
@@ -115,14 +126,15 @@ class Platform:
         """One query, or with `code` one cell. Raises RequestError before anything is opened, StoreError at its end."""
         watch = watch or Watch()
         self.require(question if code is None else None)
+        month = self.config.platform.month_usd
         order = Order(
             tenant=TENANT,
             question=question,
             context=context,
-            model="" if code is not None else self.model,
-            sub_models=list(dict.fromkeys(name for name in (self.sub_model, self.model) if name)),
-            limits=self._root_limits(),
+            model=self.model,
+            sub_models=self.sub_models,
             policy=self.policy,
+            platform_month=None if month is None else nano(month),
             accept=schema_check(self.choices.answer_schema, self.policy.content.answer_chars),
             code=code,
             observe=watch.event,
@@ -143,12 +155,12 @@ class Platform:
                 raise RequestError("the question is empty: say what you want to know of the context")
             if not self.model:
                 raise ModelError(NO_MODEL)
-        for name in {self.model, self.sub_model} - {""}:
+        for name in {self.model, *self.sub_models, *self.policy.models.fallbacks} - {""}:
             if not name.isprintable():
                 raise ModelError(f"{name!r} is not the name of a model")
             self.find_model(name)
             if question is not None:
-                self._machinery.proxy.bound(name, 0, 0)
+                self._proxy.bound(name, 0, 0)
 
     def find_model(self, name: str) -> tuple[LM, str]:
         """The LM that a model's name stands for, and the provider's name for the model. Raises ModelError."""
@@ -187,10 +199,10 @@ class Platform:
             raise ModelError(f"the API key for {name} has characters that no key has: look at {variable} again")
         return OpenAILM(base_url, key, own.extra)
 
-    def _root_limits(self) -> RootLimits:
-        own = self.config.models.get(self.model, settings.ModelSettings())
+    def _root_limits(self, model: str) -> RootLimits:
+        own = self.config.models.get(model, settings.ModelSettings())
         policy = self.policy
-        local = self.model.startswith("local:")
+        local = model.startswith("local:")
         prompt = own.prompt_bytes or (LOCAL_PROMPT_BYTES if local else policy.models.prompt)
         output = own.output_tokens or (LOCAL_OUTPUT_TOKENS if local else policy.models.output_tokens)
         shown = LOCAL_SHOWN_CHARS if local else policy.sandbox.shown
@@ -258,6 +270,10 @@ def effective_policy(choices: Choices) -> Policy:
         }
     )
     return policy.narrowed(narrower)
+
+
+def _listed(names: str | list[str] | None) -> list[str]:
+    return [names] if isinstance(names, str) else names or []
 
 
 def _said(**values: int | None) -> dict[str, int]:

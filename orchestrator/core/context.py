@@ -32,3 +32,13 @@ class Context:
     items: int | None
     files: Mapping[str, Path]
     shape: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    def facts(self) -> dict[str, str | int]:
+        """What a record of the journal says of it."""
+        return {
+            "id": self.id,
+            "sha256": self.sha256,
+            "kind": self.kind,
+            "bytes": self.bytes,
+            "chars": self.chars,
+        }

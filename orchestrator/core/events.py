@@ -17,11 +17,14 @@ GENESIS = "0" * 64
 
 EventType = Literal[
     "query.opened",
+    "node.opened",
+    "node.closed",
     "sandbox.started",
     "sandbox.ended",
     "call.intent",
     "call.result",
     "call.refused",
+    "call.repeated",
     "cell.started",
     "cell.ended",
     "limit.hit",

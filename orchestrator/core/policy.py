@@ -148,7 +148,7 @@ class SandboxLimits(_Section):
 
 
 class Tenant(_Section):
-    """in_flight, requests_minute, tokens_minute: LM calls of all its queries. share: its weight when others wait too."""
+    """in_flight, requests_minute, tokens_minute: of LM calls of all its queries. share: its weight when others wait."""
 
     queries_at_once: AtLeastOne
     in_flight: AtLeastOne

@@ -5,23 +5,25 @@ from __future__ import annotations
 import os
 import threading
 
-from .failures import BatchError, SubCallError, error_from
+from . import wire
+from .failures import BatchError, CountExceeded, SubCallError, error_from
 from .link import CellOver, Link, Shield
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from typing import Any
 
 
 class Calls:
     """Sub-calls over one link. Threads that wait take turns at reading the replies for all of them."""
 
-    def __init__(self, link: Link, shield: Shield, window: int, process: int) -> None:
+    def __init__(self, link: Link, shield: Shield, window: int, batch: int, process: int) -> None:
         self._link = link
         self._shield = shield
         self._slots = threading.Semaphore(window)
         self._window = window
+        self._batch = batch
         self._order = threading.Lock()
         self._cond = threading.Condition()
         self._process = process  # the one that may make calls
@@ -35,35 +37,36 @@ class Calls:
         with self._order:
             self._link.set_in_cell(False)
 
-    def ask(self, op: str, prompt: object, model: str | None = None) -> Any:
-        """The reply's value. Raises SubCallError."""
-        with self._slots:
-            call = self._start(op, prompt, model)
-            _, reply = self._wait({call})
-        if not reply["ok"]:
-            raise error_from(reply["error"])
-        return reply["value"]
+    def ask(self, op: str, prompt: object, model: str | None = None, context: object = None) -> Any:
+        """The reply's value. context: a text or list for a child query; without one it gets its parent's.
 
-    def ask_many(self, op: str, prompts: Sequence[object], model: str | None, on_error: str) -> list[Any]:
+        Raises SubCallError.
+        """
+        with self._slots:
+            return self._exchange(op, prompt, model, self._hand_over(context))
+
+    def ask_many(
+        self, op: str, prompts: Sequence[object], model: str | None, on_error: str, contexts: Sequence[object] | None
+    ) -> list[Any]:
         """All prompts at once, at most `window` in flight; results in the order of the prompts."""
-        if on_error not in ("raise", "return"):
-            raise ValueError("on_error is 'raise' or 'return'")
-        if isinstance(prompts, (str, bytes)):
-            raise TypeError("prompts is a list of texts, not one text")
-        todo = list(enumerate(prompts))
-        todo.reverse()
+        todo = self._checked(prompts, on_error, contexts)
         results: list[Any] = [None] * len(todo)
         running: dict[int, int] = {}
         try:
             while todo or running:
                 # Block for the first place in the window only; take further ones as long as they are free.
                 while todo and len(running) < self._window and self._slots.acquire(blocking=not running):
-                    position, prompt = todo.pop()
+                    position, prompt, context = todo.pop()
                     try:
-                        running[self._start(op, prompt, model)] = position
+                        running[self._start(op, prompt, model, self._hand_over(context))] = position
+                    except SubCallError as error:  # this one's context was refused
+                        self._slots.release()
+                        results[position] = error
                     except BaseException:  # whatever it was, no call was made
                         self._slots.release()
                         raise
+                if not running:
+                    continue
                 call, reply = self._wait(set(running))
                 self._slots.release()
                 results[running.pop(call)] = reply["value"] if reply["ok"] else error_from(reply["error"])
@@ -77,7 +80,45 @@ class Calls:
             raise error
         return results
 
-    def _start(self, op: str, prompt: object, model: str | None) -> int:
+    def _checked(self, prompts: Sequence[object], on_error: str, contexts: Sequence[object] | None) -> list[Any]:
+        """(position, prompt, context) of each item, the first one last."""
+        if on_error not in ("raise", "return"):
+            raise ValueError("on_error is 'raise' or 'return'")
+        if isinstance(prompts, (str, bytes)):
+            raise TypeError("prompts is a list of texts, not one text")
+        items = list(prompts)
+        belonging = [None] * len(items) if contexts is None else list(contexts)
+        if len(belonging) != len(items):
+            raise ValueError("%d queries and %d contexts: there has to be one for each" % (len(items), len(belonging)))
+        if len(items) > self._batch:
+            error = CountExceeded("a batch of %d, and %d are permitted: send it in parts" % (len(items), self._batch))
+            error.limit, error.asked, error.left = str(self._batch), str(len(items)), str(self._batch)
+            error.kind = "count-exceeded"
+            raise error
+        return list(zip(range(len(items)), items, belonging))[::-1]
+
+    def _hand_over(self, context: object) -> int | None:
+        """Give the host the context for a child query, in pieces; the number that the host knows it by."""
+        if context is None:
+            return None
+        if isinstance(context, (list, tuple)):
+            op, pieces = "context_list", _lines(context)  # pyright: ignore[reportUnknownArgumentType]
+        elif isinstance(context, str):
+            op, pieces = "context_text", _cut(context)
+        else:
+            raise TypeError("the context of a child query is a text or a list, not %s" % type(context).__name__)
+        number = None
+        for piece in pieces:
+            number = self._exchange("context_more" if number else op, piece, None, number)["context"]
+        return number
+
+    def _exchange(self, op: str, prompt: object, model: str | None, context: int | None) -> Any:
+        _, reply = self._wait({self._start(op, prompt, model, context)})
+        if not reply["ok"]:
+            raise error_from(reply["error"])
+        return reply["value"]
+
+    def _start(self, op: str, prompt: object, model: str | None, context: int | None) -> int:
         text = prompt if isinstance(prompt, str) else str(prompt)
         # Lone surrogates (from surrogateescape and the like) are not text; the channel would refuse them.
         text = text if text.isascii() else text.encode("utf-8", "replace").decode()
@@ -92,7 +133,7 @@ class Calls:
                 call = self._next_id
                 self._next_id += 1
                 self._awaited.add(call)
-            self._link.send({"type": "call", "id": call, "op": op, "prompt": text, "model": model})
+            self._link.send({"type": "call", "id": call, "op": op, "prompt": text, "model": model, "context": context})
         return call
 
     def _wait(self, calls: set[int]) -> tuple[int, dict[str, Any]]:
@@ -125,3 +166,24 @@ class Calls:
                 if frame and frame.get("type") == "reply" and frame["id"] in self._awaited:
                     self._replies[frame["id"]] = frame
                 self._cond.notify_all()
+
+
+def _cut(text: str) -> Iterator[str]:
+    for start in range(0, max(1, len(text)), wire.PIECE_CHARS):
+        yield text[start : start + wire.PIECE_CHARS]
+
+
+def _lines(items: Sequence[object]) -> Iterator[str]:
+    """JSON lines, one an item, in pieces. Raises TypeError and ValueError for what JSON cannot hold."""
+    import json
+
+    ready: list[str] = []
+    size = 0
+    for item in items:
+        ready.append(json.dumps(item, ensure_ascii=False, allow_nan=False) + "\n")
+        size += len(ready[-1])
+        if size >= wire.PIECE_CHARS:
+            yield from _cut("".join(ready))
+            ready, size = [], 0
+    if ready or not items:
+        yield from _cut("".join(ready))

@@ -37,6 +37,18 @@ class TimeExceeded(SubCallError):
     """The query's time is over."""
 
 
+class RateLimited(SubCallError):
+    """The requests or tokens of this minute are used up. `retry_after`: seconds until there is room again."""
+
+    retry_after = 0.0
+
+
+class ChildStopped(SubCallError):
+    """A child query ended without an answer. `partial`: the best that it had, or None."""
+
+    partial: Any = None  # a str, if there is any
+
+
 class ProviderFailed(SubCallError):
     """The LM provider failed or refused, after all retries."""
 
@@ -54,7 +66,9 @@ KINDS: dict[str, type[SubCallError]] = {
     "budget-exhausted": BudgetExhausted,
     "budget-in-flight": BudgetInFlight,
     "count-exceeded": CountExceeded,
+    "rate-limited": RateLimited,
     "time-exceeded": TimeExceeded,
+    "child-stopped": ChildStopped,
 }
 EXCEPTIONS = (
     SubCallError,
@@ -62,7 +76,9 @@ EXCEPTIONS = (
     BudgetExhausted,
     BudgetInFlight,
     CountExceeded,
+    RateLimited,
     TimeExceeded,
+    ChildStopped,
     ProviderFailed,
     BatchError,
 )
@@ -73,4 +89,8 @@ def error_from(fields: dict[str, Any]) -> SubCallError:
     error = KINDS.get(kind, ProviderFailed)(str(fields.get("message", "the sub-call failed")))
     error.kind = kind
     error.limit, error.asked, error.left = (str(fields.get(name, "")) for name in ("limit", "asked", "left"))
+    if isinstance(error, RateLimited):
+        error.retry_after = float(fields.get("retry_after", 0.0))
+    if isinstance(error, ChildStopped):
+        error.partial = fields.get("partial")
     return error

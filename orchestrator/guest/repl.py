@@ -25,7 +25,7 @@ THREAD_STACK = 2 << 20  # bytes: the usual 8 MiB would fill a small sandbox with
 
 
 class Repl:
-    """limits: `answer_chars`, `calls_in_flight`, `memory_bytes`, as the host's hello gave them."""
+    """limits: `answer_chars`, `calls_in_flight`, `batch`, `memory_bytes`, as the host's hello gave them."""
 
     def __init__(self, link: Link, shield: Shield, limits: dict[str, Any]) -> None:
         self._limits = limits
@@ -98,8 +98,8 @@ class Repl:
             if self._calls is None:
                 from .calls import Calls
 
-                window = int(self._limits["calls_in_flight"])
-                self._calls = Calls(self._link, self._shield, window, self._process)
+                window, batch = int(self._limits["calls_in_flight"]), int(self._limits["batch"])
+                self._calls = Calls(self._link, self._shield, window, batch, self._process)
             return self._calls
 
     # The names of the REPL
@@ -115,17 +115,22 @@ class Repl:
             prompts: Sequence[object], model: str | None = None, *, on_error: str = "raise"
         ) -> list[Any]:
             """Ask many at once; answers in order. on_error="return" puts exceptions in place of failed answers."""
-            return calls().ask_many("llm_query", prompts, model, on_error)
+            return calls().ask_many("llm_query", prompts, model, on_error, None)
 
-        def rlm_query(prompt: object, model: str | None = None) -> str:
-            """Give a sub-question to a whole RLM of its own."""
-            return calls().ask("rlm_query", prompt, model)
+        def rlm_query(query: object, context: object = None, model: str | None = None) -> str:
+            """Give a question to an RLM of its own, over a text or list; without one, over this context."""
+            return calls().ask("rlm_query", query, model, self._handed(context))
 
         def rlm_query_batched(
-            prompts: Sequence[object], model: str | None = None, *, on_error: str = "raise"
+            queries: Sequence[object],
+            contexts: Sequence[object] | None = None,
+            model: str | None = None,
+            *,
+            on_error: str = "raise",
         ) -> list[Any]:
-            """Give many sub-questions to RLMs of their own."""
-            return calls().ask_many("rlm_query", prompts, model, on_error)
+            """Give many questions to RLMs of their own, each over the context in its place."""
+            handed = None if contexts is None else list(map(self._handed, contexts))
+            return calls().ask_many("rlm_query", queries, model, on_error, handed)
 
         def budget() -> dict[str, Any]:
             """What is left of money, sub-calls and time. Advisory."""
@@ -157,6 +162,10 @@ class Repl:
         scaffold["context"] = self._context
         scaffold["answer"] = answer
         return scaffold
+
+    def _handed(self, context: object) -> object:
+        # The host has this query's context: nothing of it has to go through the channel.
+        return None if context is self._context else context
 
     def _is_users(self, name: str) -> bool:
         return name not in self._scaffold and not name.startswith(_HIDDEN_PREFIX)

@@ -50,7 +50,7 @@ class Cell:
 
 class Supervisor:
     """One sandbox's life. The limits come with the host's hello: memory_bytes, address_bytes, pids, files, file_bytes,
-    output_bytes, answer_chars, calls_in_flight."""
+    output_bytes, answer_chars, calls_in_flight, batch."""
 
     def __init__(self, channel_in: int, channel_out: int, context_folder: str) -> None:
         self._in = channel_in

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     # type of frame -> field -> permitted types; `type` itself is checked apart
     Table = Mapping[str, Mapping[str, tuple[type, ...]]]
 
-VERSION = 1
+VERSION = 2
 MAX_LINE = 16 * 1024 * 1024  # bytes, newline included
 MAX_ID = 2**53
 OUTPUT_CHUNK = 32 * 1024  # characters of text in one output frame, at most
@@ -49,7 +49,7 @@ TO_HOST: Table = {
         "names": _LIST,
         "dropped": (int,),
     },
-    "call": {"id": (int,), "op": (str,), "prompt": (str,), "model": _TEXT},
+    "call": {"id": (int,), "op": (str,), "prompt": (str,), "model": _TEXT, "context": (int, type(None))},
 }
 # Between supervisor and worker, inside the sandbox: what the worker says when a cell is over, or a snapshot is taken.
 TO_SUPERVISOR: Table = {
@@ -59,7 +59,9 @@ TO_SUPERVISOR: Table = {
 }
 
 CELL_STATUS = ("ok", "error", "timeout", "killed")
-OPS = ("llm_query", "rlm_query", "budget")
+# context_*: a context for a child query, in as many pieces as it takes; the first one's reply says its number.
+OPS = ("llm_query", "rlm_query", "budget", "context_text", "context_list", "context_more")
+PIECE_CHARS = 1 << 20  # of a context in one call; a character takes up to 12 bytes of a line
 
 
 class Malformed(ValueError):

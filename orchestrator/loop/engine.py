@@ -17,7 +17,7 @@ from typing import Literal, Protocol
 import anyio
 
 from orchestrator.core.errors import BudgetExhausted, BudgetInFlight, CountExceeded, LimitError
-from orchestrator.core.events import Event
+from orchestrator.core.events import EventType
 from orchestrator.lm.base import Message, Reply
 from orchestrator.loop import prompts
 from orchestrator.loop.parse import parse
@@ -60,7 +60,7 @@ class Loop:
     iterations: int
     ask: Ask
     run_cell: Callable[[str], Awaitable[CellResult]]
-    record: Callable[[Event], None]
+    record: Callable[[EventType, dict[str, str]], None]
     accept: Callable[[str], Awaitable[str | None]]
     most_chars: int
     cells: int = 0
@@ -79,7 +79,7 @@ class Loop:
             limit: LimitError = CountExceeded(f"all {self.iterations} turns are used", limit=str(self.iterations))
         except LimitError as error:
             limit = error
-        self.record(Event("limit.hit", "root", {"kind": limit.kind, "detail": str(limit), "limit": limit.limit}))
+        self.record("limit.hit", {"kind": limit.kind, "detail": str(limit), "limit": limit.limit})
         return await self._last_word(messages, limit)
 
     async def _turn(self, messages: list[Message]) -> str | None:

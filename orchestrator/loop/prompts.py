@@ -64,6 +64,13 @@ far faster than a loop.
 - budget() shows what is left of money, calls and time. You have {sub_calls:,} calls at most.
 """
 
+_CHILDREN = """\
+- rlm_query(question, context) gives a question to another model with a REPL like yours, over a text or a list that \
+you made, and returns its answer; without a context it works on yours. rlm_query_batched(questions, contexts) runs \
+several at the same time. It costs many times what llm_query does: use it for a part that takes code as well as \
+reading. You have {children:,} at most.
+"""
+
 _NO_CALLS = """\
 There is no other language model to ask in this query: llm_query is not permitted.
 """
@@ -85,6 +92,8 @@ _LAZY = {
     ),
     "list": ". It is too large for memory: a list that reads each item from disk when you touch it",
 }
+
+PROMPT_ALONE = "The context is a request, perhaps with the material that it is about. Read it, and do what it asks."
 
 _NO_CODE = (
     "There was neither a ```repl block nor a line FINAL(...) in that. Write the next step as code in a ```repl block, "
@@ -204,14 +213,19 @@ def opening(
     *,
     iterations: int,
     sub_calls: int,
+    children: int,
     in_flight: int,
     sub_prompt_bytes: int,
 ) -> list[Message]:
-    """The first two messages. lazy: '' for a plain value, else 'text' or 'list'. sub_calls 0 switches them off."""
+    """The first two messages. lazy: '' for a plain value, else 'text' or 'list'.
+
+    sub_calls 0 switches them off, children 0 child queries.
+    """
     described = ", ".join(f"{key} {value}" for key, value in shape.items())
     if limits.style == "small":
         return _small_opening(query, shape, lazy)
     calls = _CALLS.format(prompt=sub_prompt_bytes, in_flight=in_flight, sub_calls=sub_calls) if sub_calls else _NO_CALLS
+    calls += _CHILDREN.format(children=children) if sub_calls and children else ""
     system = _STANDARD.format(shown=limits.shown_chars, calls=calls, advice=_ADVICE if sub_calls else "")
     user = _CONTEXT.format(query=query, shape=described, form=_LAZY.get(lazy, ""), iterations=iterations)
     return [{"role": "system", "content": system}, {"role": "user", "content": user}]

@@ -1,20 +1,16 @@
-"""The host side of every LM call: authorise, bound, reserve and record, send, settle and record.
+"""The host side of every LM call: authorise, bound, wait for a turn, reserve and record, send, settle and record.
 
-Nothing reaches a provider without a committed reservation and a committed `call.intent`; both are one transaction. How
-a request ends decides what it costs:
-
-    answered, usage reported        the price of the usage, never more than the bound
-    answered, no usage reported     the bound
-    refused, busy, unreachable      nothing
-    time-out, cut off, cancelled    the bound: it may have been billed
+Nothing reaches a provider without a committed reservation and a committed `call.intent`; both are one transaction.
+`settlement` says what a request costs by how it ended.
 """
 
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any, Literal
 
 import anyio
@@ -22,76 +18,32 @@ import tenacity
 
 from orchestrator.core.errors import (
     AirlockError,
-    BudgetExhausted,
     BudgetInFlight,
     CountExceeded,
+    LimitError,
     NotPermitted,
-    OutcomeUnknown,
     ProviderBusy,
+    RateLimited,
     TimeExceeded,
 )
 from orchestrator.core.events import Event
-from orchestrator.core.policy import Policy
+from orchestrator.core.turns import Turns
 from orchestrator.core.units import usd
 from orchestrator.lm.base import LM, Message, Reply, Request
+from orchestrator.proxy.account import Account, Answered, Aside, ModelUsage, Node
+from orchestrator.proxy.circuit import Circuit
 from orchestrator.proxy.prices import Prices
+from orchestrator.proxy.settlement import charged, settlement
 from orchestrator.store import journal, ledger
-from orchestrator.store.journal import QueryKey
 from orchestrator.store.ledger import Scope
-from orchestrator.store.writer import Writer
 
 Role = Literal["root", "sub"]
-Recorded = Callable[[Event], None]
 
 MESSAGE_TOKENS = 16  # what a chat template adds to a message, at most
 REQUEST_TOKENS = 64  # and to a request
 LONGEST_WAIT_S = 30.0
 RECORDED_REFUSALS = 100  # of a query, one by one: a refusal costs a guest nothing, and must not fill the disk
-
-
-@dataclass(slots=True)
-class ModelUsage:
-    calls: int = 0
-    input_tokens: int = 0
-    output_tokens: int = 0
-    cost: int = 0
-
-
-@dataclass(slots=True)
-class Account:
-    """Who is asking: made by the host when a query opens, bound to its sandbox's channel, never told by a guest.
-
-    deadline: on the clock of time.monotonic. scopes: every purse the query's money comes out of, its own first.
-    sub_models: what a cell may name; without a name it gets the first. held: reservation -> nano-USD. sent: what was
-    asked for real, and is to be paid whatever happens to its record. turns: how far the root's loop has come.
-    """
-
-    key: QueryKey
-    node: str
-    policy: Policy
-    scopes: Sequence[Scope]
-    deadline: float
-    sub_models: Sequence[str]
-    in_flight: anyio.Semaphore
-    writer: Writer
-    recorded: Recorded
-    held: dict[str, int] = field(default_factory=dict[str, int])
-    sent: set[str] = field(default_factory=set[str])
-    turns: int = 0
-    sub_calls: int = 0
-    calls: int = 0
-    running: int = 0
-    refused: int = 0
-    usage: dict[str, ModelUsage] = field(default_factory=dict[str, ModelUsage])
-    conversation: Sequence[Message] = ()
-
-    @property
-    def spent(self) -> int:
-        """nano-USD settled so far."""
-        return sum(usage.cost for usage in self.usage.values())
-
-    def remaining_s(self) -> float:
-        return max(0.0, self.deadline - time.monotonic())
+AT_ONCE = 256  # LM requests of one process, of all its tenants
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,138 +59,217 @@ class _Plan:
     input_tokens: int
 
 
-class Proxy:
-    """models: finds the LM for a model's name, and the provider's name for it; raises ModelError."""
+@dataclass(frozen=True, slots=True)
+class _Hold:
+    """A committed reservation, and what it allows."""
 
-    def __init__(self, prices: Prices, models: Callable[[str], tuple[LM, str]]) -> None:
+    reservation: str
+    bound: int
+    output_tokens: int
+
+
+class Proxy:
+    """models: finds the LM for a model's name, and the provider's name for it; raises ModelError.
+
+    turns: at the providers, for the requests of all tenants. sweep: frees what dead processes hold.
+    """
+
+    def __init__(
+        self,
+        prices: Prices,
+        models: Callable[[str], tuple[LM, str]],
+        turns: Turns | None = None,
+        sweep: Callable[[], Awaitable[object]] | None = None,
+    ) -> None:
         self._prices = prices
         self._models = models
+        self._turns = turns or Turns(AT_ONCE)
+        self._sweep = sweep
+        self._circuit = Circuit()
 
     def bound(self, model: str, input_bytes: int, output_tokens: int) -> int:
         """The most, in nano-USD, that a request of one message can cost. Raises PriceUnknown."""
         return self._prices.bound(model, input_bytes + MESSAGE_TOKENS + REQUEST_TOKENS, output_tokens)
 
-    async def sub_call(self, account: Account, prompt: str, model: str | None) -> str:
+    async def sub_call(self, node: Node, prompt: str, model: str | None) -> str:
         """A cell's `llm_query`. Raises LimitError, RequestError or ProviderError; records refusals."""
-        name = model or account.sub_models[0]
+        account = node.account
+        name = model or node.sub_models[0]
         try:
             # A name from a guest only ever selects among names from the host: it must not reach a path or a key.
-            if name not in account.sub_models:
-                names = ", ".join(account.sub_models)
+            if name not in node.sub_models:
+                names = ", ".join(node.sub_models)
                 raise NotPermitted(f"sub-calls can ask {names}; not {name[:200]!r}", limit=names, asked=name[:200])
             most = account.policy.counts.sub_calls
             if account.sub_calls >= most:
                 text = f"the query's {most} sub-calls are used up"
                 raise CountExceeded(text, limit=str(most), asked="1", left="0")
             account.sub_calls += 1
-            message: Message = {"role": "user", "content": prompt}
-            async with account.in_flight:
-                return (await self.ask(account, "sub", name, [message], account.policy.models.output_tokens)).text
+            if account.policy.models.dedupe:
+                return await self._ask_once(node, name, prompt)
+            return await self._ask_sub(node, name, prompt)
         except AirlockError as error:
-            self.refuse(account, error, name)
+            self.refuse(node, error, name)
             raise
 
-    def refuse(self, account: Account, error: AirlockError, model: str) -> None:
+    async def _ask_sub(self, node: Node, name: str, prompt: str, answered: Answered | None = None) -> str:
+        message: Message = {"role": "user", "content": prompt}
+        async with node.account.in_flight:
+            if answered:
+                answered.call = f"{node.name}.c{node.calls + 1}"
+            return (await self.ask(node, "sub", name, [message], node.account.policy.models.output_tokens)).text
+
+    async def _ask_once(self, node: Node, name: str, prompt: str) -> str:
+        """The answer to the same words in this query, if there is one or is going to be; else ask."""
+        account = node.account
+        while answered := account.answers.get((name, prompt)):
+            await answered.done.wait()
+            if answered.text is not None:
+                self._record(account, Event("call.repeated", node.name, {"of": answered.call, "model": name[:200]}))
+                return answered.text
+        mine = account.answers[name, prompt] = Answered()
+        try:
+            mine.text = await self._ask_sub(node, name, prompt, mine)
+            return mine.text
+        finally:
+            if mine.text is None:
+                del account.answers[name, prompt]
+            mine.done.set()
+
+    def refuse(self, node: Node, error: AirlockError, model: str) -> None:
         """Record that a sub-call was refused. After RECORDED_REFUSALS they are only counted, for `query.closed`."""
+        account = node.account
         account.refused += 1
         if account.refused <= RECORDED_REFUSALS:
-            event = Event("call.refused", account.node, _refusal(error, "sub", model))
-            account.writer.post(lambda tx: journal.append(tx, account.key, event))
-            account.recorded(event)
+            self._record(account, Event("call.refused", node.name, _refusal(error, "sub", model)))
+
+    @staticmethod
+    def _record(account: Account, event: Event) -> None:
+        account.writer.post(lambda tx: journal.append(tx, account.key, event))
+        account.recorded(event)
 
     async def ask(
         self,
-        account: Account,
+        node: Node,
         role: Role,
         model: str,
         messages: Sequence[Message],
         output_tokens: int,
-        release: str | None = None,
+        aside: Aside | None = None,
     ) -> Reply:
-        """Ask `model`, with retries; each attempt is a reservation of its own.
+        """Ask `model` or, where its provider fails, the policy's fallbacks in their order.
 
-        release: a reservation that is given up in the transaction that makes the first attempt's (the last word's).
+        role: `root` for the loop of any node. aside: held for this very request, the node's last word: each attempt
+        takes its money in one transaction, and one that cost nothing puts it back in the same way.
         Raises LimitError, RequestError or ProviderError.
         """
-        plan = self._authorise(account, role, model, messages)
-        attempts = 0
+        failed: ProviderBusy | None = None
+        for name in dict.fromkeys((model, *node.account.policy.models.fallbacks)):
+            if failed and not self._permits(node, role, name):
+                continue
+            plan = self._authorise(node, role, name, messages)
+            try:
+                return await self._ask_one(node, plan, output_tokens, aside)
+            except ProviderBusy as error:
+                failed = failed or error
+        raise failed or AssertionError("a call without a model")
+
+    async def _ask_one(self, node: Node, plan: _Plan, output_tokens: int, aside: Aside | None) -> Reply:
+        """With retries; each attempt is a reservation of its own."""
         retrying = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception_type(ProviderBusy),
-            stop=_stop(account),
+            stop=_stop(node),
             wait=_wait,
             sleep=anyio.sleep,
             reraise=True,
         )
         async for attempt in retrying:
             with attempt:
-                attempts += 1
-                return await self._attempt(account, plan, output_tokens, attempts, release if attempts == 1 else None)
+                return await self._attempt(node, plan, output_tokens, attempt.retry_state.attempt_number, aside)
         raise AssertionError("tenacity ends with a result or an exception")
 
-    def _authorise(self, account: Account, role: Role, model: str, messages: Sequence[Message]) -> _Plan:
-        if not account.policy.models.permits(role, model):
+    @staticmethod
+    def _permits(node: Node, role: Role, model: str) -> bool:
+        """A child query's own loop asks a model as its parent's sub-calls do."""
+        return node.account.policy.models.permits(role if node.depth == 0 else "sub", model)
+
+    def _authorise(self, node: Node, role: Role, model: str, messages: Sequence[Message]) -> _Plan:
+        policy = node.account.policy
+        if not self._permits(node, role, model):
             raise NotPermitted(f"the policy does not permit model {model!r} for {role} calls", asked=model)
         lm, provider_model = self._models(model)
         size = sum(len(message["content"].encode("utf-8", "replace")) for message in messages)
-        most = account.policy.models.prompt
+        most = policy.models.prompt
         if size > most:
             text = f"the prompt has {size:,} bytes, the policy permits {most:,}: send less text, or in pieces"
             raise CountExceeded(text, limit=f"{most} bytes", asked=f"{size} bytes", left=f"{most} bytes")
-        account.calls += 1
+        node.calls += 1
         # A token is at least one byte of UTF-8 in every tokenizer that providers use.
         tokens = size + MESSAGE_TOKENS * len(messages) + REQUEST_TOKENS
-        call = f"{account.node}.c{account.calls}"
-        return _Plan(call, role, model, lm, provider_model, messages, tokens)
+        return _Plan(f"{node.name}.c{node.calls}", role, model, lm, provider_model, messages, tokens)
 
-    async def _attempt(
-        self, account: Account, plan: _Plan, output_tokens: int, number: int, release: str | None
-    ) -> Reply:
-        if account.remaining_s() <= 0:
-            raise TimeExceeded("the query's time is over", limit=f"{account.policy.time.query} ms", left="0 ms")
-        reservation = f"{account.key.id}:{plan.call}:{number}"
-        bound, output_tokens = await self._reserve(account, plan, output_tokens, reservation, number, release)
-        idle_s = account.policy.time.idle / 1000
-        request = Request(plan.provider_model, plan.messages, output_tokens, min(idle_s, account.remaining_s()))
-        reply: Reply | None = None
-        outcome, detail = "unknown", "cancelled"
+    async def _attempt(self, node: Node, plan: _Plan, output_tokens: int, number: int, aside: Aside | None) -> Reply:
+        while True:
+            try:
+                return await self._in_turn(node, plan, output_tokens, number, aside)
+            except RateLimited as limited:
+                if limited.retry_after >= node.remaining_s():
+                    raise
+                wait = limited.retry_after
+            await anyio.sleep(wait)  # in nobody's way
+
+    async def _in_turn(self, node: Node, plan: _Plan, output_tokens: int, number: int, aside: Aside | None) -> Reply:
+        account, tenant = node.account, node.account.policy.tenant
+        if node.remaining_s() > 0:
+            with anyio.move_on_after(node.remaining_s()) as waiting:
+                async with self._turns.turn(account.key.tenant, tenant.share, tenant.in_flight):
+                    waiting.deadline = math.inf  # from here on the request has a time-out of its own
+                    with self._circuit.attempt(plan.name):
+                        hold = await self._reserve(node, plan, output_tokens, number, aside)
+                        return await self._send(node, plan, hold, aside)
+        raise TimeExceeded("the query's time is over", limit=f"{account.policy.time.query} ms", left="0 ms")
+
+    async def _send(self, node: Node, plan: _Plan, hold: _Hold, aside: Aside | None) -> Reply:
+        account = node.account
+        timeout_s = min(account.policy.time.idle / 1000, node.remaining_s())
+        request = Request(plan.provider_model, plan.messages, hold.output_tokens, timeout_s)
+        reply, ended, detail = None, None, "cancelled"
         account.running += 1
-        account.sent.add(reservation)
+        account.sent.add(hold.reservation)
         try:
             reply = await plan.lm.ask(request)
-            outcome, detail = "answered", reply.finish_reason
+            detail = reply.finish_reason
             return reply
-        except OutcomeUnknown as error:
-            detail = str(error)
-            raise
         except AirlockError as error:
-            outcome, detail = "void", str(error)
+            ended, detail = error, str(error)
             raise
         finally:
             account.running -= 1
-            self._settle(account, plan, reservation, bound, outcome, detail, reply)
+            self._settle(node, plan, hold, reply, ended, detail, aside)
 
-    async def _reserve(
-        self, account: Account, plan: _Plan, output_tokens: int, reservation: str, number: int, release: str | None
-    ) -> tuple[int, int]:
+    # Before: reserve
+
+    async def _reserve(self, node: Node, plan: _Plan, output_tokens: int, number: int, aside: Aside | None) -> _Hold:
         """Hold the bound and record the intent. A call that is too dear is tried once more with a lower output cap."""
-        try:
-            bound = await self._hold(account, plan, output_tokens, reservation, number, release)
-        except ledger.NotEnough as short:
-            lower = self._affordable(plan, output_tokens, account.policy.models.output_floor, short.free)
-            if not lower:
-                raise short.error from None
-            output_tokens = lower
+        swept = False
+        while True:
             try:
-                bound = await self._hold(account, plan, output_tokens, reservation, number, release)
-            except ledger.NotEnough as again:
-                raise again.error from None
-        return bound, output_tokens
+                return await self._hold(node, plan, output_tokens, number, aside)
+            except ledger.NotEnough as short:
+                lower = self._affordable(plan, output_tokens, node.account.policy.models.output_floor, short.free)
+                if lower:
+                    output_tokens = lower
+                elif isinstance(short.error, BudgetInFlight | RateLimited) and not swept and self._sweep:
+                    swept = True  # what is held may be held by a process that is dead
+                    await self._sweep()
+                else:
+                    raise short.error from None
 
-    async def _hold(
-        self, account: Account, plan: _Plan, output_tokens: int, reservation: str, number: int, release: str | None
-    ) -> int:
+    async def _hold(self, node: Node, plan: _Plan, output_tokens: int, number: int, aside: Aside | None) -> _Hold:
+        account = node.account
+        reservation = f"{account.key.id}:{plan.call}:{number}"
         bound = self._prices.bound(plan.name, plan.input_tokens, output_tokens)
-        shared = _shared(account.conversation, plan.messages) if plan.role == "root" else 0
+        shared = _shared(node.conversation, plan.messages) if plan.role == "root" else 0
         body = {
             "call": plan.call,
             "attempt": number,
@@ -250,22 +281,29 @@ class Proxy:
             "shared": shared,  # how many leading messages are those of the last root call
         }
         prompt = json.dumps(list(plan.messages[shared:]), ensure_ascii=False)
-        event = Event("call.intent", account.node, body, {"prompt": prompt})
+        event = Event("call.intent", node.name, body, {"prompt": prompt})
+        minute = _minute(account)
+        # The last word must not have to wait for a minute to pass.
+        scopes = node.scopes if aside else [*node.scopes, minute]
+        tokens = plan.input_tokens + output_tokens
 
         def work(tx: journal.Connection) -> None:
-            if release:
-                ledger.void(tx, release)
-            ledger.reserve(tx, reservation, account.key.id, account.node, bound, account.scopes)
+            if aside:
+                ledger.void(tx, aside.reservation)
+            else:
+                ledger.open_scopes(tx, [minute])
+            ledger.reserve(tx, reservation, account.key.id, node.name, bound, scopes, tokens=tokens)
             journal.append(tx, account.key, event)
 
         await account.writer.write(work)
-        account.held[reservation] = bound
-        if release:
-            account.held.pop(release, None)
+        node.count(held=bound)
+        if aside:
+            aside.taken = True
+            node.count(held=-aside.nano)
         if plan.role == "root":
-            account.conversation = list(plan.messages)
+            node.conversation = list(plan.messages)
         account.recorded(event)
-        return bound
+        return _Hold(reservation, bound, output_tokens)
 
     def _affordable(self, plan: _Plan, output_tokens: int, floor: int, free: int) -> int:
         """The highest output cap from `floor` up that `free` can pay for, or 0."""
@@ -279,36 +317,53 @@ class Proxy:
                 high = middle - 1
         return best
 
+    # After: settle
+
     def _settle(
         self,
-        account: Account,
+        node: Node,
         plan: _Plan,
-        reservation: str,
-        bound: int,
-        outcome: str,
-        detail: str,
+        hold: _Hold,
         reply: Reply | None,
+        error: AirlockError | None,
+        detail: str,
+        aside: Aside | None,
     ) -> None:
-        usage = reply.usage if reply else None
-        price = self._prices.cost(plan.name, usage) if usage else bound
-        cost = 0 if outcome == "void" else min(price, bound)
-        body: dict[str, Any] = {"call": plan.call, "outcome": outcome, "detail": detail[:500], "cost_usd": usd(cost)}
-        body["usage"] = None
+        account, usage = node.account, reply.usage if reply else None
+        settled = settlement(reply, error)
+        price = self._prices.cost(plan.name, usage) if usage else None
+        cost = charged(settled, hold.bound, price)
+        body: dict[str, Any] = {
+            "call": plan.call,
+            "outcome": settled.outcome,
+            "detail": detail[:500],
+            "cost_usd": usd(cost),
+            "usage": None,
+        }
         if usage:
             body["usage"] = {"input_tokens": usage.input_tokens, "output_tokens": usage.output_tokens}
-        if price > bound:
+        if price is not None and price > hold.bound:
             body["reported_usd"] = usd(price)
-        event = Event("call.result", account.node, body, {"completion": reply.text} if reply else {})
+        event = Event("call.result", node.name, body, {"completion": reply.text} if reply else {})
+        tokens = plan.input_tokens + hold.output_tokens
+        if usage:
+            tokens = min(tokens, usage.input_tokens + usage.output_tokens)
+        again = ledger.set_aside(account.key.id, node.name, aside.tries + 1) if aside else ""
 
         def work(tx: journal.Connection) -> None:
-            if outcome == "void":
-                ledger.void(tx, reservation)
+            if settled.outcome == "void":
+                ledger.void(tx, hold.reservation)
+                if aside:
+                    put_aside(tx, node, again, aside.nano)
             else:
-                ledger.settle(tx, reservation, cost)
+                ledger.settle(tx, hold.reservation, cost, tokens)
             journal.append(tx, account.key, event)
 
         account.writer.post(work)
-        del account.held[reservation]
+        node.count(held=-hold.bound, spent=cost)
+        if aside and settled.outcome == "void":
+            aside.reservation, aside.tries, aside.taken = again, aside.tries + 1, False
+            node.count(held=aside.nano)
         total = account.usage.setdefault(plan.name, ModelUsage())
         total.calls += 1
         total.cost += cost
@@ -316,17 +371,34 @@ class Proxy:
         total.output_tokens += usage.output_tokens if usage else 0
         account.recorded(event)
 
-    def budget(self, account: Account) -> dict[str, object]:
-        """What a cell's `budget()` shows: advisory, for this query alone."""
-        spent, held = account.spent, sum(account.held.values())
-        limit = account.scopes[0].limit
+    def budget(self, node: Node) -> dict[str, object]:
+        """What a cell's `budget()` shows: advisory, for its node and what is below it."""
+        counts = node.account.policy.counts
         return {
-            "usd_left": usd(max(0, limit - spent - held)),
-            "usd_limit": usd(limit),
-            "usd_spent": usd(spent),
-            "sub_calls_left": account.policy.counts.sub_calls - account.sub_calls,
-            "seconds_left": str(int(account.remaining_s())),
+            "usd_left": usd(max(0, node.limit - node.spent - node.held)),
+            "usd_limit": usd(node.limit),
+            "usd_spent": usd(node.spent),
+            "sub_calls_left": counts.sub_calls - node.account.sub_calls,
+            "children_left": counts.children - node.account.children if node.depth + 1 < counts.depth else 0,
+            "depth_left": counts.depth - node.depth,
+            "seconds_left": str(int(node.remaining_s())),
         }
+
+
+def put_aside(tx: journal.Connection, node: Node, reservation: str, nano: int) -> None:
+    """Hold the money of a node's last word. Raises NotEnough."""
+    ledger.reserve(tx, reservation, node.account.key.id, node.name, nano, node.scopes, calls=0)
+
+
+def _minute(account: Account) -> Scope:
+    """What the tenant may ask in the minute that runs now (UTC)."""
+    tenant = account.policy.tenant
+    return Scope(
+        f"tenant-minute:{account.key.tenant}:{datetime.now(UTC):%Y-%m-%dT%H:%M}",
+        limit=None,
+        calls=tenant.requests_minute,
+        tokens=tenant.tokens_minute,
+    )
 
 
 def _shared(before: Sequence[Message], after: Sequence[Message]) -> int:
@@ -339,9 +411,10 @@ def _shared(before: Sequence[Message], after: Sequence[Message]) -> int:
 
 
 def _refusal(error: AirlockError, role: str, model: str) -> Mapping[str, str]:
-    limit = error if isinstance(error, (BudgetExhausted, BudgetInFlight, CountExceeded, NotPermitted)) else None
     fields = {"role": role, "model": model[:200], "kind": error.kind, "detail": str(error)[:500]}
-    return fields | ({"limit": limit.limit, "asked": limit.asked[:200], "left": limit.left} if limit else {})
+    if isinstance(error, LimitError):
+        fields |= {"limit": error.limit, "asked": error.asked[:200], "left": error.left}
+    return fields
 
 
 def _wait(state: tenacity.RetryCallState) -> float:
@@ -353,14 +426,14 @@ def _wait(state: tenacity.RetryCallState) -> float:
     return tenacity.wait_random_exponential(multiplier=0.5, max=LONGEST_WAIT_S)(state)
 
 
-def _stop(account: Account) -> Callable[[tenacity.RetryCallState], bool]:
+def _stop(node: Node) -> Callable[[tenacity.RetryCallState], bool]:
     """Stop after the policy's retries, or when the wait would outlast the query, or is too long to hold a sandbox."""
 
     def stop(state: tenacity.RetryCallState) -> bool:
         wait = _wait(state)
         return (
-            state.attempt_number > account.policy.counts.retries
-            or wait > account.remaining_s()
+            state.attempt_number > node.account.policy.counts.retries
+            or wait > node.remaining_s()
             or wait > 4 * LONGEST_WAIT_S
         )
 

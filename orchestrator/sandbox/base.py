@@ -50,6 +50,7 @@ class SandboxSpec:
     output_bytes: int
     answer_chars: int
     calls_in_flight: int
+    batch: int
 
     @classmethod
     def under(cls, policy: Policy, slot: Slot) -> SandboxSpec:
@@ -65,6 +66,7 @@ class SandboxSpec:
             output_bytes=limits.output,
             answer_chars=policy.content.answer_chars,
             calls_in_flight=policy.counts.in_flight,
+            batch=policy.counts.batch,
         )
 
     def guest_limits(self) -> dict[str, Any]:
@@ -78,6 +80,7 @@ class SandboxSpec:
             "output_bytes": self.output_bytes,
             "answer_chars": self.answer_chars,
             "calls_in_flight": self.calls_in_flight,
+            "batch": self.batch,
         }
 
 

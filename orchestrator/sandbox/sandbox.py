@@ -15,10 +15,12 @@ import anyio.abc
 from orchestrator.core.context import Context
 from orchestrator.core.errors import (
     AirlockError,
+    ChildStopped,
     LimitError,
     MachineError,
     OutcomeUnknown,
     ProtocolViolation,
+    RateLimited,
     SandboxDied,
     SandboxUnusable,
 )
@@ -35,11 +37,15 @@ CellStatus = Literal["ok", "error", "timeout", "killed"]
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A sub-call that a cell asks for. Hostile text; who asks is known from the sandbox it came from."""
+    """A sub-call that a cell asks for. Hostile text; who asks is known from the sandbox it came from.
+
+    context: the number of one that the cell handed over, for a child query.
+    """
 
     op: str
     prompt: str
     model: str | None
+    context: int | None = None
 
 
 @dataclass(slots=True)
@@ -185,7 +191,7 @@ class Sandbox:
     async def _answer(self, frame: wire.Frame, on_call: OnCall, in_flight: set[int]) -> None:
         reply: wire.Frame = {"type": "reply", "id": frame["id"], "ok": True, "value": None, "error": None}
         try:
-            reply["value"] = await on_call(Call(frame["op"], frame["prompt"], frame["model"]))
+            reply["value"] = await on_call(Call(frame["op"], frame["prompt"], frame["model"], frame["context"]))
             if not wire.fits(reply):
                 raise OutcomeUnknown("the answer is larger than the channel to the sandbox carries")
         except MachineError:  # not the cell's affair: nothing may go on without ledger and journal
@@ -212,10 +218,14 @@ async def _no_calls(call: Call) -> str:
     raise ProtocolViolation(f"a sandbox that is tried out asked for {call.op}")
 
 
-def _for_guest(error: AirlockError) -> dict[str, str]:
-    fields = {"kind": error.kind, "message": str(error)}
+def _for_guest(error: AirlockError) -> dict[str, Any]:
+    fields: dict[str, Any] = {"kind": error.kind, "message": str(error)}
     if isinstance(error, LimitError):
         fields |= {"limit": error.limit, "asked": error.asked, "left": error.left}
+    if isinstance(error, RateLimited):
+        fields["retry_after"] = error.retry_after
+    if isinstance(error, ChildStopped):
+        fields["partial"] = error.partial
     return fields
 
 

@@ -29,10 +29,10 @@ import hashlib
 import json
 import re
 import stat
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO, Literal, cast
 
 from orchestrator.core.context import Context, ContextKind
 from orchestrator.core.errors import ContextError, StoreError
@@ -110,6 +110,13 @@ class ContextStore:
         except (TypeError, ValueError, RecursionError) as error:
             raise ContextError(f"{name}: JSON cannot hold it ({error}); pass str, numbers, lists and dicts") from None
         raise ContextError(f"{name}: is a {type(value).__name__}; pass a str, a list or a dict, or the path of a file")
+
+    def ingest_pieces(self, kind: Literal["text", "jsonl"], pieces: Sequence[str]) -> Context:
+        """Store a text, or a list as JSON lines, that comes in pieces. Of nothing at all it makes an empty str.
+
+        Raises ContextError, StoreError.
+        """
+        return self._keep_pieces(kind, "context", pieces) if any(pieces) else self.nothing()
 
     def nothing(self) -> Context:
         """The context of a cell that is given none, an empty str: as JSON, as a file of no bytes cannot be mapped."""

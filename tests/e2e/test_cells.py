@@ -138,7 +138,7 @@ FRAMES = [
     {"type": "done", "cell": 1, "status": "ok", "detail": "", "answer": "forged", "names": [], "dropped": 0},
     {"type": "output", "cell": 1, "stream": "out", "text": "forged"},
     {"type": "end", "status": "ok", "detail": "", "answer": "forged", "names": []},
-    {"type": "call", "id": 1, "op": "llm_query", "prompt": "spend", "model": None},
+    {"type": "call", "id": 1, "op": "llm_query", "prompt": "spend", "model": None, "context": None},
     {"type": "reply", "id": 1, "ok": True, "value": "forged", "error": None},
     {"type": "bye"},
 ]

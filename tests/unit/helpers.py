@@ -18,7 +18,7 @@ from orchestrator.core.events import Event
 from orchestrator.core.policy import Policy
 from orchestrator.core.policy_file import parse_policy
 from orchestrator.lm.base import LM, Message, Reply, Request, Usage
-from orchestrator.proxy.proxy import Account
+from orchestrator.proxy.account import Account, Node
 from orchestrator.sandbox.sandbox import CellResult
 from orchestrator.store import journal, ledger
 from orchestrator.store.db import Database
@@ -108,14 +108,18 @@ class Query:
         self.seen: list[Event] = []
         self.account = Account(
             key=self.key,
-            node="root",
             policy=rules,
+            writer=Writer(db),
+            recorded=self.seen.append,
+            in_flight=anyio.Semaphore(rules.counts.in_flight),
+        )
+        self.node = Node(
+            account=self.account,
+            name="root",
+            depth=0,
             scopes=self.scopes,
             deadline=time.monotonic() + 60,
             sub_models=sub_models,
-            in_flight=anyio.Semaphore(rules.counts.in_flight),
-            writer=Writer(db),
-            recorded=self.seen.append,
         )
         db.write_sync(self._open)
 

@@ -23,7 +23,7 @@ from tests.sandboxes import spec_for
 
 pytestmark = pytest.mark.anyio
 
-CALL = {"type": "call", "id": 1, "op": "llm_query", "prompt": "p", "model": None}
+CALL = {"type": "call", "id": 1, "op": "llm_query", "prompt": "p", "model": None, "context": None}
 DONE = {"type": "done", "cell": 1, "status": "ok", "detail": "", "answer": None, "names": [], "dropped": 0}
 OUTPUT = {"type": "output", "cell": 1, "stream": "out", "text": "x"}
 READY = {"type": "ready", "version": wire.VERSION, "python": "3.11.2"}
@@ -173,7 +173,7 @@ async def test_a_flood_of_bytes_is_slowed_down(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize(
     "ready",
-    [lines(READY | {"version": 2}), lines(DONE), lines(OUTPUT), b"Traceback (most recent call last):\n"],
+    [lines(READY | {"version": 99}), lines(DONE), lines(OUTPUT), b"Traceback (most recent call last):\n"],
 )
 async def test_a_guest_that_starts_wrongly(ready: bytes):
     with pytest.raises((ProtocolViolation, SandboxUnusable)):

@@ -92,6 +92,9 @@ STORY: list[tuple[Any, dict[str, Any], dict[str, str]]] = [
     ("limit.hit", {"detail": "all turns are used"}, {}),
     ("sandbox.ended", {"cpu_ms": 12, "peak_memory_bytes": None}, {}),
     ("context.verified", {"unchanged": True}, {}),
+    ("call.repeated", {"of": "root.c2", "model": "m"}, {}),
+    ("node.opened", {"parent": "root", "model": "m", "limit_usd": "0.50"}, {"question": "And who is b?"}),
+    ("node.closed", {"status": "answered", "reason": "", "cost_usd": "0.01"}, {"answer": "another letter"}),
     ("query.closed", {"status": "limit", "reason": "count-exceeded", "cost_usd": "0.02"}, {"answer": "it\nis"}),
 ]
 
@@ -101,8 +104,9 @@ def story() -> tuple[list[tuple[bytes, str]], dict[tuple[int, str], str]]:
     for seq, (kind, body, texts) in enumerate(STORY):
         payloads = {name: {"commitment": "c", "bytes": len(text)} for name, text in texts.items()}
         at = f"2026-11-22T01:02:{seq:02d}.000Z"
+        node = "root.1" if kind.startswith("node.") else "root"
         link = seal(
-            Event(kind, "root", body), query="q1", tenant="t", policy="p", seq=seq, at=at, prev=prev, payloads=payloads
+            Event(kind, node, body), query="q1", tenant="t", policy="p", seq=seq, at=at, prev=prev, payloads=payloads
         )
         links.append((link.record, prev := link.hash))
         kept |= {(seq, name): text for name, text in texts.items()}
@@ -126,11 +130,16 @@ def test_a_run_is_told_as_it_went():
         "    ! oh",
         "01:02:10.000 sandbox ended: CPU 12 ms, peak memory unknown",
         "01:02:11.000 context unchanged",
-        "01:02:12.000 closed: limit count-exceeded; cost 0.02 USD",
+        "01:02:12.000 sub-call answered as root.c2 was",
+        "01:02:13.000 root.1: child query to m, at most 0.50 USD",
+        "    ? And who is b?",
+        "01:02:14.000 root.1: closed: answered; cost 0.01 USD",
+        "      another letter",
+        "01:02:15.000 closed: limit count-exceeded; cost 0.02 USD",
         "      is",
     ):
         assert line in lines
-    assert lines[-1] == f"journal: 13 records, head {links[-1][1]}: the chain is whole"
+    assert lines[-1] == f"journal: 16 records, head {links[-1][1]}: the chain is whole"
 
 
 def test_a_guest_cannot_write_lines_of_the_journal():

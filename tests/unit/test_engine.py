@@ -18,7 +18,7 @@ from orchestrator.core.errors import (
     SandboxDied,
     TimeExceeded,
 )
-from orchestrator.core.events import Event
+from orchestrator.core.events import EventType
 from orchestrator.lm.base import Message, Reply
 from orchestrator.loop.engine import MAX_CELLS, MAX_CONTINUATIONS, Loop, Outcome
 from orchestrator.loop.prompts import LAST_WORD_TOKENS, RootLimits
@@ -41,7 +41,7 @@ class Stage:
         self.tokens: list[int] = []
         self.last: list[bool] = []
         self.code: list[str] = []
-        self.events: list[Event] = []
+        self.events: list[tuple[str, dict[str, str]]] = []
         self.messages: list[Message] = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
 
     async def ask(self, messages: list[Message], output_tokens: int, *, last: bool) -> Reply:
@@ -60,8 +60,8 @@ class Stage:
             raise result
         return result
 
-    def record(self, event: Event) -> None:
-        self.events.append(event)
+    def record(self, kind: EventType, body: dict[str, str]) -> None:
+        self.events.append((kind, body))
 
     def loop(
         self, iterations: int = 5, accept: Callable[[str], str | None] = lambda _answer: None, **limits: Any
@@ -187,7 +187,7 @@ async def test_after_the_last_turn_comes_the_last_word():
     outcome = await stage.run(iterations=2)
     assert outcome == Outcome("limit", "42", "count-exceeded: all 2 turns are used")
     assert (stage.last, stage.tokens[-1]) == ([False, False, True], LAST_WORD_TOKENS)
-    assert [event.body["kind"] for event in stage.events] == ["count-exceeded"]
+    assert [body["kind"] for _kind, body in stage.events] == ["count-exceeded"]
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ async def test_the_last_word_when_money_is_spent(reply: str, answer: str | None)
     stage = Stage(BudgetExhausted("no money", limit="1 USD"), reply, cells=[cell(answer="var")])
     assert await stage.run() == Outcome("limit", answer, "budget-exhausted: no money")
     assert stage.last == [False, True]
-    assert stage.events[0].body == {"kind": "budget-exhausted", "detail": "no money", "limit": "1 USD"}
+    assert stage.events[0][1] == {"kind": "budget-exhausted", "detail": "no money", "limit": "1 USD"}
 
 
 async def test_the_last_word_when_other_queries_hold_the_tenants_money():

@@ -28,11 +28,21 @@ def talk(*contents: str) -> Conversation:
     return [{"role": role, "content": text} for role, text in zip(names, contents, strict=False)]  # pyright: ignore
 
 
-def opened(query: str = "Who?", style: str = "standard", lazy: str = "", sub_calls: int = 7) -> Conversation:
+def opened(
+    query: str = "Who?", style: str = "standard", lazy: str = "", sub_calls: int = 7, children: int = 0
+) -> Conversation:
     limits = RootLimits(10_000, 100, 500, style)  # pyright: ignore
     shape = {"type": "str", "characters": "10,000,000"}
     return prompts.opening(
-        query, shape, lazy, limits, iterations=9, sub_calls=sub_calls, in_flight=3, sub_prompt_bytes=99
+        query,
+        shape,
+        lazy,
+        limits,
+        iterations=9,
+        sub_calls=sub_calls,
+        children=children,
+        in_flight=3,
+        sub_prompt_bytes=99,
     )
 
 
@@ -63,6 +73,9 @@ def test_the_opening_grows_with_the_question_alone():
 def test_functions_that_are_not_permitted_are_not_offered():
     assert "llm_query_batched" in opened(sub_calls=7)[0]["content"]
     assert "llm_query_batched" not in opened(sub_calls=0)[0]["content"]
+    assert "rlm_query(question, context)" in opened(children=5)[0]["content"]
+    for nobody in (opened(children=0), opened(sub_calls=0, children=5)):
+        assert "rlm_query" not in nobody[0]["content"]
 
 
 def test_a_lazy_context_is_said_to_be_one():

@@ -27,8 +27,9 @@ from orchestrator.core.errors import (
 )
 from orchestrator.core.policy import Policy
 from orchestrator.lm.base import LM, Message, Reply, Usage
+from orchestrator.proxy.account import Aside
 from orchestrator.proxy.prices import Prices
-from orchestrator.proxy.proxy import MESSAGE_TOKENS, RECORDED_REFUSALS, REQUEST_TOKENS, Proxy
+from orchestrator.proxy.proxy import MESSAGE_TOKENS, RECORDED_REFUSALS, REQUEST_TOKENS, Proxy, put_aside
 from orchestrator.store import journal, ledger
 from orchestrator.store.db import Database
 from tests.unit.helpers import DEFAULT, FakeLM, HangingLM, Query, database, policy, said, user
@@ -55,12 +56,12 @@ class Desk:
     proxy: Proxy
     query: Query
 
-    async def root(self, *texts: str, tokens: int = 100, release: str | None = None) -> Reply:
+    async def root(self, *texts: str, tokens: int = 100, aside: Aside | None = None) -> Reply:
         messages: list[Message] = [user(text) for text in texts or ("hi",)]
-        return await self.proxy.ask(self.query.account, "root", "root", messages, tokens, release)
+        return await self.proxy.ask(self.query.node, "root", "root", messages, tokens, aside)
 
     async def sub(self, prompt: str = "hi", model: str | None = None) -> str:
-        return await self.proxy.sub_call(self.query.account, prompt, model)
+        return await self.proxy.sub_call(self.query.node, prompt, model)
 
     def bodies(self, kind: str) -> list[dict[str, Any]]:
         return [record["body"] for record in self.query.records(kind)]
@@ -236,16 +237,42 @@ async def test_64_sub_calls_at_once_cannot_overshoot(db: Database):
     assert journal.fault(*db.read(lambda tx: (journal.chain(tx, "q1"), []))) is None
 
 
+async def put_by(at: Desk, nano: int) -> Aside:
+    """Money for the last word of the query."""
+    aside = Aside(ledger.set_aside("q1"), nano)
+    await at.query.db.write(lambda tx: put_aside(tx, at.query.node, aside.reservation, nano))
+    at.query.node.count(held=nano)
+    return aside
+
+
 async def test_the_last_word_takes_what_was_set_aside(db: Database):
     rules = policy(money={"query": bound("hi", 300)})
     at = desk(db, FakeLM(said("yes")), rules)
-    aside = ledger.set_aside("q1")
-    await db.write(lambda tx: ledger.reserve(tx, aside, "q1", "root", rules.money.query, at.query.scopes))
+    aside = await put_by(at, rules.money.query)
     with pytest.raises(LimitError):
         await at.root("hi", tokens=300)
     assert at.query.balance() == (0, rules.money.query)
-    await at.root("hi", tokens=300, release=aside)
+    await at.root("hi", tokens=300, aside=aside)
+    assert at.query.balance() == (rules.money.query, 0) == (at.query.node.spent, at.query.node.held)
+
+
+async def test_a_last_word_that_cost_nothing_can_be_asked_for_again(db: Database):
+    """What it was promised is held between its attempts: nobody else can take it."""
+    rules = policy(money={"query": bound("hi", 300)}, counts={"retries": 2})
+    between: list[tuple[int, int]] = []
+    lm = FakeLM(NOW, NOW, NOW, said("yes"), before=lambda: between.append((at.query.node.spent, at.query.node.held)))
+    at = desk(db, lm, rules)
+    aside = await put_by(at, rules.money.query)
+    with pytest.raises(ProviderBusy):
+        await at.root("hi", tokens=300, aside=aside)
+    assert at.query.balance() == (0, rules.money.query) == (at.query.node.spent, at.query.node.held)
+    with pytest.raises(LimitError):
+        await at.root("hi", tokens=300)
+    assert (await at.root("hi", tokens=300, aside=aside)).text == "yes"
+    assert between == [(0, rules.money.query)] * 4
     assert at.query.balance() == (rules.money.query, 0)
+    ended = db.read(lambda tx: tx.exec_driver_sql("SELECT state, count(*) FROM reservations GROUP BY state").all())
+    assert sorted(ended) == [("settled", 1), ("void", 7)]
 
 
 async def test_a_report_above_the_bound_is_charged_at_the_bound_and_recorded(db: Database):
@@ -330,7 +357,7 @@ async def test_a_model_without_a_price_is_not_asked(db: Database):
     lm = FakeLM(said("yes"))
     at = desk(db, lm)
     with pytest.raises(PriceUnknown):
-        await at.proxy.ask(at.query.account, "root", "dear-unknown", [user("hi")], 10)
+        await at.proxy.ask(at.query.node, "root", "dear-unknown", [user("hi")], 10)
     assert lm.requests == []
     with pytest.raises(PriceUnknown):
         at.proxy.bound("dear-unknown", 1, 1)
@@ -339,7 +366,7 @@ async def test_a_model_without_a_price_is_not_asked(db: Database):
 async def test_after_the_querys_time_nothing_is_asked(db: Database):
     lm = FakeLM(said("yes"))
     at = desk(db, lm)
-    at.query.account.deadline = 0
+    at.query.node.deadline = 0
     with pytest.raises(TimeExceeded):
         await at.root()
     assert lm.requests == []
@@ -376,7 +403,7 @@ async def test_a_conversation_is_stored_once_and_can_be_put_together_again(db: D
     at = desk(db, FakeLM(said("yes")))
     requests = turns(20)
     for messages in requests:
-        await at.proxy.ask(at.query.account, "root", "root", messages, 10)
+        await at.proxy.ask(at.query.node, "root", "root", messages, 10)
         await at.sub("an aside")
     assert list(whole(at.query)) == requests
     stored = sum(len(data) for _seq, name, _salt, data in at.query.payloads() if name == "prompt")
@@ -389,7 +416,7 @@ async def test_a_conversation_that_was_cut_in_its_middle_is_stored_from_there(db
     requests.append([*requests[2][:3], user("[left out]"), *requests[2][4:]])
     requests.append([user("another")])
     for messages in requests:
-        await at.proxy.ask(at.query.account, "root", "root", messages, 10)
+        await at.proxy.ask(at.query.node, "root", "root", messages, 10)
     assert list(whole(at.query)) == requests
 
 
@@ -398,7 +425,7 @@ async def test_a_call_that_is_refused_does_not_count_as_said(db: Database):
     requests = turns(4)
     for messages in requests:
         try:
-            await at.proxy.ask(at.query.account, "root", "root", messages, 10)
+            await at.proxy.ask(at.query.node, "root", "root", messages, 10)
         except CountExceeded:
             assert messages is requests[3]
     assert list(whole(at.query)) == requests[:3]
@@ -407,9 +434,13 @@ async def test_a_call_that_is_refused_does_not_count_as_said(db: Database):
 async def test_a_budget_shows_what_is_left_of_the_query_alone(db: Database):
     at = desk(db, FakeLM(said("yes", usage=USED)), policy(money={"query": 10**9}, counts={"sub_calls": 5}))
     await at.sub()
-    left = at.proxy.budget(at.query.account)
+    left = at.proxy.budget(at.query.node)
     assert left.pop("seconds_left") in ("59", "60")
-    assert left == {"usd_left": "0.99996", "usd_limit": "1.00", "usd_spent": "0.00004", "sub_calls_left": 4}
+    assert left == {"usd_left": "0.99996", "usd_limit": "1.00", "usd_spent": "0.00004"} | {
+        "sub_calls_left": 4,
+        "children_left": 0,
+        "depth_left": 1,
+    }
 
 
 async def test_usage_is_summed_for_each_model(db: Database):

@@ -15,7 +15,7 @@ from orchestrator.guest.wire import TO_GUEST, TO_HOST, TO_SUPERVISOR, Malformed,
 from tests.unit.helpers import quick
 
 DONE = {"type": "done", "cell": 1, "status": "ok", "detail": "", "answer": None, "names": ["x"], "dropped": 0}
-CALL = {"type": "call", "id": 1, "op": "llm_query", "prompt": "é", "model": None}
+CALL = {"type": "call", "id": 1, "op": "llm_query", "prompt": "é", "model": None, "context": None}
 FRAMES = [
     (TO_HOST, {"type": "ready", "version": 1, "python": "3.11"}),
     (TO_HOST, {"type": "output", "cell": 1, "stream": "out", "text": "a\n\0€😀"}),
@@ -142,7 +142,7 @@ def test_hostile_lines(line: bytes):
 )
 def test_what_would_be_slow_to_parse_is_not_parsed(junk: bytes):
     """A key may be given twice, so what is checked need not be what is parsed."""
-    line = b'{"type":"call","id":1,"op":"budget","model":null,"prompt":%s,"prompt":"x"}' % junk
+    line = b'{"type":"call","id":1,"op":"budget","model":null,"context":null,"prompt":%s,"prompt":"x"}' % junk
     with pytest.raises(wire.Malformed, match="more than a frame holds"):
         wire.decode(line, TO_HOST)
 
@@ -150,7 +150,7 @@ def test_what_would_be_slow_to_parse_is_not_parsed(junk: bytes):
 @quick
 @given(st.text(st.sampled_from('\\"[]{},:a\u20ac'), max_size=5000))
 def test_any_text_fits_in_a_frame(text: str):
-    frame = {"type": "call", "id": 1, "op": "llm_query", "prompt": text, "model": None}
+    frame = {"type": "call", "id": 1, "op": "llm_query", "prompt": text, "model": None, "context": None}
     assert wire.decode(wire.encode(dict(frame))[:-1], TO_HOST) == frame
 
 

@@ -146,12 +146,12 @@ async def forks_cannot_call(repl: Repl) -> None:
     "A frame that is not as agreed costs the cell, goes no further, and nothing in it is believed.", invariant=3
 )
 async def forged_calls(repl: Repl) -> None:
-    call = {"type": "call", "id": 1, "op": "llm_query", "prompt": "forged", "model": None}
+    call = {"type": "call", "id": 1, "op": "llm_query", "prompt": "forged", "model": None, "context": None}
     forged = [
         json.dumps({**call, "tenant": "another"}),  # identity is not a guest's to tell
         json.dumps({**call, "id": True}),
         "cposix\nsystem\n(S'true'\ntR.",  # a pickle
-        '{"type":"call","id":1,"op":"budget","model":null,"prompt":' + "[" * 100_000,
+        '{"type":"call","id":1,"op":"budget","model":null,"context":null,"prompt":' + "[" * 100_000,
     ]
     await repl.run("survivor = 'kept'")
     repl.calls.clear()
@@ -166,7 +166,7 @@ async def forged_calls(repl: Repl) -> None:
 
 @over_sandboxes("A guest that asks for what is no sub-call is killed, and nothing of it is done.", invariant=2)
 async def calls_that_are_none(bench: Bench) -> None:
-    frame = json.dumps({"type": "call", "id": 1, "op": "eval", "prompt": "1 + 1", "model": None})
+    frame = json.dumps({"type": "call", "id": 1, "op": "eval", "prompt": "1 + 1", "model": None, "context": None})
     async with bench.open() as repl:
         try:
             result = await repl.run(f"{_LINK}link._sock.sendall({frame!r}.encode() + b'\\n')\nwhile True: pass")

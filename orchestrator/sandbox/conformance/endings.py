@@ -88,7 +88,7 @@ async def closed_descriptors(repl: Repl) -> None:
 _FORGED: tuple[dict[str, Any], ...] = (
     {"type": "ready", "version": 1, "python": "6.6.6"},
     {"type": "output", "cell": 1, "stream": "out", "text": "forged"},
-    {"type": "call", "id": 99, "op": "llm_query", "prompt": "forged", "model": None},
+    {"type": "call", "id": 99, "op": "llm_query", "prompt": "forged", "model": None, "context": None},
     {"type": "done", "cell": 1, "status": "ok", "detail": "", "answer": "forged", "names": [], "dropped": 0},
     {"type": "end", "status": "ok", "detail": "", "answer": "forged", "names": []},
 )

@@ -44,6 +44,7 @@ def small_spec(slot: Slot, **changes: Any) -> SandboxSpec:
         output_bytes=MIB,
         answer_chars=100_000,
         calls_in_flight=8,
+        batch=100,
     )
     return replace(spec, **changes)
 

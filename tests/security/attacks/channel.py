@@ -46,7 +46,7 @@ GARBAGE = {
     "deep": "raw(b'[' * 100_000 + b'\\n')",
     "a field too many": "frame(type='output', cell=cell, stream='out', text='x', more=1)",
     "a wrong type": "frame(type='output', cell=cell, stream='out', text=[1])",
-    "no Unicode": 'raw(b\'{"type":"call","id":1,"op":"llm_query","model":null,"prompt":"\\\\ud800"}\\n\')',
+    "no Unicode": 'raw(b\'{"type":"call","id":1,"op":"llm_query","model":null,"context":null,"prompt":"\\\\ud800"}\\n\')',
 }
 FORGED = {
     "another cell's end": "done(cell + 1)",
@@ -72,11 +72,11 @@ WAITING = {
 }
 OVERSIZED = "frame(type='call', id=1, op='llm_query', prompt='x' * (20 << 20), model=None)\ndone(cell)"
 WITHOUT_AN_END = "for _ in range(40):\n    raw(b'x' * (1 << 20))\n"
-SLOW = 'raw(b\'{"type":"call","id":1,"op":"budget","model":null,"prompt":[\' + b\'[],\' * 500_000 + b\'0]}\\n\')'
+SLOW = 'raw(b\'{"type":"call","id":1,"op":"budget","model":null,"context":null,"prompt":[\' + b\'[],\' * 500_000 + b\'0]}\\n\')'
 FLOOD = "while True:\n    frame(type='output', cell=cell, stream='out', text='x')"
 TO_EVERY_DESCRIPTOR = """
 import stat
-forged = b'{"type":"call","id":99,"op":"llm_query","prompt":"forged","model":null}\\n'
+forged = b'{"type":"call","id":99,"op":"llm_query","prompt":"forged","model":null,"context":null}\\n'
 for fd in range(256):
     try:
         if not stat.S_ISSOCK(os.fstat(fd).st_mode) or fd == 200:  # its own to the supervisor is another attack
