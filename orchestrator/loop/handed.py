@@ -7,6 +7,7 @@ from typing import Literal
 
 from orchestrator.core.errors import CountExceeded, NotPermitted
 
+LEAST = 4096  # bytes that a piece counts for: else a cell could send empty ones without end
 _FORMS: dict[str, Literal["text", "jsonl"]] = {"context_text": "text", "context_list": "jsonl"}
 
 
@@ -33,7 +34,7 @@ class Handed:
 
     def take(self, op: str, piece: str, number: int | None) -> int:
         """The number of the context that `piece` begins or goes on with. Raises CountExceeded, NotPermitted."""
-        size = len(piece.encode("utf-8", "replace")) + 1  # an empty piece takes room as well
+        size = _size(piece)
         if self._size + size > self._most:
             text = f"a context for child queries can have {self._most:,} bytes: give less at once"
             if number in self._given:
@@ -65,4 +66,8 @@ class Handed:
 
     def _drop(self, number: int) -> None:
         pieces = self._given.pop(number).pieces
-        self._size -= sum(len(piece.encode("utf-8", "replace")) + 1 for piece in pieces)
+        self._size -= sum(map(_size, pieces))
+
+
+def _size(piece: str) -> int:
+    return max(LEAST, len(piece.encode("utf-8", "replace")))

@@ -261,7 +261,7 @@ class NodeRun:
             return await self._m.proxy.sub_call(self._node, call.prompt, call.model)
         try:
             if self._levels < 1:
-                raise self._not_permitted(call.op)
+                raise self._not_permitted("llm_query" if call.op == "llm_query" else "rlm_query")
             if call.op == "rlm_query":
                 return await self._rlm_query(call)
             return {"context": self._handed.take(call.op, call.prompt, call.context)}
@@ -343,7 +343,7 @@ class NodeRun:
             depth=parent.depth + 1,
             scopes=[mine, *parent.scopes],
             deadline=parent.deadline,
-            sub_models=parent.sub_models,
+            sub_models=list(dict.fromkeys((*(models[1:2] or models[:1]), *parent.sub_models))),
             parent=parent,
         )
         accept = schema_check(None, self._policy.content.answer_chars)

@@ -46,20 +46,22 @@ GARBAGE = {
     "deep": "raw(b'[' * 100_000 + b'\\n')",
     "a field too many": "frame(type='output', cell=cell, stream='out', text='x', more=1)",
     "a wrong type": "frame(type='output', cell=cell, stream='out', text=[1])",
-    "no Unicode": 'raw(b\'{"type":"call","id":1,"op":"llm_query","model":null,"context":null,"prompt":"\\\\ud800"}\\n\')',
+    "no Unicode": (
+        'raw(b\'{"type":"call","id":1,"op":"llm_query","model":null,"context":null,"prompt":"\\\\ud800"}\\n\')'
+    ),
 }
 FORGED = {
     "another cell's end": "done(cell + 1)",
     "another cell's output": "frame(type='output', cell=cell + 1, stream='out', text='x')\ndone(cell)",
     "a second start": "frame(type='ready', version=1, python='3')\ndone(cell)",
-    "an unknown call": "frame(type='call', id=1, op='delete', prompt='', model=None)\ndone(cell)",
+    "an unknown call": "frame(type='call', id=1, op='delete', prompt='', model=None, context=None)\ndone(cell)",
     "an unknown status": "frame(type='done', cell=cell, status='paid', detail='', answer=None, names=[], dropped=0)",
     "a huge answer": "frame(type='done', cell=cell, status='ok', detail='', answer='x' * 200_000, names=[], dropped=0)",
     "many names": "frame(type='done', cell=cell, status='ok', detail='', answer=None, names=['x'] * 100, dropped=0)",
     "much output": "for _ in range(40): frame(type='output', cell=cell, stream='out', text='x' * 32768)\ndone(cell)",
     "empty output": "frame(type='output', cell=cell, stream='out', text='')\ndone(cell)",
 }
-CALLS = "for id in {}:\n    frame(type='call', id=id, op='llm_query', prompt='', model=None)\n"
+CALLS = "for id in {}:\n    frame(type='call', id=id, op='llm_query', prompt='', model=None, context=None)\n"
 REPLAYED = {
     "an id used again": CALLS.format((1, 1)) + "done(cell)",
     "an older id": CALLS.format((2, 1)) + "done(cell)",
@@ -70,9 +72,12 @@ WAITING = {
     "closes its descriptors": "os.closerange(0, 3)",
     "never reads": CALLS.format(range(1, 9)).replace("prompt=''", "prompt='long'"),
 }
-OVERSIZED = "frame(type='call', id=1, op='llm_query', prompt='x' * (20 << 20), model=None)\ndone(cell)"
+OVERSIZED = "frame(type='call', id=1, op='llm_query', prompt='x' * (20 << 20), model=None, context=None)\ndone(cell)"
 WITHOUT_AN_END = "for _ in range(40):\n    raw(b'x' * (1 << 20))\n"
-SLOW = 'raw(b\'{"type":"call","id":1,"op":"budget","model":null,"context":null,"prompt":[\' + b\'[],\' * 500_000 + b\'0]}\\n\')'
+SLOW = (
+    'raw(b\'{"type":"call","id":1,"op":"budget","model":null,"context":null,"prompt":[\''
+    " + b'[],' * 500_000 + b'0]}\\n')"
+)
 FLOOD = "while True:\n    frame(type='output', cell=cell, stream='out', text='x')"
 TO_EVERY_DESCRIPTOR = """
 import stat
