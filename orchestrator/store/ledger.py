@@ -26,11 +26,7 @@ class Scope:
     """A purse: `query:ID`, `tenant-day:NAME:DATE` or `tenant-month:NAME:MONTH`, with its limit in nano-USD."""
 
     id: str
-    limit: int | None
-    calls: int | None = None
-    tokens: int | None = None
-    in_flight: int | None = None
-    children: int | None = None
+    limit: int
 
     @property
     def title(self) -> str:
@@ -99,21 +95,9 @@ def open_scopes(tx: sa.Connection, purses: Sequence[Scope]) -> None:
         _add_scope(tx, {"id": scope.id, "spent": 0, "held": 0})
 
 
-def reserve(
-    tx: sa.Connection,
-    reservation: str,
-    query: str,
-    node: str,
-    amount: int,
-    purses: Sequence[Scope],
-    *,
-    calls: int = 1,
-    tokens: int = 0,
-    children: int = 0,
-) -> None:
+def reserve(tx: sa.Connection, reservation: str, query: str, node: str, amount: int, purses: Sequence[Scope]) -> None:
     """Hold `amount` on every scope, or raise NotEnough (the caller's transaction part is then undone)."""
     held: set[str] = set()
-    purses = [s if s.limit is not None else Scope(s.id, 2**60) for s in purses]
     # An amount above the limit needs no asking, and may be larger than the database's integers.
     if all(amount <= scope.limit for scope in purses):
         values: dict[str, str | int] = {"amount": amount}
@@ -127,7 +111,7 @@ def reserve(
     _add(tx, row)
 
 
-def settle(tx: sa.Connection, reservation: str, used: int, tokens: int = 0) -> None:
+def settle(tx: sa.Connection, reservation: str, used: int) -> None:
     """End a reservation: `used` (at most what was reserved) is spent, the rest is free again. Once only."""
     _close(tx, reservation, used, "settled")
 
@@ -159,13 +143,9 @@ def balance(tx: sa.Connection, scope: str) -> tuple[int, int]:
     return (rows[0][0], rows[0][1]) if rows else (0, 0)
 
 
-def left(tx: sa.Connection, purses: Sequence[Scope]) -> int:
-    return min(s.limit - sum(balance(tx, s.id)) for s in purses if s.limit is not None)
-
-
-def set_aside(query: str, node: str = "root", tries: int = 0) -> str:
+def set_aside(query: str) -> str:
     """The id of the reservation for a query's last word. It is held to the end: no other call can ever have it."""
-    return f"{query}:{node}:last-word:{tries}"
+    return f"{query}:last-word"
 
 
 def _refusal(tx: sa.Connection, query: str, held_by: set[str], amount: int, purses: Sequence[Scope]) -> NotEnough:
