@@ -55,7 +55,7 @@ class PlainView:
         sys.stderr.flush()
 
     def account(self, account: Account) -> None:
-        self._say(f"query {account.key.id}, budget {usd(account.scopes[0].limit)} USD")
+        self._say(f"query {account.key.id}, budget {usd(account.scopes[0].most('limit'))} USD")
 
     def event(self, event: Event) -> None:
         if line := one_line(event):

@@ -87,7 +87,7 @@ class LiveView:
         if account is None:
             return Text("airlock: starting")
         policy, elapsed = account.policy, time.monotonic() - self._started
-        limit, total = account.scopes[0].limit, policy.time.query / 1000
+        limit, total = account.scopes[0].most("limit"), policy.time.query / 1000
         turns = f"turn {account.turns} of {policy.counts.iterations}"
         calls = f"{counted(account.sub_calls, 'sub-call')}, {counted(account.running, 'call')} in flight"
         money, clock = f"{usd(account.spent)} of {usd(limit)} USD", f"{elapsed:.0f} of {total:.0f} s"

@@ -319,7 +319,7 @@ class Proxy:
     def budget(self, account: Account) -> dict[str, object]:
         """What a cell's `budget()` shows: advisory, for this query alone."""
         spent, held = account.spent, sum(account.held.values())
-        limit = account.scopes[0].limit
+        limit = account.scopes[0].most("limit")
         return {
             "usd_left": usd(max(0, limit - spent - held)),
             "usd_limit": usd(limit),
