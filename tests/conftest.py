@@ -14,6 +14,7 @@ from orchestrator.sandbox.base import Backend
 from orchestrator.sandbox.docker import engine
 from orchestrator.sandbox.registry import NAMES, build_image, make_backend
 from orchestrator.settings import docker_socket
+from tests.postgres import Postgres
 
 REQUIRED = [name for name in os.environ.get("AIRLOCK_REQUIRE_BACKENDS", "").split(",") if name]
 assert set(REQUIRED) <= set(NAMES), f"AIRLOCK_REQUIRE_BACKENDS names what is no backend: {REQUIRED}"
@@ -28,6 +29,13 @@ def anyio_backend() -> str:
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One data folder for all tests: the agent is packed and the filter compiled once."""
     return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """A PostgreSQL server. It is never skipped: what is said of both databases is tried on both."""
+    with Postgres() as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -35,7 +35,7 @@ def close_abandoned(tx: journal.Connection, key: QueryKey, why: str) -> None:
     if journal.is_closed(tx, key.id):
         return
     for reservation, node, amount in ledger.open_reservations(tx, key.id):
-        if reservation == ledger.set_aside(key.id):
+        if ledger.is_set_aside(reservation):
             ledger.void(tx, reservation)
             continue
         pay(tx, key, reservation, node, amount, why)

@@ -1,15 +1,13 @@
 """One database for ledger and journal, so that money and record change in the same transaction.
 
-SQLite in WAL mode with synchronous=FULL: a commit that returned survives a power cut. One thread writes. Writes of
-concurrent tasks are committed in groups: everything that queued up while the last commit was under way.
+A commit that returned survives a power cut. One thread writes. Writes of concurrent tasks are committed in groups:
+everything that queued up while the last commit was under way. Where it is (a file, a server) is a `Place`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
-import os
 import queue
 import secrets
 import threading
@@ -21,62 +19,14 @@ from typing import Any, TypeVar
 
 import anyio
 import sqlalchemy as sa
-from sqlalchemy import event
 from sqlalchemy.exc import SQLAlchemyError
 
 from orchestrator.core.errors import StoreError
+from orchestrator.store.place import Place, store_error
+from orchestrator.store.schema import queries
+from orchestrator.store.sqlite import SQLiteFile
 
 T = TypeVar("T")
-BUSY_S = 30  # how long a writer waits for another process's transaction
-
-metadata = sa.MetaData()
-queries = sa.Table(
-    "queries",
-    metadata,
-    sa.Column("id", sa.String(40), primary_key=True),
-    sa.Column("tenant", sa.String(64), nullable=False),
-    sa.Column("owner", sa.String(40), nullable=False),
-    sa.Column("policy", sa.String(64), nullable=False),
-    sa.Column("opened_at", sa.String(32), nullable=False),
-    sa.Column("status", sa.String(16), nullable=False),  # open, or how it was closed
-    sa.Index("queries_by_status", "status", "tenant"),
-)
-records = sa.Table(
-    "records",
-    metadata,
-    sa.Column("query", sa.String(40), primary_key=True),
-    sa.Column("seq", sa.Integer, primary_key=True),
-    sa.Column("record", sa.LargeBinary, nullable=False),
-    sa.Column("hash", sa.String(64), nullable=False),
-)
-payloads = sa.Table(
-    "payloads",
-    metadata,
-    sa.Column("query", sa.String(40), primary_key=True),
-    sa.Column("seq", sa.Integer, primary_key=True),
-    sa.Column("name", sa.String(32), primary_key=True),
-    sa.Column("salt", sa.LargeBinary, nullable=False),
-    sa.Column("data", sa.LargeBinary, nullable=False),
-)
-scopes = sa.Table(
-    "scopes",
-    metadata,
-    sa.Column("id", sa.String(128), primary_key=True),
-    sa.Column("spent", sa.BigInteger, nullable=False),
-    sa.Column("held", sa.BigInteger, nullable=False),
-)
-reservations = sa.Table(
-    "reservations",
-    metadata,
-    sa.Column("id", sa.String(80), primary_key=True),
-    sa.Column("query", sa.String(40), nullable=False),
-    sa.Column("node", sa.String(64), nullable=False),
-    sa.Column("amount", sa.BigInteger, nullable=False),
-    sa.Column("settled", sa.BigInteger),
-    sa.Column("state", sa.String(8), nullable=False),  # open, settled, void
-    sa.Column("scopes", sa.JSON, nullable=False),
-    sa.Index("reservations_by_query", "query", "state"),
-)
 
 
 def now() -> str:
@@ -101,66 +51,46 @@ class Job:
 
 
 class Database:
-    """The database below `home`. One process may have several; several processes may share one `home`.
+    """The database below `home`, or on the PostgreSQL server at `url`. Many processes may share it, or one twice.
 
-    owner names this object in rows it is answerable for; a lock on its file tells other processes that it lives.
+    owner names this object in rows it is answerable for; other processes can tell whether it lives. When a server's
+    connection broke, its owner is dead and every write raises StoreError: what goes on opens another `Database`.
     """
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, url: str | None = None) -> None:
         self.owner = secrets.token_hex(10)
-        self._owners = home / "owners"
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._writing = threading.Lock()
-        self._lock = -1
+        self._open = True
+        self._place = _place(home, url)
+        self._engine = self._place.engine
         try:
-            if not home.exists():
-                home.mkdir(parents=True, mode=0o700)
-            self._owners.mkdir(exist_ok=True, mode=0o700)
-            # The folder may have been there, with rights of its own. SQLite gives -wal and -shm those of the database.
-            os.close(os.open(home / "airlock.db", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-            self._be_owner()
-            self._engine = _engine(home / "airlock.db")
-            self._migrate(home)
-            self._writer = self._engine.connect()
-        except OSError as error:
-            self._be_nobody()
-            raise StoreError(f"cannot use the data folder {home}: {error.strerror}") from None
+            self._writer = self._place.claim(self.owner)
+            self._migrate(home, url)
         except SQLAlchemyError as error:
-            self._be_nobody()
-            raise _store_error(error) from None
+            self._place.leave()
+            raise store_error(error) from None
+        except StoreError:
+            self._place.leave()
+            raise
 
-    def _be_owner(self) -> None:
-        # The file gets its name when it is locked: by that name, an owner without a lock is a dead one.
-        file = self._owners / f".{self.owner}"
-        self._lock = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
-        file.rename(self._owners / self.owner)
-
-    def _be_nobody(self) -> None:
-        if self._lock >= 0:
-            self.forget_owner(self.owner)
-            os.close(self._lock)
-            self._lock = -1
-
-    def _migrate(self, home: Path) -> None:
+    def _migrate(self, home: Path, url: str | None) -> None:
         from orchestrator.store.migrations import HEAD, upgrade
 
-        with self._engine.connect() as connection:
+        with self._engine.connect().execution_options(**self._place.reading) as connection:
             if sa.inspect(connection).has_table("alembic_version"):
                 table = sa.table("alembic_version", sa.column("version_num"))
                 if connection.scalar(sa.select(table.c.version_num)) == HEAD:
                     return
         from alembic.util import CommandError  # a tenth of a second, and mostly there is nothing to migrate
 
-        handle = os.open(home / "migrate.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            upgrade(self._engine)
+            with self._place.migrating():
+                upgrade(self._engine)
         except CommandError as error:
-            raise StoreError(f"the database in {home} is not of this version of Airlock: {error}") from None
-        finally:
-            os.close(handle)
+            where = f"in {home}" if url is None else "on the server"
+            raise StoreError(f"the database {where} is not of this version of Airlock: {error}") from None
 
     async def write(self, work: Callable[[sa.Connection], T]) -> T:
         """Run `work` in a transaction, committed when this returns. An exception of `work` undoes its part alone.
@@ -176,7 +106,7 @@ class Database:
 
     def post(self, work: Callable[[sa.Connection], object], told: Callable[[], object] = lambda: None) -> Job:
         """`write` without waiting: `work` has its turn after everything that was posted or written before it."""
-        if self._lock < 0:
+        if not self._open:
             raise StoreError("the database is closed")
         if self._thread is None:
             self._thread = threading.Thread(target=self._serve, name="airlock-writer", daemon=True)
@@ -203,22 +133,26 @@ class Database:
         try:
             with self._writing:
                 if not self._commit_whole(batch):
-                    with self._writer.begin():
+                    with self._begin():
                         for job in batch:
                             self._run(job)
         except SQLAlchemyError as error:
             for job in batch:
-                job.error = job.error or _store_error(error)
+                job.error = job.error or store_error(error)
         except BaseException as error:
             for job in batch:
                 job.error = error
+
+    def _begin(self) -> sa.RootTransaction:
+        self._place.check(self._writer)
+        return self._writer.begin()
 
     def _commit_whole(self, batch: list[Job]) -> bool:
         """All parts in one go. False, with nothing done, when one raised: then each has to get a savepoint of its own.
 
         So a part may run twice; it must do nothing but speak to the database.
         """
-        with self._writer.begin() as whole:
+        with self._begin() as whole:
             try:
                 for job in batch:
                     job.result = job.work(self._writer)
@@ -237,7 +171,7 @@ class Database:
                 part.rollback()
             except SQLAlchemyError as lost:  # the database has given up the whole transaction, and with it the batch
                 raise (error if isinstance(error, SQLAlchemyError) else lost) from None
-            job.error = _store_error(error) if isinstance(error, SQLAlchemyError) else error
+            job.error = store_error(error) if isinstance(error, SQLAlchemyError) else error
 
     def write_sync(self, work: Callable[[sa.Connection], T]) -> T:
         """`write` for code that runs before or after the event loop does."""
@@ -252,68 +186,37 @@ class Database:
             self.post(lambda _tx: None, reached.set)
             reached.wait()
         try:
-            with self._engine.connect().execution_options(readonly=True) as connection:
+            with self._engine.connect().execution_options(**self._place.reading) as connection:
                 return work(connection)
         except SQLAlchemyError as error:
-            raise _store_error(error) from None
+            raise store_error(error) from None
 
     def dead_owners(self) -> list[str]:
         """Owners whose process has ended without `close`, or closed when it could not write the end of its queries."""
         unfinished = sa.select(queries.c.owner).where(queries.c.status == "open").distinct()
-        named = self.read(lambda tx: list(tx.execute(unfinished).scalars()))
-        filed = [path.name for path in self._owners.iterdir() if not path.name.startswith(".")]
-        return [owner for owner in {*named, *filed} - {self.owner} if _is_dead(self._owners / owner)]
+        named = self.read(lambda tx: set(tx.execute(unfinished).scalars()))
+        try:
+            return [owner for owner in self._place.dead(named) if owner != self.owner]
+        except SQLAlchemyError as error:
+            raise store_error(error) from None
 
     def forget_owner(self, owner: str) -> None:
-        (self._owners / owner).unlink(missing_ok=True)
+        self._place.forget(owner)
 
     def close(self) -> None:
         """Idempotent."""
-        if self._lock >= 0:
+        if self._open:
+            self._open = False
             self._jobs.put(None)
             if self._thread is not None:
                 self._thread.join()
             self._writer.close()
-            self._engine.dispose()
-            self._be_nobody()
+            self._place.leave()
 
 
-def _is_dead(path: Path) -> bool:
-    try:
-        handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return True
-    except OSError:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    else:
-        return True
-    finally:
-        os.close(handle)
+def _place(home: Path, url: str | None) -> Place:
+    if url is None:
+        return SQLiteFile(home)
+    from orchestrator.store.postgres import PostgresServer  # its driver is an extra
 
-
-def _engine(path: Path) -> sa.Engine:
-    engine = sa.create_engine(
-        sa.URL.create("sqlite", database=str(path)), connect_args={"check_same_thread": False, "timeout": BUSY_S}
-    )
-
-    @event.listens_for(engine, "connect")
-    def configure(connection: Any, _record: object) -> None:  # pyright: ignore[reportUnusedFunction]
-        connection.isolation_level = None  # transactions begin below, and nowhere else
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "wal_autocheckpoint=1000"):
-            connection.execute(f"PRAGMA {pragma}")
-
-    @event.listens_for(engine, "begin")
-    def begin(connection: sa.Connection) -> None:  # pyright: ignore[reportUnusedFunction]
-        readonly = connection.get_execution_options().get("readonly")
-        connection.exec_driver_sql("BEGIN" if readonly else "BEGIN IMMEDIATE")
-
-    return engine
-
-
-def _store_error(error: SQLAlchemyError) -> StoreError:
-    cause = getattr(error, "orig", None) or error
-    return StoreError(f"ledger and journal cannot be used: {str(cause).splitlines()[0]}")
+    return PostgresServer(url)

@@ -14,8 +14,9 @@ from typing import Any
 import sqlalchemy as sa
 
 from orchestrator.core.events import GENESIS, Event, Sealed, chain_fault, commitment, seal
-from orchestrator.store.db import now, payloads, queries, records
+from orchestrator.store.db import now
 from orchestrator.store.prepared import Prepared
+from orchestrator.store.schema import payloads, queries, records
 
 _head = Prepared(
     sa.select(records.c.seq, records.c.hash)
@@ -127,7 +128,9 @@ def chain(tx: sa.Connection, query: str) -> list[tuple[bytes, str]]:
 
 def kept_payloads(tx: sa.Connection, query: str) -> Iterator[tuple[int, str, bytes, bytes]]:
     """(seq, name, salt, data) of the query's payloads that are kept."""
-    for row in tx.execute(sa.select(payloads).where(payloads.c.query == query)):
+    for row in tx.execute(
+        sa.select(payloads).where(payloads.c.query == query).order_by(payloads.c.seq, payloads.c.name)
+    ):
         yield row.seq, row.name, _bytes(row.salt), _bytes(row.data)
 
 

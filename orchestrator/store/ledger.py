@@ -1,42 +1,41 @@
-"""Money: reserve before a request, settle once after it. Integer nano-USD; `spent + held <= limit` at every instant.
+"""Money and counters: reserve before a request, settle once after it. `spent + held <= limit` at every instant.
 
 All functions work inside a transaction of `Database.write`, together with the journal's record of the same step. The
-guard is one UPDATE whose WHERE clause is the limit: whatever the concurrency, the row decides.
+guard is one UPDATE whose WHERE clause is the limits: whatever the concurrency, the rows decide. Money is nano-USD.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.sqlite import insert
 
-from orchestrator.core.errors import BudgetExhausted, BudgetInFlight, StoreError
-from orchestrator.core.units import usd
-from orchestrator.store.db import reservations, scopes
+from orchestrator.core.errors import LimitError, StoreError
+from orchestrator.core.units import MOST
 from orchestrator.store.prepared import Prepared
+from orchestrator.store.refusal import Book, refusal
+from orchestrator.store.schema import reservations, scopes
+from orchestrator.store.scope import LIMITS, Scope
 
-
-@dataclass(frozen=True, slots=True)
-class Scope:
-    """A purse: `query:ID`, `tenant-day:NAME:DATE` or `tenant-month:NAME:MONTH`, with its limit in nano-USD."""
-
-    id: str
-    limit: int
-
-    @property
-    def title(self) -> str:
-        return self.id.split(":")[0]
+_LAST_WORD = ":last-word"
+_USED: dict[str, Any] = {
+    "limit": scopes.c.spent + scopes.c.held,
+    "calls": scopes.c.calls,
+    "tokens": scopes.c.tokens + scopes.c.tokens_held,
+    "in_flight": scopes.c.in_flight,
+    "children": scopes.c.children,
+}
+_ROW = (scopes.c.id, *_USED.values(), scopes.c.held, scopes.c.tokens)
 
 
 class NotEnough(Exception):
-    """Some scope cannot hold the amount. free: nano-USD that every scope still has room for."""
+    """Some scope cannot hold the reservation. free: where money refuses, the nano-USD that every scope has room for."""
 
-    def __init__(self, error: BudgetExhausted | BudgetInFlight, free: int) -> None:
+    def __init__(self, error: LimitError, free: int) -> None:
         super().__init__(str(error))
         self.error = error
         self.free = free
@@ -46,15 +45,37 @@ def _named(count: int) -> Any:
     return scopes.c.id.in_([sa.bindparam(f"scope{n}") for n in range(count)])
 
 
+def _plus(column: Any, value: str) -> Any:
+    return column + sa.bindparam(value)
+
+
+def _minus(column: Any, value: str) -> Any:
+    return column - sa.bindparam(value)
+
+
 @cache
-def _hold(count: int) -> Prepared:
-    """Hold `amount` on those of `count` scopes whose limit permits it, in one statement; returns their ids."""
-    limits: Any = [(scopes.c.id == sa.bindparam(f"scope{n}"), sa.bindparam(f"limit{n}")) for n in range(count)]
+def _hold(shape: tuple[tuple[str, ...], ...]) -> Prepared:
+    """Hold on those scopes whose limits permit it, in one statement; returns their ids. shape: the limits of each.
+
+    The parameter `calls0` is how many calls the first scope may have at most, for this one to fit.
+    """
+    fits = [
+        sa.and_(
+            scopes.c.id == sa.bindparam(f"scope{number}"),
+            *[_USED[what] <= sa.bindparam(f"{what}{number}") for what in limited],
+        )
+        for number, limited in enumerate(shape)
+    ]
     return Prepared(
         sa.update(scopes)
-        .where(_named(count))
-        .where(scopes.c.spent + scopes.c.held + sa.bindparam("amount") <= sa.case(*limits))
-        .values(held=scopes.c.held + sa.bindparam("amount"))
+        .where(_named(len(shape)), sa.or_(*fits))
+        .values(
+            held=_plus(scopes.c.held, "amount"),
+            calls=_plus(scopes.c.calls, "calls"),
+            tokens_held=_plus(scopes.c.tokens_held, "tokens"),
+            in_flight=_plus(scopes.c.in_flight, "calls"),
+            children=_plus(scopes.c.children, "children"),
+        )
         .returning(scopes.c.id)
     )
 
@@ -64,72 +85,159 @@ def _release(count: int) -> Prepared:
     return Prepared(
         sa.update(scopes)
         .where(_named(count))
-        .values(held=scopes.c.held - sa.bindparam("amount"), spent=scopes.c.spent + sa.bindparam("used"))
+        .values(
+            held=_minus(scopes.c.held, "amount"),
+            spent=_plus(scopes.c.spent, "used"),
+            tokens_held=_minus(scopes.c.tokens_held, "tokens"),
+            tokens=_plus(scopes.c.tokens, "tokens_used"),
+            in_flight=_minus(scopes.c.in_flight, "calls"),
+        )
     )
 
 
+@cache
+def _look(count: int) -> Prepared:
+    return Prepared(sa.select(*_ROW).where(_named(count)))
+
+
+_taken = (reservations.c.amount, reservations.c.tokens, reservations.c.calls, reservations.c.scopes)
+_is_open = (reservations.c.id == sa.bindparam("reservation"), reservations.c.state == "open")
 _end = Prepared(
     sa.update(reservations)
-    .where(reservations.c.id == sa.bindparam("reservation"), reservations.c.state == "open")
+    .where(*_is_open)
     .values(state=sa.bindparam("becomes"), settled=sa.bindparam("used"))
-    .returning(reservations.c.amount, reservations.c.scopes)
+    .returning(*_taken)
 )
-_find = Prepared(
-    sa.select(reservations.c.amount, reservations.c.scopes).where(
-        reservations.c.id == sa.bindparam("reservation"), reservations.c.state == "open"
-    )
-)
+_find = Prepared(sa.select(*_taken).where(*_is_open))
 _open = Prepared(
-    sa.select(reservations.c.id, reservations.c.node, reservations.c.amount).where(
-        reservations.c.query == sa.bindparam("of"), reservations.c.state == "open"
-    )
+    sa.select(reservations.c.id, reservations.c.node, reservations.c.amount)
+    .where(reservations.c.query == sa.bindparam("of"), reservations.c.state == "open")
+    .order_by(reservations.c.id)
 )
 _balance = Prepared(sa.select(scopes.c.spent, scopes.c.held).where(scopes.c.id == sa.bindparam("scope")))
-_add = Prepared(sa.insert(reservations))
-_add_scope = Prepared(insert(scopes).on_conflict_do_nothing())
+_columns = ("id", "query", "node", "amount", "tokens", "calls", "state", "scopes")
+_add = Prepared(sa.insert(reservations).values({name: sa.bindparam(name) for name in _columns}))
+_there = sa.exists().where(scopes.c.id == sa.bindparam("scope"))
+_add_scope = Prepared(
+    sa.insert(scopes)
+    .from_select(["id"], sa.select(sa.bindparam("scope", type_=sa.String)).where(~_there))
+    .returning(scopes.c.id)
+)
+# Of equal length, so that a tenant whose name begins like another's, and goes on with ":", loses none of its own.
+_forget_minutes = Prepared(
+    sa.delete(scopes).where(
+        scopes.c.id >= sa.bindparam("first"),
+        scopes.c.id < sa.bindparam("end"),
+        sa.func.length(scopes.c.id) == sa.bindparam("length", type_=sa.Integer),
+        scopes.c.held == 0,
+        scopes.c.tokens_held == 0,
+        scopes.c.in_flight == 0,
+    )
+)
 
 
 def open_scopes(tx: sa.Connection, purses: Sequence[Scope]) -> None:
-    """Make sure that the scopes' rows are there."""
+    """Make sure that the scopes' rows are there. A tenant's first of a minute forgets its minutes that are over.
+
+    The minute before stays: for a process whose clock is a little behind, it is not over.
+    """
     for scope in purses:
-        _add_scope(tx, {"id": scope.id, "spent": 0, "held": 0})
+        if _add_scope(tx, {"scope": scope.id}) and scope.minute:
+            first, end = scope.minutes_over()
+            _forget_minutes(tx, {"first": first, "end": end, "length": len(end)})
 
 
-def reserve(tx: sa.Connection, reservation: str, query: str, node: str, amount: int, purses: Sequence[Scope]) -> None:
-    """Hold `amount` on every scope, or raise NotEnough (the caller's transaction part is then undone)."""
+def reserve(
+    tx: sa.Connection,
+    reservation: str,
+    query: str,
+    node: str,
+    amount: int,
+    purses: Sequence[Scope],
+    *,
+    calls: int = 1,
+    tokens: int = 0,
+    children: int = 0,
+    clock: Callable[[], float] = time.time,
+) -> None:
+    """Hold `amount` and count the rest on every scope, or raise NotEnough (the caller's transaction part is undone).
+
+    calls: are in flight from now on; they stay counted whatever comes of them. tokens: the most that they can use.
+    children: child queries that are begun; they stay counted, too.
+    """
+    asked = {"limit": amount, "calls": calls, "tokens": tokens, "in_flight": calls, "children": children}
+    assert min(asked.values()) >= 0, "less than nothing cannot be reserved"
     held: set[str] = set()
-    # An amount above the limit needs no asking, and may be larger than the database's integers.
-    if all(amount <= scope.limit for scope in purses):
-        values: dict[str, str | int] = {"amount": amount}
-        for number, scope in enumerate(purses):
-            values |= {f"scope{number}": scope.id, f"limit{number}": scope.limit}
-        held.update(scope for (scope,) in _hold(len(purses))(tx, values))
+    # What is above a limit needs no asking, and may be larger than the database's integers.
+    if all(asked[what] <= scope.most(what) for scope in purses for what in LIMITS):
+        shape = tuple(
+            tuple(what for what in LIMITS if what == "limit" or getattr(scope, what) is not None) for scope in purses
+        )
+        values: dict[str, Any] = {"amount": amount, "calls": calls, "tokens": tokens, "children": children}
+        for number, (scope, limited) in enumerate(zip(purses, shape, strict=True)):
+            values[f"scope{number}"] = scope.id
+            values |= {f"{what}{number}": scope.most(what) - asked[what] for what in limited}
+        held.update(scope for (scope,) in _hold(shape)(tx, values))
     if len(held) != len(purses):
-        raise _refusal(tx, query, held, amount, purses)
-    names = json.dumps([scope.id for scope in purses])
-    row = {"id": reservation, "query": query, "node": node, "amount": amount, "state": "open", "scopes": names}
-    _add(tx, row)
+        raise NotEnough(*refusal(list(_books(tx, query, node, purses, asked, held)), asked, clock()))
+    row = {"id": reservation, "query": query, "node": node, "amount": amount, "tokens": tokens, "calls": calls}
+    _add(tx, {**row, "state": "open", "scopes": json.dumps([scope.id for scope in purses])})
 
 
-def settle(tx: sa.Connection, reservation: str, used: int) -> None:
-    """End a reservation: `used` (at most what was reserved) is spent, the rest is free again. Once only."""
-    _close(tx, reservation, used, "settled")
+def _books(
+    tx: sa.Connection, query: str, node: str, purses: Sequence[Scope], asked: dict[str, int], held: set[str]
+) -> Iterator[Book]:
+    """What the scopes had before this reservation, which those in `held` hold by now."""
+    names = {f"scope{number}": scope.id for number, scope in enumerate(purses)}
+    rows = {row[0]: row[1:] for row in _look(len(purses))(tx, names)}
+    aside = list(_kept(tx, query, node))
+    for scope in purses:
+        if scope.id not in rows:
+            raise StoreError(f"scope {scope.id} is not open")
+        *used, held_money, tokens = rows[scope.id]
+        mine = asked if scope.id in held else dict.fromkeys(LIMITS, 0)
+        before = {what: value - mine[what] for what, value in zip(LIMITS, used, strict=True)}
+        before["held"] = held_money - mine["limit"]
+        # Held money comes free again, but for a last word's: where that and spent money refuse, waiting is of no use.
+        kept = sum(amount for amount, names in aside if scope.id in names)
+        firm = before | {"limit": before["limit"] - before["held"] + kept, "tokens": tokens, "in_flight": 0}
+        yield Book(scope, before, firm)
+
+
+def _kept(tx: sa.Connection, query: str, node: str) -> Iterator[tuple[int, list[str]]]:
+    """(amount, scopes) of what is set aside by the node and by those above it: while it runs, they all wait."""
+    parts = node.split(".")
+    for length in range(1, len(parts) + 1):
+        for amount, _tokens, _calls, names in _find(tx, {"reservation": set_aside(query, ".".join(parts[:length]))}):
+            yield amount, json.loads(names)
+
+
+def settle(tx: sa.Connection, reservation: str, used: int, tokens: int | None = None) -> None:
+    """End a reservation: `used` (at most what was reserved) is spent, the rest is free again. Once only.
+
+    tokens: that were used; all that were held where nobody knows, and never more.
+    """
+    _close(tx, reservation, used, tokens, "settled")
 
 
 def void(tx: sa.Connection, reservation: str) -> None:
-    """End a reservation of which nothing was used. Once only."""
-    _close(tx, reservation, 0, "void")
+    """End a reservation of which nothing was used. Its calls stay counted. Once only."""
+    _close(tx, reservation, 0, 0, "void")
 
 
-def _close(tx: sa.Connection, reservation: str, used: int, state: str) -> None:
+def _close(tx: sa.Connection, reservation: str, used: int, tokens: int | None, state: str) -> None:
     ended = _end(tx, {"reservation": reservation, "becomes": state, "used": used})
     if not ended:
         raise StoreError(f"reservation {reservation} is not open")
-    amount, names = ended[0]
+    amount, tokens_held, calls, names = ended[0]
     if not 0 <= used <= amount:
         raise StoreError(f"reservation {reservation} of {amount} cannot be settled to {used}")
+    tokens_used = tokens_held if tokens is None else min(tokens, tokens_held)
+    if tokens_used < 0:
+        raise StoreError(f"reservation {reservation} cannot be settled to {tokens_used} tokens")
     purses = {f"scope{number}": scope for number, scope in enumerate(json.loads(names))}
-    _release(len(purses))(tx, {**purses, "amount": amount, "used": used})
+    values = {"amount": amount, "used": used, "tokens": tokens_held, "tokens_used": tokens_used, "calls": calls}
+    _release(len(purses))(tx, {**purses, **values})
 
 
 def open_reservations(tx: sa.Connection, query: str) -> list[tuple[str, str, int]]:
@@ -143,31 +251,15 @@ def balance(tx: sa.Connection, scope: str) -> tuple[int, int]:
     return (rows[0][0], rows[0][1]) if rows else (0, 0)
 
 
-def set_aside(query: str) -> str:
-    """The id of the reservation for a query's last word. It is held to the end: no other call can ever have it."""
-    return f"{query}:last-word"
+def left(tx: sa.Connection, purses: Sequence[Scope]) -> int:
+    """nano-USD that every scope has room for; what a child query gets its slice of."""
+    return max(0, min((scope.most("limit") - sum(balance(tx, scope.id)) for scope in purses), default=MOST))
 
 
-def _refusal(tx: sa.Connection, query: str, held_by: set[str], amount: int, purses: Sequence[Scope]) -> NotEnough:
-    """Why `amount` was refused by some scope; those in `held_by` hold it by now."""
-    books: list[tuple[Scope, int, int]] = []
-    for scope in purses:
-        spent, held = balance(tx, scope.id)
-        books.append((scope, spent, held - amount if scope.id in held_by else held))
-    free = min(scope.limit - spent - held for scope, spent, held in books)
-    # Held money comes free again, but for the last word's. Where that and spent money block one scope, waiting for what
-    # others hold is of no use.
-    last = _find(tx, {"reservation": set_aside(query)})
-    amount_aside, names = last[0] if last else (0, "[]")
-    aside = [amount_aside if scope.id in json.loads(names) else 0 for scope in purses]
-    exhausted = [book for book, kept in zip(books, aside, strict=True) if book[1] + kept + amount > book[0].limit]
-    scope, spent, held = exhausted[0] if exhausted else next(book for book in books if book[0].id not in held_by)
-    left = scope.limit - spent - held
-    fields = {"limit": f"{usd(scope.limit)} USD", "asked": f"{usd(amount)} USD", "left": f"{usd(left)} USD"}
-    kind = BudgetExhausted if exhausted else BudgetInFlight
-    error = kind(
-        f"this call could cost {fields['asked']}, and the {scope.title} budget of {fields['limit']} "
-        f"has {fields['left']} left" + (f" ({usd(held)} USD held by calls in flight)" if held else ""),
-        **fields,
-    )
-    return NotEnough(error, max(0, free))
+def set_aside(query: str, node: str = "root") -> str:
+    """The id of the reservation for a node's last word. It is held to the node's end: no other call can have it."""
+    return f"{query}:{node}{_LAST_WORD}"
+
+
+def is_set_aside(reservation: str) -> bool:
+    return reservation.endswith(_LAST_WORD)

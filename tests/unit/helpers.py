@@ -7,6 +7,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from orchestrator.store.db import Database
 from orchestrator.store.journal import QueryKey
 from orchestrator.store.ledger import Scope
 from orchestrator.store.writer import Writer
+from tests.postgres import Postgres
 
 POLICIES = Path(__file__).parents[2] / "policies"
 DEFAULT = parse_policy((POLICIES / "default.yaml").read_text(), "default.yaml")
@@ -45,10 +47,26 @@ def _migrated() -> bytes:
         return (Path(folder) / "airlock.db").read_bytes()
 
 
-def database(home: Path) -> Database:
-    """An empty database; its migrations are run once for all tests."""
+def fill(home: Path) -> None:
+    """Put an empty database of SQLite there; its migrations are run once for all tests."""
     (home / "airlock.db").write_bytes(_migrated())
+
+
+def database(home: Path) -> Database:
+    fill(home)
     return Database(home)
+
+
+@dataclass(frozen=True)
+class Store:
+    """A database that any number of owners may open. server: where it runs, unless it is a file."""
+
+    home: Path
+    url: str | None = None
+    server: Postgres | None = None
+
+    def open(self) -> Database:
+        return Database(self.home, self.url)
 
 
 def user(text: str) -> Message:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import anyio
@@ -18,20 +16,14 @@ from hypothesis import strategies as st
 from orchestrator.core.events import Event
 from orchestrator.loop.recovery import recover
 from orchestrator.store import journal, ledger
-from orchestrator.store.db import Database, payloads, queries, records
+from orchestrator.store.db import Database
 from orchestrator.store.journal import QueryKey
 from orchestrator.store.ledger import Scope
-from tests.unit.helpers import database, quick
+from orchestrator.store.schema import payloads, queries, records
+from tests.unit.helpers import Store, quick
 
 KEY = QueryKey("q1", "tenant", "policy", keep=True)
 PURSE = Scope("query:q1", 1000)
-
-
-@pytest.fixture
-def db(tmp_path: Path) -> Iterator[Database]:
-    made = database(tmp_path)
-    yield made
-    made.close()
 
 
 def opened(db: Database, key: QueryKey = KEY) -> QueryKey:
@@ -113,8 +105,8 @@ def test_a_payload_that_was_changed_or_moved_shows(db: Database, change: dict[st
 def test_a_record_that_was_changed_shows(db: Database):
     opened(db)
     append(db, body={"cell": 1})
-    edit = sa.update(records).values(record=sa.func.replace(records.c.record, b'"cell":1', b'"cell":2'))
-    db.write_sync(lambda tx: tx.execute(edit.where(records.c.seq == 1)))
+    edited = read(db)[0][1][0].replace(b'"cell":1', b'"cell":2')
+    db.write_sync(lambda tx: tx.execute(sa.update(records).where(records.c.seq == 1).values(record=edited)))
     assert journal.fault(*read(db)) == "record 1 does not match its hash"
 
 
@@ -179,14 +171,14 @@ async def test_records_of_concurrent_tasks_make_one_chain(db: Database):
     assert journal.fault(links, kept) is None
 
 
-def die_with_money_held(home: Path) -> None:
+def die_with_money_held(store: Store) -> None:
     """In a child that ends as `kill -9` ends it: one call is settled, one in flight, the last word set aside."""
     pid = os.fork()
     if pid:
         assert os.waitpid(pid, 0)[1] == 0
         return
     try:
-        db = Database(home)
+        db = store.open()
 
         def work(tx: Any) -> None:
             journal.open_query(tx, KEY, db.owner, Event("query.opened", "root", {}))
@@ -201,9 +193,9 @@ def die_with_money_held(home: Path) -> None:
         os._exit(1)
 
 
-def test_a_query_whose_process_died_is_closed_and_charged(tmp_path: Path):
-    die_with_money_held(tmp_path)
-    db = Database(tmp_path)
+def test_a_query_whose_process_died_is_closed_and_charged(store: Store):
+    die_with_money_held(store)
+    db = store.open()
     assert recover(db) == 1
     assert db.read(lambda tx: ledger.balance(tx, PURSE.id)) == (70, 0)
     assert db.read(lambda tx: ledger.open_reservations(tx, "q1")) == []
@@ -217,9 +209,9 @@ def test_a_query_whose_process_died_is_closed_and_charged(tmp_path: Path):
     db.close()
 
 
-def test_a_query_of_a_living_owner_is_left_alone(db: Database, tmp_path: Path):
+def test_a_query_of_a_living_owner_is_left_alone(db: Database, store: Store):
     opened(db)
-    other = Database(tmp_path)
+    other = store.open()
     assert recover(other) == 0
     assert status(db) == "open"
     other.close()

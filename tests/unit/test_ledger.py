@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 import multiprocessing
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import anyio
 import pytest
 import sqlalchemy as sa
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
 from orchestrator.core.errors import BudgetExhausted, BudgetInFlight, StoreError
 from orchestrator.store import ledger
-from orchestrator.store.db import Database, reservations
+from orchestrator.store.db import Database
 from orchestrator.store.ledger import NotEnough, Scope
-from tests.unit.helpers import database
+from orchestrator.store.schema import reservations
+from tests.unit.helpers import Store
 
 QUERY, DAY = Scope("query:q", 100), Scope("tenant-day:d", 60)
 BOTH = [QUERY, DAY]
 
 
 @pytest.fixture
-def db(tmp_path: Path) -> Iterator[Database]:
-    made = database(tmp_path)
+def db(store: Store) -> Iterator[Database]:
+    made = store.open()
     made.write_sync(lambda tx: ledger.open_scopes(tx, BOTH))
     yield made
     made.close()
@@ -157,75 +153,6 @@ def test_a_scope_that_was_never_used_has_nothing(db: Database):
     assert balance(db, Scope("query:other", 1)) == (0, 0)
 
 
-class Purses(RuleBasedStateMachine):
-    """Any order of reserving, settling and giving up, beside a model that is plain arithmetic."""
-
-    held_now = Bundle("held_now")
-    ended = Bundle("ended")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.folder = tempfile.TemporaryDirectory()
-        self.db = database(Path(self.folder.name))
-        self.db.write_sync(lambda tx: ledger.open_scopes(tx, BOTH))
-        self.held: dict[str, tuple[int, list[Scope]]] = {}
-        self.spent = dict.fromkeys((QUERY.id, DAY.id), 0)
-        self.names = 0
-
-    def free(self, scope: Scope) -> int:
-        held = sum(amount for amount, purses in self.held.values() if scope in purses)
-        return scope.limit - self.spent[scope.id] - held
-
-    @rule(target=held_now, amount=st.integers(0, 70), purses=st.sampled_from([BOTH, [QUERY], [DAY], [DAY, QUERY]]))
-    def reserve(self, amount: int, purses: list[Scope]) -> Any:
-        self.names += 1
-        name, free = f"r{self.names}", min(self.free(scope) for scope in purses)
-        if amount > free:
-            assert refusal(self.db, amount, purses).free == free
-            return multiple()
-        reserve(self.db, name, amount, purses)
-        self.held[name] = (amount, purses)
-        return name
-
-    @rule(target=ended, name=consumes(held_now), share=st.integers(0, 100))
-    def settle(self, name: str, share: int) -> str:
-        amount, purses = self.held.pop(name)
-        settle(self.db, name, amount * share // 100)
-        for scope in purses:
-            self.spent[scope.id] += amount * share // 100
-        return name
-
-    @rule(target=ended, name=consumes(held_now))
-    def void(self, name: str) -> str:
-        del self.held[name]
-        self.db.write_sync(lambda tx: ledger.void(tx, name))
-        return name
-
-    @rule(name=ended)
-    def end_twice(self, name: str) -> None:
-        with pytest.raises(StoreError):
-            settle(self.db, name, 0)
-
-    @invariant()
-    def the_books_agree(self) -> None:
-        for scope in BOTH:
-            spent, held = balance(self.db, scope)
-            assert (spent, scope.limit - spent - held) == (self.spent[scope.id], self.free(scope))
-            assert held >= 0
-            assert spent >= 0
-            assert spent + held <= scope.limit
-        still = {name: amount for name, _node, amount in self.db.read(lambda tx: ledger.open_reservations(tx, "q"))}
-        assert still == {name: amount for name, (amount, _purses) in self.held.items()}
-
-    def teardown(self) -> None:
-        self.db.close()
-        self.folder.cleanup()
-
-
-TestPurses = Purses.TestCase
-TestPurses.settings = settings(max_examples=8, stateful_step_count=15, deadline=None)
-
-
 async def spend(db: Database, who: str, times: int, limit: int) -> int:
     """Reserve 7, settle to 5, as `times` tasks at once; how many got through."""
     purse, through = [Scope("query:shared", limit)], 0
@@ -256,17 +183,17 @@ async def test_64_tasks_at_once_cannot_overshoot(db: Database):
     assert balance(db, Scope("query:shared", 0)) == (5 * through, 0)
 
 
-def spend_in_a_process(home: Path, who: str, limit: int, results: Any) -> None:
-    db = Database(home)
+def spend_in_a_process(store: Store, who: str, limit: int, results: Any) -> None:
+    db = store.open()
     results.put(anyio.run(spend, db, who, 32, limit))
     db.close()
 
 
-def test_two_processes_of_32_tasks_cannot_overshoot(db: Database, tmp_path: Path):
+def test_two_processes_of_32_tasks_cannot_overshoot(db: Database, store: Store):
     db.write_sync(lambda tx: ledger.open_scopes(tx, [Scope("query:shared", 0)]))
     context = multiprocessing.get_context("fork")
     results = context.Queue()
-    children = [context.Process(target=spend_in_a_process, args=(tmp_path, who, 100, results)) for who in ("a", "b")]
+    children = [context.Process(target=spend_in_a_process, args=(store, who, 100, results)) for who in ("a", "b")]
     for child in children:
         child.start()
     through = sum(results.get(timeout=60) for _ in children)

@@ -13,7 +13,8 @@ from alembic.script import ScriptDirectory
 
 from orchestrator.core.errors import StoreError
 from orchestrator.store import migrations
-from orchestrator.store.db import Database, metadata
+from orchestrator.store.db import Database
+from orchestrator.store.schema import metadata
 
 
 def scripts() -> ScriptDirectory:

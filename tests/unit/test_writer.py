@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
 
 from orchestrator.core.errors import StoreError
-from orchestrator.store.db import Database, scopes
+from orchestrator.store.db import Database
+from orchestrator.store.schema import scopes
 from orchestrator.store.writer import Writer
-from tests.unit.helpers import database
+from tests.unit.helpers import Store
 
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture
-def db(tmp_path: Path) -> Iterator[Database]:
-    made = database(tmp_path)
-    yield made
-    made.close()
-
-
 def put(name: str) -> Any:
-    return lambda tx: tx.execute(sa.insert(scopes), {"id": name, "spent": 0, "held": 0}).rowcount
+    return lambda tx: tx.execute(sa.insert(scopes), {"id": name}).rowcount
 
 
 def names(tx: Any) -> list[str]:
-    return list(tx.execute(sa.select(scopes.c.id).order_by(sa.text("rowid"))).scalars())
+    return list(tx.execute(sa.select(scopes.c.id).order_by(scopes.c.id)).scalars())
 
 
 def fail(_tx: Any) -> None:
@@ -49,12 +41,12 @@ async def test_a_read_has_what_was_posted(db: Database):
         assert len(db.read(names)) == number + 1
 
 
-async def test_what_was_posted_is_there_after_the_database_is_closed(db: Database, tmp_path: Path):
+async def test_what_was_posted_is_there_after_the_database_is_closed(db: Database, store: Store):
     writer = Writer(db)
     for name in "abc":
         writer.post(put(name))
     db.close()
-    other = Database(tmp_path)
+    other = store.open()
     assert other.read(names) == ["a", "b", "c"]
     other.close()
     with pytest.raises(StoreError, match="closed"):

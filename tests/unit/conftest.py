@@ -1,0 +1,47 @@
+"""What the tests of the store run on: a file of SQLite, and a database of a real PostgreSQL server."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from orchestrator.store.db import Database
+from tests.postgres import Postgres
+from tests.unit.helpers import Store, fill
+
+
+@pytest.fixture(scope="session")
+def template(postgres: Postgres) -> str:
+    """A database whose migrations are run, to be copied."""
+    name = postgres.fresh()
+    Database(Path("/nowhere"), postgres.url(name)).close()
+    return name
+
+
+@pytest.fixture
+def sqlite(tmp_path: Path) -> Store:
+    """An empty database; its migrations are run once for all tests."""
+    fill(tmp_path)
+    return Store(tmp_path)
+
+
+@pytest.fixture
+def postgresql(tmp_path: Path, postgres: Postgres, template: str) -> Iterator[Store]:
+    name = postgres.fresh(template)
+    yield Store(tmp_path, postgres.url(name), postgres)
+    postgres.drop(name)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def store(request: pytest.FixtureRequest) -> Store:
+    """Both, one after the other."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def db(store: Store) -> Iterator[Database]:
+    made = store.open()
+    yield made
+    made.close()
