@@ -49,3 +49,7 @@ def pay(tx: journal.Connection, key: QueryKey, reservation: str, node: str, amou
     ledger.settle(tx, reservation, amount)
     body = {"call": reservation.split(":")[1], "outcome": "unknown", "detail": why, "cost_usd": usd(amount)}
     journal.append(tx, key, Event("call.result", node, {**body, "usage": None}))
+
+
+async def sweep(db: Database) -> None:
+    """TEMP"""

@@ -108,7 +108,13 @@ _end = Prepared(
     .values(state=sa.bindparam("becomes"), settled=sa.bindparam("used"))
     .returning(*_taken)
 )
-_find = Prepared(sa.select(*_taken).where(*_is_open))
+_aside = Prepared(
+    sa.select(reservations.c.id, reservations.c.amount, reservations.c.scopes).where(
+        reservations.c.query == sa.bindparam("of"),
+        reservations.c.state == "open",
+        reservations.c.id.like(sa.bindparam("like")),
+    )
+)
 _open = Prepared(
     sa.select(reservations.c.id, reservations.c.node, reservations.c.amount)
     .where(reservations.c.query == sa.bindparam("of"), reservations.c.state == "open")
@@ -206,9 +212,8 @@ def _books(
 
 def _kept(tx: sa.Connection, query: str, node: str) -> Iterator[tuple[int, list[str]]]:
     """(amount, scopes) of what is set aside by the node and by those above it: while it runs, they all wait."""
-    parts = node.split(".")
-    for length in range(1, len(parts) + 1):
-        for amount, _tokens, _calls, names in _find(tx, {"reservation": set_aside(query, ".".join(parts[:length]))}):
+    for reservation, amount, names in _aside(tx, {"of": query, "like": f"{query}:%{_LAST_WORD}%"}):
+        if f"{node}.".startswith(f"{reservation.split(':')[1]}."):
             yield amount, json.loads(names)
 
 
@@ -256,10 +261,13 @@ def left(tx: sa.Connection, purses: Sequence[Scope]) -> int:
     return max(0, min((scope.most("limit") - sum(balance(tx, scope.id)) for scope in purses), default=MOST))
 
 
-def set_aside(query: str, node: str = "root") -> str:
-    """The id of the reservation for a node's last word. It is held to the node's end: no other call can have it."""
-    return f"{query}:{node}{_LAST_WORD}"
+def set_aside(query: str, node: str = "root", tries: int = 0) -> str:
+    """The id of the reservation for a node's last word. It is held to the node's end: no other call can have it.
+
+    tries: of the last word that came to nothing, for after each it is put aside anew.
+    """
+    return f"{query}:{node}{_LAST_WORD}" + (f":{tries}" if tries else "")
 
 
 def is_set_aside(reservation: str) -> bool:
-    return reservation.endswith(_LAST_WORD)
+    return _LAST_WORD in reservation
