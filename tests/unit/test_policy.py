@@ -120,7 +120,13 @@ def test_every_field_is_in_the_hash(key: str):
     section, name = key.split(".")
     value = leaf(DEFAULT, key)
     others = {"least_isolation": "gvisor", "payloads": "hash", "verify_context": False, "dedupe": True}
-    other = ("x",) if name == "fallbacks" else (("x",),) if isinstance(value, tuple) else others.get(name, value + 1 if type(value) is int else None)
+    other = (
+        ("x",)
+        if name == "fallbacks"
+        else (("x",),)
+        if isinstance(value, tuple)
+        else others.get(name, value + 1 if type(value) is int else None)
+    )
     assert policy(**{section: {name: other}}).sha256() != DEFAULT.sha256()
 
 
