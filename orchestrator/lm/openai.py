@@ -1,14 +1,19 @@
-"""Any server that speaks OpenAI's chat completions, through the `openai` SDK. One attempt an `ask`, no retries."""
+"""Any server that speaks OpenAI's chat completions, through the `openai` SDK. One attempt an `ask`, no retries.
+
+Replies are streamed, so that one without end can be ended: by closing the connection, which is what a provider sees.
+"""
 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any, cast
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any
 
 import anyio
 
 from orchestrator.core.errors import OutcomeUnknown, ProviderBusy, ProviderError, ProviderRefused
-from orchestrator.lm.base import LM, Reply, Request, Usage
+from orchestrator.lm import parameters, replies
+from orchestrator.lm.base import LM, Reply, Request
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -17,23 +22,37 @@ if TYPE_CHECKING:
     import openai
 
 CONNECT_S = 10.0  # a connection that is not made costs nothing, so it may be tried again
-REPLY_BYTES = 16 << 20
+TAIL_S = 5.0  # for the usage, after the text has ended
+DRAIN_S = 0.1  # for the end of the body, after the last event: the connection can be used again then
 _BUSY = (408, 409, 429)
+_REFUSED = (400, 422)
+# What the SDK would tell any server of this machine; and each header is copied by four layers.
+_OF_THE_MACHINE = ("OS", "Arch", "Lang", "Package-Version", "Runtime", "Runtime-Version", "Async", "Retry-Count")
+_UNTOLD = tuple(f"X-Stainless-{what}" for what in _OF_THE_MACHINE)
+# How to ask: the first that a server takes. One that streams without telling its usage is asked without a stream, for
+# what it does not tell is charged at the bound.
+_WAYS: tuple[dict[str, Any], ...] = ({"stream": True, "stream_options": {"include_usage": True}}, {"stream": True}, {})
 
 
 class OpenAILM(LM):
-    """base_url: None for OpenAI's own. api_key: sent to that server and nowhere else. extra: further body fields."""
+    """base_url: None for OpenAI's own. api_key: sent to that server and nowhere else. extra: further parameters.
+
+    Raises ModelError for a parameter that may not be added to a request.
+    """
 
     def __init__(self, base_url: str | None, api_key: str, extra: dict[str, Any] | None = None) -> None:
         self._base_url = base_url
         self._api_key = api_key
-        self._extra = extra
+        self._extra = parameters.checked(extra or {})
         self._client: openai.AsyncOpenAI | None = None
+        self._way = 0
+        self._headers: dict[str, str | openai.Omit] = {}
 
     def _connect(self) -> openai.AsyncOpenAI:
         import openai  # half a second: only when something is asked
 
         if self._client is None:
+            self._headers = dict.fromkeys(_UNTOLD, openai.Omit())
             self._client = openai.AsyncOpenAI(
                 api_key=self._api_key,
                 base_url=self._base_url,
@@ -44,64 +63,105 @@ class OpenAILM(LM):
 
     async def ask(self, request: Request) -> Reply:
         client = self._connect()
+        import httpx2
+        import openai
+
+        way = self._way
+        stream = replies.Stream(request.max_output_tokens)
+        try:
+            with anyio.move_on_after(request.timeout_s) as scope:
+                response = await self._post(client, request, _WAYS[way])
+                try:
+                    if not _is_stream(response):
+                        return replies.whole(await response.aread(), request.max_output_tokens)
+                    await _read(response, stream, scope)
+                finally:
+                    with anyio.CancelScope(shield=True):
+                        await response.aclose()
+            if scope.cancelled_caught and not stream.ended:
+                raise self._too_late(request)
+        except openai.APIError as error:
+            raise self._translate(error, request, way) from None
+        except httpx2.HTTPError:
+            if not stream.ended:
+                raise self._broken() from None
+        if stream.error:
+            raise OutcomeUnknown(f"{self._where} failed in the midst of its answer: {self._quoted(stream.error)}")
+        reply = stream.reply()
+        if way == 1 and reply.usage is None and not stream.over:
+            self._way = 2
+        return reply
+
+    async def _post(self, client: openai.AsyncOpenAI, request: Request, way: dict[str, Any]) -> httpx2.Response:
+        import httpx2
         import openai
 
         # OpenAI's newer models refuse max_tokens; other servers may not know its successor.
         cap = "max_completion_tokens" if self._base_url is None else "max_tokens"
-        body: dict[str, Any] = {**(self._extra or {}), cap: request.max_output_tokens, "n": 1}
-        try:
-            # The SDK's time-out is one of a single read: a server that sends a byte now and then would go on for ever.
-            with anyio.fail_after(request.timeout_s):
-                # `chat.completions.create` walks request and answer by their type annotations, a third of its time,
-                # and checks neither; `_reply` checks what it needs.
-                completion = await client.post(
-                    "/chat/completions",
-                    cast_to=object,
-                    body={**body, "model": request.model, "messages": list(request.messages)},
-                    options={
-                        "timeout": openai.Timeout(request.timeout_s, connect=min(CONNECT_S, request.timeout_s / 2))
-                    },
-                )
-        except TimeoutError:
-            raise self._too_late(request) from None
-        except openai.APIError as error:
-            raise self._translate(error, request) from None
-        except (
-            ValueError,
-            RecursionError,
-        ):  # a body that is not JSON, or nested without end, though its status was 200
-            raise OutcomeUnknown("the provider sent something that is not a chat completion") from None
-        return _reply(completion)
+        body = {**self._extra, cap: request.max_output_tokens, "n": 1, **way}
+        body |= {"model": request.model, "messages": request.messages}
+        connect_s = min(CONNECT_S, request.timeout_s / 2)
+        # `chat.completions.create` walks request and answer by their type annotations, a third of its time, and checks
+        # neither; `replies` checks what it needs. Reading and writing are bounded together, in `ask`.
+        response: Any = await client.post(
+            "/chat/completions",
+            cast_to=httpx2.Response,
+            content=json.dumps(body, ensure_ascii=False).encode("utf-8", "replace"),
+            options={"headers": self._headers, "timeout": openai.Timeout(None, connect=connect_s, pool=connect_s)},
+            stream=True,
+            stream_cls=openai.AsyncStream[Any],
+        )
+        return response  # what was cast to, and no stream of the SDK's, which would parse each event by its type
+
+    @property
+    def _where(self) -> str:
+        return self._base_url or "OpenAI"
 
     def _too_late(self, request: Request) -> ProviderError:
-        return OutcomeUnknown(f"{self._base_url or 'OpenAI'} did not answer within {request.timeout_s:.0f} s")
+        return OutcomeUnknown(f"{self._where} did not answer within {request.timeout_s:.0f} s")
 
-    def _translate(self, error: openai.APIError, request: Request) -> ProviderError:
+    def _broken(self) -> ProviderError:
+        return OutcomeUnknown(f"the connection to {self._where} broke before the answer was whole")
+
+    def _translate(self, error: openai.APIError, request: Request, way: int) -> ProviderError:
         import openai
 
-        where = self._base_url or "OpenAI"
+        where = self._where
         if isinstance(error, openai.APIConnectionError) and _never_sent(error):
             return ProviderBusy(f"cannot connect to {where}")
         if isinstance(error, openai.APITimeoutError):
             return self._too_late(request)
         if isinstance(error, openai.APIStatusError):
-            return self._from_status(error, where, request.model)
+            return self._from_status(error, request, way)
         if isinstance(error, openai.APIConnectionError):
-            return OutcomeUnknown(f"the connection to {where} broke before the answer was whole")
+            return self._broken()
         return OutcomeUnknown(f"{where} sent something that is not a chat completion")
 
-    def _from_status(self, error: openai.APIStatusError, where: str, model: str) -> ProviderError:
-        status = error.status_code
-        said = str(error.message).removeprefix(f"Error code: {status} - ")
-        said = said.replace(self._api_key, "***") if self._api_key else said  # before it is cut, and the key with it
-        said = " ".join(_clean(said).split())[:300]
+    def _from_status(self, error: openai.APIStatusError, request: Request, way: int) -> ProviderError:
+        status, where = error.status_code, self._where
+        said = self._quoted(str(error.message).removeprefix(f"Error code: {status} - "))
         if status == 401 or status == 403:
             return ProviderRefused(f"{where} refused the API key ({status}): check the key and what it may use")
         if status == 404:
-            return ProviderRefused(f"{where} has no model {model!r}, or no chat completions there (404)")
+            return ProviderRefused(f"{where} has no model {request.model!r}, or no chat completions there (404)")
         if status in _BUSY or status >= 500:
             return ProviderBusy(f"{where} is busy or failing ({status}): {said}", retry_after=_retry_after(error))
+        if status in _REFUSED and self._another_way(error.response.text, request, way):
+            return ProviderBusy(f"{where} has to be asked in another way ({status}): {said}", retry_after=0.0)
         return ProviderRefused(f"{where} refused the request ({status}): {said}")
+
+    def _another_way(self, said: str, request: Request, way: int) -> bool:
+        """Whether the server refused to stream, and not what a prompt that speaks of streams made it say."""
+        for word, next_way in (("stream_options", 1), ("stream", 2)):
+            if way < next_way and word in said and not any(word in message["content"] for message in request.messages):
+                self._way = max(self._way, next_way)
+                return True
+        return False
+
+    def _quoted(self, said: str) -> str:
+        """A provider's words, as part of an error of one line. The key is taken out before they are cut, and it too."""
+        said = said.replace(self._api_key, "***") if self._api_key else said
+        return " ".join(replies.clean(said).split())[:300]
 
     async def aclose(self) -> None:
         if self._client is not None:
@@ -110,7 +170,7 @@ class OpenAILM(LM):
 
 
 def _http(*, tls: bool) -> httpx2.AsyncClient:
-    """A client that takes replies of REPLY_BYTES at most.
+    """A client that takes replies of REPLY_BYTES at most; a stream is bounded where it is read.
 
     Without TLS, most often to a server on this machine, it does not read the system's certificates, 20 ms and more, and
     so follows no redirect, which could lead to where they would be needed. It keeps few idle connections then: the pool
@@ -127,8 +187,8 @@ def _http(*, tls: bool) -> httpx2.AsyncClient:
             size = 0
             async for piece in self._stream:
                 size += len(piece)
-                if size > REPLY_BYTES:
-                    raise httpx2.ReadError(f"the reply has more than {REPLY_BYTES:,} bytes")
+                if size > replies.REPLY_BYTES:
+                    raise httpx2.ReadError(f"the reply has more than {replies.REPLY_BYTES:,} bytes")
                 yield piece
 
         async def aclose(self) -> None:
@@ -137,13 +197,31 @@ def _http(*, tls: bool) -> httpx2.AsyncClient:
     async def bound(response: httpx2.Response) -> None:
         if response.headers.get("content-encoding", "identity") != "identity":  # it would be unpacked without a bound
             raise httpx2.ReadError("the reply is compressed, which was not asked for")
-        response.stream = Bounded(response.stream)
+        if not _is_stream(response):
+            response.stream = Bounded(response.stream)
 
     options: dict[str, Any] = {"event_hooks": {"response": [bound]}, "headers": {"Accept-Encoding": "identity"}}
     if not tls:
         limits = httpx2.Limits(max_keepalive_connections=8)
         options |= {"verify": False, "follow_redirects": False, "limits": limits}
     return openai.DefaultAsyncHttpx2Client(**options)
+
+
+def _is_stream(response: httpx2.Response) -> bool:
+    return response.is_success and response.headers.get("content-type", "").lower().startswith("text/event-stream")
+
+
+async def _read(response: httpx2.Response, stream: replies.Stream, scope: anyio.CancelScope) -> None:
+    """Feed the stream until it is over, or the body's end. What comes after the text is not waited for long."""
+    async with aclosing(response.aiter_raw()) as pieces:
+        async for piece in pieces:
+            if stream.done:
+                continue
+            stream.feed(piece)
+            if stream.over:
+                return
+            if stream.ended:
+                scope.deadline = min(scope.deadline, anyio.current_time() + (DRAIN_S if stream.done else TAIL_S))
 
 
 def _never_sent(error: BaseException) -> bool:
@@ -164,38 +242,3 @@ def _retry_after(error: openai.APIStatusError) -> float | None:
     except ValueError:
         return None
     return seconds if 0 <= seconds < 86_400 else None
-
-
-def _reply(completion: Any) -> Reply:
-    """Checked by hand: it is whatever JSON the server sent."""
-    if isinstance(completion, str):  # the SDK leaves what is not labelled as JSON alone; it may be JSON all the same
-        try:
-            completion = json.loads(completion)
-        except (ValueError, RecursionError):
-            raise OutcomeUnknown("the provider sent something that is not a chat completion") from None
-    choices: Any = _get(completion, "choices")
-    if not isinstance(choices, list) or not choices:
-        raise OutcomeUnknown("the provider sent a completion without a choice")
-    choice: Any = cast("list[Any]", choices)[0]
-    message: Any = _get(choice, "message")
-    if message is None:
-        raise OutcomeUnknown("the provider sent a choice without a message")
-    text = _get(message, "content")
-    if text is None:
-        text = ""
-    if not isinstance(text, str):
-        raise OutcomeUnknown("the provider sent a completion whose content is not text")
-    reported: Any = _get(completion, "usage")
-    tokens = [_get(reported, name) for name in ("prompt_tokens", "completion_tokens")]
-    whole = [count for count in tokens if type(count) is int and 0 <= count < 10**12]
-    usage = Usage(whole[0], whole[1]) if len(whole) == 2 else None
-    return Reply(_clean(text), _clean(str(_get(choice, "finish_reason") or "stop"))[:100], usage)
-
-
-def _clean(text: str) -> str:
-    """Half of a surrogate pair is valid in JSON, and is no text."""
-    return text if text.isascii() else text.encode("utf-8", "replace").decode()
-
-
-def _get(value: Any, name: str) -> Any:
-    return cast("dict[str, Any]", value).get(name) if isinstance(value, dict) else None

@@ -3,13 +3,15 @@
     python -m tests.benchmarks.fake_lm        prints its port, serves until its standard input closes
 
 A request with a system message is a root call; its turn is the number of assistant messages in it. Any other is a
-sub-call. `GET /requests` returns the bodies received since the last `GET /requests`, as a list of JSON texts.
+sub-call. Who asks for a stream gets one: an event a word, each in an HTTP chunk of its own, as servers send them.
+`GET /requests` returns the bodies received since the last `GET /requests`, as a list of JSON texts.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -36,14 +38,33 @@ def reply_to(messages: list[dict[str, str]]) -> str:
     return f"```repl\n{TURNS[min(roles.count('assistant'), len(TURNS) - 1)]}\n```"
 
 
-def completion(body: bytes) -> bytes:
+def answer(body: bytes) -> bytes:
+    """Head and body of the reply to a request."""
     request = json.loads(body)
     text = reply_to(request["messages"])
     used, made = len(body) // 4 + 1, len(text) // 4 + 1
     usage = {"prompt_tokens": used, "completion_tokens": made, "total_tokens": used + made}
-    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
-    whole = {"id": "x", "object": "chat.completion", "created": 0, "model": request["model"], "choices": [choice]}
-    return json.dumps(whole | {"usage": usage}).encode()
+    frame = {"id": "x", "object": "chat.completion", "created": 0, "model": request["model"]}
+    if not request.get("stream"):
+        choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+        return whole(json.dumps(frame | {"choices": [choice], "usage": usage}).encode())
+    frame["object"] = "chat.completion.chunk"
+    words = re.findall(r"\s*\S+\s*$|\s*\S+", text)
+    deltas: list[dict[str, str]] = [{"role": "assistant", "content": ""}, *({"content": word} for word in words), {}]
+    events: list[dict[str, object]] = [
+        frame | {"choices": [{"index": 0, "delta": delta, "finish_reason": None if delta else "stop"}]}
+        for delta in deltas
+    ]
+    events.append(frame | {"choices": [], "usage": usage})
+    lines = [*(b"data: %s\n\n" % json.dumps(event).encode() for event in events), b"data: [DONE]\n\n"]
+    chunks = b"".join(b"%x\r\n%s\r\n" % (len(line), line) for line in lines)
+    head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+    return head + chunks + b"0\r\n\r\n"
+
+
+def whole(body: bytes) -> bytes:
+    head = f"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    return head.encode() + body
 
 
 class Server(asyncio.Protocol):
@@ -69,12 +90,11 @@ class Server(asyncio.Protocol):
     def _answer(self, post: bool, body: bytes) -> None:
         if post:
             Server.received.append(body.decode())
-            out = completion(body)
+            out = answer(body)
         else:
-            out = json.dumps(Server.received).encode()
+            out = whole(json.dumps(Server.received).encode())
             Server.received.clear()
-        head = f"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {len(out)}\r\n\r\n"
-        self._transport.write(head.encode() + out)  # pyright: ignore[reportAttributeAccessIssue]
+        self._transport.write(out)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 async def serve() -> None:

@@ -11,8 +11,23 @@ from typing import Any
 
 import pytest
 
+from orchestrator.lm.replies import BYTES_A_TOKEN
 from tests.command import Airlock, Done
-from tests.fakes.provider import Behaviour, Cut, Drip, Fail, Hang, HangUp, Provider, Raw, Say, completion
+from tests.fakes.provider import (
+    Behaviour,
+    Cut,
+    Dies,
+    Drip,
+    Endless,
+    Fail,
+    Hang,
+    HangUp,
+    Provider,
+    Raw,
+    Refuses,
+    Say,
+    completion,
+)
 
 DONE = Say("FINAL(42)")
 SECRET = "sk-very-secret-0123456789"  # noqa: S105  of no account
@@ -145,6 +160,7 @@ def test_nobody_listens(airlock: Airlock) -> None:
 
 
 SILENCE = {"hang": Hang(), "drip": Drip(), "cut": Cut(), "hang-up": HangUp(), "not-json": Raw(b"{nonsense")}
+SILENCE["dies"] = Dies("FINAL(4")
 
 
 @pytest.mark.parametrize("behaviour", SILENCE.values(), ids=SILENCE)
@@ -211,6 +227,52 @@ def test_it_reports_no_usage(airlock: Airlock) -> None:
     assert seen == ["an answer"] * len(told)
     assert [Decimal(result["cost_usd"]) for result in results] == bounds(airlock)
     assert [result["usage"] for result in results] == [None] * len(told)
+
+
+@pytest.mark.parametrize("refuses", ["stream_options", "stream"])
+def test_it_does_not_stream_as_it_is_asked_to(airlock: Airlock, refuses: str) -> None:
+    with Provider(root=[Refuses(refuses, DONE)]) as provider:
+        done = ask(airlock, provider.url)
+    assert (done.code, done.json["answer"]) == (0, "42")
+    results = [r["body"]["outcome"] for r in airlock.records() if r["type"] == "call.result"]
+    assert results == ["void", "answered"]  # each attempt with a reservation of its own
+    assert [refuses in request.body for request in provider.requests] == [True, False]
+
+
+def test_it_streams_for_ever(airlock: Airlock) -> None:
+    """It is ended, the text that came is the reply, and what it may have used is paid for."""
+    cell = "print([len(text) for text in llm_query_batched(['a', 'b'])])"
+    with Provider(sub=[Endless()]) as provider:
+        options = ["--model", "mine", "--base-url", provider.url, *PRICED]
+        policy = airlock.policy(models_output_tokens="16", models_output_floor="16")
+        file = airlock.file("cell.py", cell)
+        done = airlock("exec", file, "--context", "context.txt", *options, "--policy", policy, code=0)
+    assert done.out == f"[{16 * BYTES_A_TOKEN}, {16 * BYTES_A_TOKEN}]\n"
+    results = [r["body"] for r in airlock.records() if r["type"] == "call.result"]
+    assert [(result["detail"], result["usage"]) for result in results] == [("length", None)] * 2
+    assert [Decimal(result["cost_usd"]) for result in results] == bounds(airlock)
+
+
+LIES = [(0, 5), (10, 0), (-5, 5), (10, -5), (10**30, 5), None]
+
+
+def test_it_lies_about_its_usage(airlock: Airlock) -> None:
+    """What cannot be is no report, in a stream as in a whole reply: it is charged at the bound."""
+    seen, results = many(airlock, [Say("an answer", lie) for lie in LIES])
+    assert seen == ["an answer"] * len(LIES)
+    assert [Decimal(result["cost_usd"]) for result in results] == bounds(airlock)
+    assert [result["usage"] for result in results] == [None] * len(LIES)
+
+
+def test_a_parameter_that_could_make_a_request_dearer(airlock: Airlock) -> None:
+    airlock.file("home/airlock.toml", '[models.mine]\nextra = {service_tier = "priority"}\n')
+    with Provider(root=[DONE]) as provider:
+        done = ask(airlock, provider.url)
+        assert done.code == 2
+        assert "extra: 'service_tier' may not be added to a request; what may: temperature, " in done.said
+        airlock.file("home/airlock.toml", "[models.mine]\nextra = {temperature = 0.5}\n")
+        assert ask(airlock, provider.url).code == 0
+    assert [request.body["temperature"] for request in provider.requests] == [0.5]
 
 
 def test_it_reports_more_than_it_can_have_used(airlock: Airlock) -> None:

@@ -1,7 +1,8 @@
 """An OpenAI-compatible server on 127.0.0.1 that behaves, or misbehaves, as a test tells it to.
 
 A request with a system message is a root turn, any other a sub-call. Each kind has a list of behaviours: the n-th
-request of that kind gets the n-th, the last one repeats; or `answer` decides. `requests` keeps what came in.
+request of that kind gets the n-th, the last one repeats; or `answer` decides. `requests` keeps what came in. Who asks
+for a stream gets what is said as one, in pieces of a few letters, and with the usage when that was asked for.
 """
 
 from __future__ import annotations
@@ -80,11 +81,33 @@ class Cut:
 
 
 @dataclass(frozen=True)
+class Endless:
+    """A stream that goes on for as long as anybody listens, whatever the cap."""
+
+    piece: str = "word "
+
+
+@dataclass(frozen=True)
+class Dies:
+    """A stream whose connection breaks after these words, before its end."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Refuses:
+    """A request with this field is a bad one; without it, `then`."""
+
+    field: str
+    then: Say
+
+
+@dataclass(frozen=True)
 class HangUp:
     """The connection is closed without a word."""
 
 
-Behaviour = Say | Fail | Raw | Hang | Drip | Cut | HangUp
+Behaviour = Say | Fail | Raw | Hang | Drip | Cut | Endless | Dies | Refuses | HangUp
 
 
 def completion(text: str, usage: Tokens | None, finish: str = "stop", model: str = "fake") -> bytes:
@@ -92,9 +115,32 @@ def completion(text: str, usage: Tokens | None, finish: str = "stop", model: str
     body: dict[str, Any] = {"id": "c", "object": "chat.completion", "created": 0, "model": model}
     body["choices"] = [{"index": 0, "message": message, "finish_reason": finish, "logprobs": None}]
     if usage:
-        names = ("prompt_tokens", "completion_tokens", "total_tokens")
-        body["usage"] = dict(zip(names, (*usage, sum(usage)), strict=True))
+        body["usage"] = counted(usage)
     return json.dumps(body).encode()
+
+
+def counted(usage: Tokens) -> dict[str, int]:
+    return {"prompt_tokens": usage[0], "completion_tokens": usage[1], "total_tokens": sum(usage)}
+
+
+def event(delta: dict[str, str], finish: str | None = None) -> bytes:
+    """Of a stream, in an HTTP chunk of its own."""
+    choices = [{"index": 0, "delta": delta, "finish_reason": finish, "logprobs": None}]
+    return chunk(json.dumps({"id": "c", "object": "chat.completion.chunk", "choices": choices}))
+
+
+def chunk(data: str) -> bytes:
+    sent = f"data: {data}\n\n".encode()
+    return b"%x\r\n%s\r\n" % (len(sent), sent)
+
+
+def stream(text: str, usage: Tokens | None, finish: str) -> bytes:
+    pieces = [text[start : start + 7] for start in range(0, len(text), 7)]
+    out = [event({"role": "assistant", "content": ""}), *(event({"content": piece}) for piece in pieces)]
+    out.append(event({}, finish))
+    if usage:
+        out.append(chunk(json.dumps({"id": "c", "choices": [], "usage": counted(usage)})))
+    return b"".join([*out, chunk("[DONE]"), b"0\r\n\r\n"])
 
 
 class Provider:
@@ -214,15 +260,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, provider: Provider, seen: Seen, behaviour: Behaviour) -> None:
         match behaviour:
-            case Say(text, usage, delay_s, finish):
-                if delay_s and not provider.pause(delay_s):
-                    self.close_connection = True
-                    return
-                said = text if isinstance(text, str) else text(seen)
-                tokens = seen.most if usage == "most" else usage
-                if isinstance(tokens, tuple):
-                    provider.used.append(tokens)
-                self._send(200, completion(said, tokens if isinstance(tokens, tuple) else None, finish))
+            case Say():
+                self._say(provider, seen, behaviour)
             case Fail(status, headers, message):
                 self._send(status, json.dumps({"error": {"message": message}}).encode(), headers)
             case Raw(body, kind):
@@ -239,8 +278,38 @@ class _Handler(BaseHTTPRequestHandler):
                 self._head(200, len(body))
                 self.wfile.write(body[: len(body) // 2])
                 self.close_connection = True
+            case Endless() | Dies():
+                self._stream_badly(provider, behaviour)
+            case Refuses(name, then):
+                refused = Fail(400, message=f"Unrecognized request argument supplied: {name}")
+                self._answer(provider, seen, refused if name in seen.body else then)
             case HangUp():
                 self.close_connection = True
+
+    def _say(self, provider: Provider, seen: Seen, say: Say) -> None:
+        if say.delay_s and not provider.pause(say.delay_s):
+            self.close_connection = True
+            return
+        text = say.text if isinstance(say.text, str) else say.text(seen)
+        usage = seen.most if say.usage == "most" else say.usage
+        tokens = usage if isinstance(usage, tuple) else None
+        if tokens:
+            provider.used.append(tokens)
+        if not seen.body.get("stream"):
+            self._send(200, completion(text, tokens, say.finish))
+            return
+        told = seen.body.get("stream_options", {}).get("include_usage")
+        self._head(200)
+        self.wfile.write(stream(text, tokens if told else None, say.finish))
+
+    def _stream_badly(self, provider: Provider, behaviour: Endless | Dies) -> None:
+        self.close_connection = True
+        self._head(200)
+        if isinstance(behaviour, Dies):
+            self.wfile.write(event({"content": behaviour.text}))
+            return
+        while provider.pause(0):
+            self.wfile.write(event({"content": behaviour.piece}))
 
     def _until_gone(self, provider: Provider) -> None:
         self.close_connection = True
@@ -256,12 +325,12 @@ class _Handler(BaseHTTPRequestHandler):
         self._head(status, len(body), headers)
         self.wfile.write(body)
 
-    def _head(self, status: int, length: int, headers: dict[str, str] | None = None) -> None:
+    def _head(self, status: int, length: int | None = None, headers: dict[str, str] | None = None) -> None:
+        """length: of the body; None for a stream."""
+        body = {"content-type": "application/json", "content-length": str(length)}
+        if length is None:
+            body = {"content-type": "text/event-stream", "transfer-encoding": "chunked"}
         self.send_response(status)
-        for name, value in {
-            "content-type": "application/json",
-            "content-length": str(length),
-            **(headers or {}),
-        }.items():
+        for name, value in (body | (headers or {})).items():
             self.send_header(name, value)
         self.end_headers()
