@@ -54,6 +54,10 @@ class Circuit:
             if trial:
                 self.free(key)
 
+    def is_open(self, key: Hashable) -> bool:
+        state = self._states.get(key)
+        return state is not None and state.open_until is not None and state.open_until > self._clock()
+
     def check(self, key: Hashable) -> bool:
         """Whether this call is the trial, which has to end in `succeeded`, `failed` or `free`. Raises ProviderBusy."""
         state = self._states.get(key)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,6 +23,7 @@ from orchestrator.core.errors import (
     CountExceeded,
     LimitError,
     NotPermitted,
+    OutcomeUnknown,
     ProviderBusy,
     RateLimited,
     TimeExceeded,
@@ -42,6 +44,7 @@ Role = Literal["root", "sub"]
 MESSAGE_TOKENS = 16  # what a chat template adds to a message, at most
 REQUEST_TOKENS = 64  # and to a request
 LONGEST_WAIT_S = 30.0
+SLOW_S = 30.0  # an answer that has not come by then is the provider's fault
 RECORDED_REFUSALS = 100  # of a query, one by one: a refusal costs a guest nothing, and must not fill the disk
 AT_ONCE = 256  # LM requests of one process, of all its tenants
 
@@ -164,21 +167,35 @@ class Proxy:
         Raises LimitError, RequestError or ProviderError.
         """
         failed: ProviderBusy | None = None
-        for name in dict.fromkeys((model, *node.account.policy.models.fallbacks)):
-            if failed and not self._permits(node, role, name):
+        others = [name for name in node.account.policy.models.fallbacks if self._permits(node, role, name)]
+        candidates = list(dict.fromkeys((model, *others)))
+        for name in candidates:
+            last = name == candidates[-1]
+            if self._circuit.is_open(name) and not last:
                 continue
             plan = self._authorise(node, role, name, messages)
             try:
-                return await self._ask_one(node, plan, output_tokens, aside)
+                return await self._ask_one(node, plan, output_tokens, aside, last=last)
             except ProviderBusy as error:
                 failed = failed or error
-        raise failed or AssertionError("a call without a model")
+        raise failed or AssertionError("the last one is always asked")
 
-    async def _ask_one(self, node: Node, plan: _Plan, output_tokens: int, aside: Aside | None) -> Reply:
-        """With retries; each attempt is a reservation of its own."""
+    async def _ask_one(self, node: Node, plan: _Plan, output_tokens: int, aside: Aside | None, *, last: bool) -> Reply:
+        """With retries; each attempt is a reservation of its own. last: nobody else could be asked instead."""
+
+        def stop(state: tenacity.RetryCallState) -> bool:
+            """After the policy's retries; when the wait would outlast the query, or is too long to hold a sandbox."""
+            wait = _wait(state)
+            return (
+                state.attempt_number > node.account.policy.counts.retries
+                or wait > node.remaining_s()
+                or wait > 4 * LONGEST_WAIT_S
+                or (self._circuit.is_open(plan.name) and not last)
+            )
+
         retrying = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception_type(ProviderBusy),
-            stop=_stop(node),
+            stop=stop,
             wait=_wait,
             sleep=anyio.sleep,
             reraise=True,
@@ -236,12 +253,16 @@ class Proxy:
         reply, ended, detail = None, None, "cancelled"
         account.running += 1
         account.sent.add(hold.reservation)
+        started = time.monotonic()
         try:
             reply = await plan.lm.ask(request)
             detail = reply.finish_reason
+            self._circuit.succeeded(plan.name)
             return reply
         except AirlockError as error:
             ended, detail = error, str(error)
+            if _is_providers_fault(error, time.monotonic() - started):
+                self._circuit.failed(plan.name)
             raise
         finally:
             account.running -= 1
@@ -417,6 +438,13 @@ def _refusal(error: AirlockError, role: str, model: str) -> Mapping[str, str]:
     return fields
 
 
+def _is_providers_fault(error: AirlockError, waited_s: float) -> bool:
+    """Whether it cannot serve now. A time-out that a tenant has made short says nothing of the provider."""
+    if isinstance(error, ProviderBusy):
+        return error.retry_after != 0
+    return isinstance(error, OutcomeUnknown) and waited_s >= SLOW_S
+
+
 def _wait(state: tenacity.RetryCallState) -> float:
     """Seconds until the next attempt: what the provider asked for, else exponential with jitter."""
     error = state.outcome.exception() if state.outcome else None
@@ -424,17 +452,3 @@ def _wait(state: tenacity.RetryCallState) -> float:
     if asked is not None:
         return asked
     return tenacity.wait_random_exponential(multiplier=0.5, max=LONGEST_WAIT_S)(state)
-
-
-def _stop(node: Node) -> Callable[[tenacity.RetryCallState], bool]:
-    """Stop after the policy's retries, or when the wait would outlast the query, or is too long to hold a sandbox."""
-
-    def stop(state: tenacity.RetryCallState) -> bool:
-        wait = _wait(state)
-        return (
-            state.attempt_number > node.account.policy.counts.retries
-            or wait > node.remaining_s()
-            or wait > 4 * LONGEST_WAIT_S
-        )
-
-    return stop

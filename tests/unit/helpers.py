@@ -119,9 +119,16 @@ def cell(text: str = "", status: Any = "ok", **fields: Any) -> CellResult:
 class Query:
     """An open query in a real store, with an account to ask from."""
 
-    def __init__(self, db: Database, rules: Policy, number: int = 1, sub_models: Sequence[str] = ("sub",)) -> None:
+    def __init__(
+        self,
+        db: Database,
+        rules: Policy,
+        number: int = 1,
+        sub_models: Sequence[str] = ("sub",),
+        tenant: str = "default",
+    ) -> None:
         self.db = db
-        self.key = QueryKey(f"q{number}", "default", rules.sha256(), keep=True)
+        self.key = QueryKey(f"q{number}", tenant, rules.sha256(), keep=True)
         self.scopes = [Scope(f"query:{self.key.id}", rules.money.query), Scope("tenant-day:d", rules.money.tenant_day)]
         self.seen: list[Event] = []
         self.account = Account(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal
@@ -23,10 +24,13 @@ from orchestrator.core.errors import (
     PriceUnknown,
     ProviderBusy,
     ProviderRefused,
+    RateLimited,
     TimeExceeded,
 )
 from orchestrator.core.policy import Policy
-from orchestrator.lm.base import LM, Message, Reply, Usage
+from orchestrator.core.turns import Turns
+from orchestrator.lm.base import LM, Message, Reply, Request, Usage
+from orchestrator.proxy import circuit
 from orchestrator.proxy.account import Aside
 from orchestrator.proxy.prices import Prices
 from orchestrator.proxy.proxy import MESSAGE_TOKENS, RECORDED_REFUSALS, REQUEST_TOKENS, Proxy, put_aside
@@ -67,11 +71,13 @@ class Desk:
         return [record["body"] for record in self.query.records(kind)]
 
 
-def desk(db: Database, lm: LM, rules: Policy = DEFAULT, price: str = "1") -> Desk:
-    def find(name: str) -> tuple[LM, str]:
-        return lm, f"provider's {name}"
+def desk(db: Database, lm: LM, rules: Policy = DEFAULT, price: str = "1", **others: LM) -> Desk:
+    """others: the LMs behind some names of models; all other names stand for `lm`."""
 
-    prices = Prices({name: (Decimal(price), Decimal(price)) for name in ("root", "sub", "other")})
+    def find(name: str) -> tuple[LM, str]:
+        return others.get(name, lm), f"provider's {name}"
+
+    prices = Prices({name: (Decimal(price), Decimal(price)) for name in ("root", "sub", "other", "third")})
     return Desk(Proxy(prices, find), Query(db, rules, sub_models=("sub", "other")))
 
 
@@ -452,3 +458,243 @@ async def test_usage_is_summed_for_each_model(db: Database):
     assert (usage["sub"].calls, usage["sub"].input_tokens, usage["sub"].output_tokens) == (2, 60, 20)
     assert (usage["other"].calls, usage["other"].input_tokens) == (1, 0)
     assert at.query.account.spent == at.query.balance()[0]
+
+
+# Providers that fail
+
+
+async def test_fallbacks_are_asked_in_the_policys_order(db: Database):
+    first, second, third = FakeLM(ProviderBusy("down")), FakeLM(ProviderBusy("down, too")), FakeLM(said("yes"))
+    rules = policy(models={"fallbacks": ("other", "third")}, counts={"retries": 0})
+    at = desk(db, third, rules, sub=first, other=second)
+    assert await at.sub() == "yes"
+    assert [len(lm.requests) for lm in (first, second, third)] == [1, 1, 1]
+    assert [(body["model"], body["call"]) for body in at.bodies("call.intent")] == [
+        ("sub", "root.c1"),
+        ("other", "root.c2"),
+        ("third", "root.c3"),
+    ]
+    assert at.query.account.sub_calls == 1
+
+
+async def test_a_fallback_has_to_be_permitted(db: Database):
+    lm, other = FakeLM(ProviderBusy("down")), FakeLM(said("yes"))
+    rules = policy(models={"fallbacks": ("other",), "sub": (("sub",),)}, counts={"retries": 0})
+    at = desk(db, lm, rules, other=other)
+    with pytest.raises(ProviderBusy, match="down"):
+        await at.sub()
+    assert other.requests == []
+
+
+@pytest.mark.parametrize("error", [ProviderRefused("401"), OutcomeUnknown("cut off")])
+async def test_nobody_else_is_asked_when_the_provider_said_no_or_may_have_billed(db: Database, error: AirlockError):
+    other = FakeLM(said("yes"))
+    at = desk(db, FakeLM(error), policy(models={"fallbacks": ("other",)}), other=other)
+    with pytest.raises(type(error)):
+        await at.sub()
+    assert other.requests == []
+
+
+async def test_when_all_fail_it_is_the_first_that_is_told_of(db: Database):
+    rules = policy(models={"fallbacks": ("other",)}, counts={"retries": 0})
+    at = desk(db, FakeLM(ProviderBusy("the first")), rules, other=FakeLM(ProviderBusy("the other")))
+    with pytest.raises(ProviderBusy, match="the first"):
+        await at.sub()
+    assert at.query.balance() == (0, 0)
+
+
+async def test_a_provider_that_fails_again_and_again_is_left_alone(db: Database):
+    lm = FakeLM(ProviderBusy("down"))
+    at = desk(db, lm, policy(counts={"retries": 0}))
+    for _ in range(20):
+        with pytest.raises(ProviderBusy):
+            await at.sub()
+    assert len(lm.requests) == circuit.FAILURES
+    assert len(at.bodies("call.intent")) == circuit.FAILURES  # a call that is not sent holds nothing
+    with pytest.raises(ProviderBusy, match="left alone for 2 s"):
+        await at.sub()
+    with pytest.raises(ProviderBusy, match="down"):  # another model of it is another matter
+        await at.sub(model="other")
+
+
+async def test_an_open_circuit_is_passed_over_at_once(db: Database):
+    lm, other = FakeLM(ProviderBusy("down")), FakeLM(said("yes"))
+    rules = policy(models={"fallbacks": ("other",)}, counts={"retries": 0})
+    at = desk(db, lm, rules, other=other)
+    for _ in range(2 * circuit.FAILURES):
+        assert await at.sub() == "yes"
+    assert len(lm.requests) == circuit.FAILURES
+    assert len(other.requests) == 2 * circuit.FAILURES
+
+
+@pytest.mark.parametrize("error", [ProviderRefused("401"), OutcomeUnknown("timed out")])
+async def test_refusals_and_short_time_outs_open_no_circuit(db: Database, error: AirlockError):
+    lm = FakeLM(error)
+    at = desk(db, lm)
+    for _ in range(2 * circuit.FAILURES):
+        with pytest.raises(type(error)):
+            await at.root()
+    assert len(lm.requests) == 2 * circuit.FAILURES
+
+
+# Identical calls
+
+
+class Slow(FakeLM):
+    """Answers when `go` is set. waiting: how many were asked."""
+
+    def __init__(self, *answers: Reply | Exception) -> None:
+        super().__init__(*answers)
+        self.go = anyio.Event()
+        self.waiting = 0
+
+    async def ask(self, request: Request) -> Reply:
+        self.waiting += 1
+        await self.go.wait()
+        return await super().ask(request)
+
+
+async def test_identical_calls_are_answered_once_where_the_policy_says_so(db: Database):
+    lm = Slow(said("one", usage=USED), said("two", usage=USED))
+    at = desk(db, lm, policy(models={"dedupe": True}))
+    answers: dict[str, list[str]] = {"a": [], "b": []}
+
+    async def call(prompt: str) -> None:
+        answers[prompt].append(await at.sub(prompt))
+
+    async with anyio.create_task_group() as tasks:
+        for prompt in ("a", "a", "a", "b"):
+            tasks.start_soon(call, prompt)
+        while lm.waiting < 2:
+            await anyio.lowlevel.checkpoint()
+        lm.go.set()
+    await call("a")
+    assert len(lm.requests) == 2
+    assert [len(answers["a"]), len(set(answers["a"])), len(answers["b"])] == [4, 1, 1]
+    assert {body["of"] for body in at.bodies("call.repeated")} < {"root.c1", "root.c2"}
+    assert len(at.bodies("call.repeated")) == 3
+    assert at.query.account.sub_calls == 5
+    assert at.query.balance() == (2 * 40 * NANO_A_TOKEN, 0)
+    await at.sub("a", model="other")
+    assert len(lm.requests) == 3
+
+
+async def test_a_call_that_failed_answers_nobody_else(db: Database):
+    lm = Slow(ProviderRefused("no"), said("yes"))
+    at = desk(db, lm, policy(models={"dedupe": True}))
+    seen: list[str] = []
+
+    async def call() -> None:
+        try:
+            seen.append(await at.sub("a"))
+        except ProviderRefused:
+            seen.append("refused")
+
+    async with anyio.create_task_group() as tasks:
+        for _ in range(3):
+            tasks.start_soon(call)
+        lm.go.set()
+    assert sorted(seen) == ["refused", "yes", "yes"]
+    assert len(lm.requests) == 2
+
+
+async def test_by_default_every_call_is_asked(db: Database):
+    lm = FakeLM(said("yes"))
+    at = desk(db, lm)
+    assert [await at.sub("a"), await at.sub("a")] == ["yes", "yes"]
+    assert len(lm.requests) == 2
+
+
+# Rates
+
+
+@pytest.mark.parametrize(
+    ("limits", "what"), [({"requests_minute": 2}, "requests"), ({"tokens_minute": 2 * (2 + OVERHEAD + 4096)}, "tokens")]
+)
+async def test_a_minutes_requests_and_tokens_are_bounded(db: Database, limits: dict[str, int], what: str):
+    lm = FakeLM(said("yes"))  # reports no usage, so all the tokens that were held stay counted
+    at = desk(db, lm, policy(tenant=limits))
+    at.query.node.deadline = time.monotonic() + 0.5  # no time to wait for the next minute
+    await at.sub()
+    await at.sub()
+    with pytest.raises(RateLimited, match=f"{what} of this minute") as caught:
+        await at.sub()
+    assert 0 < caught.value.retry_after <= 60
+    assert "come back in" in str(caught.value)
+    assert len(lm.requests) == 2
+    assert at.bodies("call.refused")[0]["kind"] == "rate-limited"
+
+
+async def test_a_call_waits_for_the_next_minute_where_it_has_the_time(db: Database, monkeypatch: pytest.MonkeyPatch):
+    waited: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        waited.append(seconds)
+        await at.query.db.write(lambda tx: tx.exec_driver_sql("UPDATE scopes SET calls = 0"))
+
+    at = desk(db, FakeLM(said("yes")), policy(tenant={"requests_minute": 1}))
+    monkeypatch.setattr(anyio, "sleep", sleep)
+    at.query.node.deadline = time.monotonic() + 600
+    assert [await at.sub(), await at.sub()] == ["yes", "yes"]
+    assert [0 < seconds <= 60 for seconds in waited] == [True]
+
+
+async def test_a_call_that_no_minute_has_room_for_is_refused_for_good(db: Database):
+    with pytest.raises(CountExceeded, match="tokens"):
+        await desk(db, FakeLM(said("yes")), policy(tenant={"tokens_minute": 100})).sub()
+
+
+async def test_the_last_word_waits_for_no_minute(db: Database):
+    at = desk(db, FakeLM(said("yes")), policy(tenant={"requests_minute": 1}))
+    aside = await put_by(at, 10**8)
+    await at.root()
+    at.query.node.deadline = time.monotonic() + 0.5
+    with pytest.raises(RateLimited):
+        await at.root()
+    assert (await at.root(aside=aside)).text == "yes"
+
+
+# Turns
+
+
+async def test_who_asks_much_does_not_keep_others_waiting(db: Database, tmp_path: Path):
+    """A tenant with 1,000 queued calls cannot delay another's single call beyond its share."""
+    order: list[str] = []
+
+    class Noting(FakeLM):
+        async def ask(self, request: Request) -> Reply:
+            order.append(str(request.messages[0]["content"]))
+            return await super().ask(request)
+
+    rules = policy(counts={"in_flight": 1000})
+    greedy = desk(db, Noting(said("yes")), rules)
+    greedy.proxy._turns = Turns(4)  # pyright: ignore[reportPrivateUsage]
+    quiet = Desk(greedy.proxy, Query(db, rules, number=2, sub_models=("sub",), tenant="quiet"))
+    async with anyio.create_task_group() as tasks:
+        for _ in range(1000):
+            tasks.start_soon(greedy.sub, "greedy")
+        while len(order) < 20:
+            await anyio.lowlevel.checkpoint()
+        asked = len(order)
+        assert await quiet.sub("quiet") == "yes"
+        assert order.index("quiet") - asked <= 8  # those under way, and its turn
+        tasks.cancel_scope.cancel()
+
+
+# Dead holders
+
+
+async def test_what_a_dead_process_holds_is_swept_before_a_call_is_refused(db: Database):
+    swept: list[bool] = []
+    limit = bound("hi", 100)
+    at = desk(db, FakeLM(said("yes")), policy(money={"query": limit}))
+    held = "dead:root.c1:1"
+    await db.write(lambda tx: ledger.reserve(tx, held, "dead", "root", limit, at.query.scopes))
+
+    async def sweep() -> None:
+        swept.append(True)
+        await db.write(lambda tx: ledger.void(tx, held))
+
+    at.proxy._sweep = sweep  # pyright: ignore[reportPrivateUsage]
+    assert (await at.root()).text == "yes"
+    assert swept == [True]
