@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from decimal import Decimal
 from pathlib import Path
@@ -54,7 +55,7 @@ class Runtimes(_Strict):
 
 
 class Config(_Strict):
-    """`airlock.toml`. prices: model -> [input, output] in USD per million tokens."""
+    """`airlock.toml`. prices: model -> [input, output] in USD per million tokens. database: see the function."""
 
     model: str | None = None
     sub_model: str | None = None
@@ -64,6 +65,7 @@ class Config(_Strict):
     prices: dict[str, tuple[Decimal, Decimal]] = {}
     pool: PoolSettings = PoolSettings()
     runtimes: Runtimes = Runtimes()
+    database: SecretStr | None = None
 
 
 def home() -> Path:
@@ -96,6 +98,24 @@ def api_key(variable: str) -> SecretStr | None:
     """The key in an environment variable, if there is one."""
     key = os.environ.get(variable)
     return SecretStr(key) if key else None
+
+
+def database(config: Config) -> str | None:
+    """The address of the PostgreSQL database for ledger and journal: AIRLOCK_DATABASE, else what the file says.
+
+    None for SQLite in the data folder. Raises ValueError, in which nothing of the address is shown: it may hold a
+    password.
+    """
+    secret = api_key("AIRLOCK_DATABASE") or config.database
+    if secret is None:
+        return None
+    address = secret.get_secret_value()
+    if not re.fullmatch(r"postgresql(\+psycopg)?://([^@/]*@)?[^@]*", address):
+        raise ValueError(
+            "AIRLOCK_DATABASE, or `database` in airlock.toml, is not postgresql://USER:PASSWORD@HOST/NAME; "
+            "in the password write @ as %40, / as %2F, : as %3A and % as %25"
+        )
+    return address
 
 
 def docker_socket() -> str:
