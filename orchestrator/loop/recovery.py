@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
+
+import anyio
+import anyio.to_thread
+
 from orchestrator.core.events import Event
 from orchestrator.core.units import usd
 from orchestrator.store import journal, ledger
@@ -9,6 +16,7 @@ from orchestrator.store.db import Database
 from orchestrator.store.journal import QueryKey
 
 ROOT = "root"  # the node of a query's own loop
+SWEEP_S = 5.0  # between two sweeps: who asks for one is being refused, and may be refused again and again
 
 
 def recover(db: Database) -> int:
@@ -28,6 +36,41 @@ def recover(db: Database) -> int:
     for owner in dead:
         db.forget_owner(owner)
     return closed
+
+
+@dataclass(slots=True)
+class _Sweeps:
+    """Of one Database. count: how many have ended. closed: queries that the last one closed."""
+
+    turn: anyio.Lock = field(default_factory=anyio.Lock)
+    count: int = 0
+    closed: int = 0
+    after: float = 0.0
+
+
+_sweeps: WeakKeyDictionary[Database, _Sweeps] = WeakKeyDictionary()
+
+
+async def sweep(db: Database) -> int:
+    """`recover` while queries run, for a call that is about to be refused because of what others hold.
+
+    Returns how many queries were closed: with some, the call may be tried again. Whoever comes while a sweep is under
+    way waits for its result; for SWEEP_S after one there is none. Raises StoreError.
+    """
+    mine = _sweeps.setdefault(db, _Sweeps())
+    seen = mine.count
+    async with mine.turn:
+        if mine.count != seen:
+            return mine.closed
+        if time.monotonic() < mine.after:
+            return 0
+        mine.closed = 0
+        try:
+            mine.closed = await anyio.to_thread.run_sync(recover, db)
+        finally:
+            mine.count += 1
+            mine.after = time.monotonic() + SWEEP_S
+        return mine.closed
 
 
 def close_abandoned(tx: journal.Connection, key: QueryKey, why: str) -> None:
