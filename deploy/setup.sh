@@ -5,6 +5,7 @@ set -euo pipefail
 
 # What only the tests need of the system, as COMMAND:PACKAGE.
 test_commands=(dockerd:docker.io docker:docker.io docker-compose:docker-compose runsc:runsc)
+test_files=('/usr/lib/postgresql/*/bin/initdb:postgresql') # likewise, what is on no PATH
 
 # Sandboxes run under a uid of their own: what is installed here must be readable by everyone.
 umask 022
@@ -61,6 +62,9 @@ missing_packages() {
     for entry in ${test_commands[@]+"${test_commands[@]}"}; do
         command -v "${entry%%:*}" >/dev/null || echo "${entry#*:}"
     done
+    for entry in ${test_files[@]+"${test_files[@]}"}; do
+        compgen -G "${entry%%:*}" >/dev/null || echo "${entry#*:}"
+    done
 }
 
 as_root() {
@@ -72,7 +76,13 @@ apt() {
     as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=300 "$@" 9>&-
 }
 
+# Debian makes and starts a server of its own with the package, unless it is told not to. Tests start theirs.
+no_postgresql_cluster() {
+    printf 'create_main_cluster = false\n' | as_root tee /etc/postgresql-common/createcluster.d/airlock.conf >/dev/null
+}
+
 install_packages() {
+    case " $* " in *" postgresql "*) as_root mkdir -p /etc/postgresql-common/createcluster.d && no_postgresql_cluster ;; esac
     # The package lists of a fresh machine are absent or old, but where they serve, updating them is the slow part.
     apt install -y --no-install-recommends "$@" || { apt update && apt install -y --no-install-recommends "$@"; }
 }
@@ -94,7 +104,7 @@ flock --nonblock 9 || { echo "setup: waiting for another setup of this folder" &
 trap '[ -z "$log" ] || rm -f "$log"' EXIT
 trap 'echo "setup: interrupted; the next run starts over where it has to" >&2; exit 130' INT TERM
 
-[ "${1:-}" = tests ] || test_commands=()
+[ "${1:-}" = tests ] || test_commands=() test_files=()
 python=$(find_python)
 version=$("$python" -I -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])')
 made_from="$python $version $PWD" # a moved or copied .venv has the old path in its scripts

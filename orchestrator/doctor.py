@@ -28,7 +28,7 @@ from orchestrator.sandbox.conformance.promise import Bench
 from orchestrator.sandbox.registry import NAMES, make_backend
 from orchestrator.sandbox.sandbox import Call, open_sandbox
 from orchestrator.sandbox.slots import Slots
-from orchestrator.store.db import Database
+from orchestrator.wiring import open_database
 
 _ROUND_TRIPS = 50
 _PAUSE_S = 0.03  # between two of them, for the snapshot that the agent takes while a model thinks
@@ -191,7 +191,7 @@ def _system() -> Finding:
 
 def _store(home: Path) -> Finding:
     try:
-        Database(home).close()
+        open_database(home).close()
         free = shutil.disk_usage(home).free
     except (AirlockError, OSError) as error:
         return Finding("store", False, True, str(error))

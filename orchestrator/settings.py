@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from decimal import Decimal
 from pathlib import Path
@@ -65,7 +66,10 @@ class Runtimes(_Strict):
 
 
 class Config(_Strict):
-    """`airlock.toml`. prices: model -> [input, output] in USD per million tokens. sub_model: several are by depth."""
+    """`airlock.toml`. prices: model -> [input, output] in USD per million tokens. sub_model: several are by depth.
+
+    database: see the function.
+    """
 
     model: str | None = None
     sub_model: str | list[str] | None = None
@@ -76,6 +80,7 @@ class Config(_Strict):
     pool: PoolSettings = PoolSettings()
     platform: PlatformSettings = PlatformSettings()
     runtimes: Runtimes = Runtimes()
+    database: SecretStr | None = None
 
 
 def home() -> Path:
@@ -108,6 +113,24 @@ def api_key(variable: str) -> SecretStr | None:
     """The key in an environment variable, if there is one."""
     key = os.environ.get(variable)
     return SecretStr(key) if key else None
+
+
+def database(config: Config) -> str | None:
+    """The address of the PostgreSQL database for ledger and journal: AIRLOCK_DATABASE, else what the file says.
+
+    None for SQLite in the data folder. Raises ValueError, in which nothing of the address is shown: it may hold a
+    password.
+    """
+    secret = api_key("AIRLOCK_DATABASE") or config.database
+    if secret is None:
+        return None
+    address = secret.get_secret_value()
+    if not re.fullmatch(r"postgresql(\+psycopg)?://([^@/]*@)?[^@]*", address):
+        raise ValueError(
+            "AIRLOCK_DATABASE, or `database` in airlock.toml, is not postgresql://USER:PASSWORD@HOST/NAME; "
+            "in the password write @ as %40, / as %2F, : as %3A and % as %25"
+        )
+    return address
 
 
 def docker_socket() -> str:

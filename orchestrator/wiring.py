@@ -98,7 +98,7 @@ class Platform:
         )
         self.model = choices.model or self.config.model or ""
         self.sub_models = list(choices.sub_models) or _listed(self.config.sub_model) or _listed(self.model or None)
-        self.db = Database(home)
+        self.db = open_database(home)
         recover(self.db)
         self.slots = Slots(home)
         self.slots.clear_dead()
@@ -254,6 +254,18 @@ def _config(home: Path) -> settings.Config:
         raise RequestError(str(error)) from None
 
 
+def open_database(home: Path) -> Database:
+    """Ledger and journal, where the configuration says that they are. Raises RequestError, StoreError."""
+    return Database(home, _address(home))
+
+
+def _address(home: Path) -> str | None:
+    try:
+        return settings.database(_config(home))
+    except ValueError as error:
+        raise RequestError(str(error)) from None
+
+
 def effective_policy(choices: Choices) -> Policy:
     """The policy as narrowed by the request."""
     policy = load_policy(choices.policy)
@@ -317,9 +329,9 @@ class Run:
 
 def read_run(home: Path, text: str) -> Run:
     """The query whose id begins with `text`, or the newest for `last`. Raises RequestError, StoreError."""
-    if not os.path.lexists(home / "airlock.db"):  # nor where we may not look
+    if not _address(home) and not os.path.lexists(home / "airlock.db"):  # nor where we may not look
         raise RequestError(f"there is no journal in {home}: nothing has been run with this data folder")
-    db = Database(home)
+    db = open_database(home)
     try:
         found = db.read(lambda tx: journal.find_query(tx, text))
         if len(found) != 1:

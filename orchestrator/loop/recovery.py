@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
+
+import anyio
+import anyio.to_thread
+
 from orchestrator.core.events import Event
 from orchestrator.core.units import usd
 from orchestrator.store import journal, ledger
@@ -9,6 +16,7 @@ from orchestrator.store.db import Database
 from orchestrator.store.journal import QueryKey
 
 ROOT = "root"  # the node of a query's own loop
+SWEEP_S = 5.0  # between two sweeps: who asks for one is being refused, and may be refused again and again
 
 
 def recover(db: Database) -> int:
@@ -30,6 +38,41 @@ def recover(db: Database) -> int:
     return closed
 
 
+@dataclass(slots=True)
+class _Sweeps:
+    """Of one Database. count: how many have ended. closed: queries that the last one closed."""
+
+    turn: anyio.Lock = field(default_factory=anyio.Lock)
+    count: int = 0
+    closed: int = 0
+    after: float = 0.0
+
+
+_sweeps: WeakKeyDictionary[Database, _Sweeps] = WeakKeyDictionary()
+
+
+async def sweep(db: Database) -> int:
+    """`recover` while queries run, for a call that is about to be refused because of what others hold.
+
+    Returns how many queries were closed: with some, the call may be tried again. Whoever comes while a sweep is under
+    way waits for its result; for SWEEP_S after one there is none. Raises StoreError.
+    """
+    mine = _sweeps.setdefault(db, _Sweeps())
+    seen = mine.count
+    async with mine.turn:
+        if mine.count != seen:
+            return mine.closed
+        if time.monotonic() < mine.after:
+            return 0
+        mine.closed = 0
+        try:
+            mine.closed = await anyio.to_thread.run_sync(recover, db)
+        finally:
+            mine.count += 1
+            mine.after = time.monotonic() + SWEEP_S
+        return mine.closed
+
+
 def close_abandoned(tx: journal.Connection, key: QueryKey, why: str) -> None:
     """Close a query that nobody runs any more, if it is open. What was held for calls may have been billed."""
     if journal.is_closed(tx, key.id):
@@ -49,7 +92,3 @@ def pay(tx: journal.Connection, key: QueryKey, reservation: str, node: str, amou
     ledger.settle(tx, reservation, amount)
     body = {"call": reservation.split(":")[1], "outcome": "unknown", "detail": why, "cost_usd": usd(amount)}
     journal.append(tx, key, Event("call.result", node, {**body, "usage": None}))
-
-
-async def sweep(db: Database) -> None:
-    """TEMP"""

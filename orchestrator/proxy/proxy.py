@@ -71,10 +71,15 @@ class _Hold:
     output_tokens: int
 
 
+async def nothing_to_sweep() -> int:
+    """Where nobody else uses the ledger."""
+    return 0
+
+
 class Proxy:
     """models: finds the LM for a model's name, and the provider's name for it; raises ModelError.
 
-    turns: at the providers, for the requests of all tenants. sweep: frees what dead processes hold.
+    turns: at the providers, for the requests of all tenants. sweep: frees what dead processes hold; for how many queries.
     """
 
     def __init__(
@@ -82,7 +87,7 @@ class Proxy:
         prices: Prices,
         models: Callable[[str], tuple[LM, str]],
         turns: Turns | None = None,
-        sweep: Callable[[], Awaitable[object]] | None = None,
+        sweep: Callable[[], Awaitable[int]] = nothing_to_sweep,
     ) -> None:
         self._prices = prices
         self._models = models
@@ -272,7 +277,6 @@ class Proxy:
 
     async def _reserve(self, node: Node, plan: _Plan, output_tokens: int, number: int, aside: Aside | None) -> _Hold:
         """Hold the bound and record the intent. A call that is too dear is tried once more with a lower output cap."""
-        swept = False
         while True:
             try:
                 return await self._hold(node, plan, output_tokens, number, aside)
@@ -280,10 +284,7 @@ class Proxy:
                 lower = self._affordable(plan, output_tokens, node.account.policy.models.output_floor, short.free)
                 if lower:
                     output_tokens = lower
-                elif isinstance(short.error, BudgetInFlight | RateLimited) and not swept and self._sweep:
-                    swept = True  # what is held may be held by a process that is dead
-                    await self._sweep()
-                else:
+                elif not (isinstance(short.error, BudgetInFlight | RateLimited) and await self._sweep()):
                     raise short.error from None
 
     async def _hold(self, node: Node, plan: _Plan, output_tokens: int, number: int, aside: Aside | None) -> _Hold:

@@ -65,15 +65,14 @@ class Database:
         self._open = True
         self._place = _place(home, url)
         self._engine = self._place.engine
-        try:
-            self._writer = self._place.claim(self.owner)
-            self._migrate(home, url)
-        except SQLAlchemyError as error:
-            self._place.leave()
-            raise store_error(error) from None
-        except StoreError:
-            self._place.leave()
-            raise
+        with contextlib.ExitStack() as undone:
+            undone.callback(self._place.leave)
+            try:
+                self._writer = undone.enter_context(self._place.claim(self.owner))
+                self._migrate(home, url)
+            except SQLAlchemyError as error:
+                raise store_error(error) from None
+            undone.pop_all()
 
     def _migrate(self, home: Path, url: str | None) -> None:
         from orchestrator.store.migrations import HEAD, upgrade
@@ -215,6 +214,11 @@ class Database:
 
 
 def _place(home: Path, url: str | None) -> Place:
+    try:
+        if not home.exists():
+            home.mkdir(parents=True, mode=0o700)
+    except OSError as error:
+        raise StoreError(f"cannot use the data folder {home}: {error.strerror}") from None
     if url is None:
         return SQLiteFile(home)
     from orchestrator.store.postgres import PostgresServer  # its driver is an extra

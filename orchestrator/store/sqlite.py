@@ -32,8 +32,6 @@ class SQLiteFile(Place):
 
     def claim(self, owner: str) -> sa.Connection:
         try:
-            if not self._home.exists():
-                self._home.mkdir(parents=True, mode=0o700)
             self._owners.mkdir(exist_ok=True, mode=0o700)
             # The folder may have been there, with rights of its own. SQLite gives -wal and -shm those of the database.
             handle = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

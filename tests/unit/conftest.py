@@ -13,10 +13,10 @@ from tests.unit.helpers import Store, fill
 
 
 @pytest.fixture(scope="session")
-def template(postgres: Postgres) -> str:
+def template(postgres: Postgres, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A database whose migrations are run, to be copied."""
     name = postgres.fresh()
-    Database(Path("/nowhere"), postgres.url(name)).close()
+    Database(tmp_path_factory.mktemp("home"), postgres.url(name)).close()
     return name
 
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from orchestrator.core.errors import StoreError
 from orchestrator.store.db import Database, now
 from orchestrator.store.schema import queries, scopes
+from tests.command import until
 from tests.unit.helpers import Store, database, quick
 
 pytestmark = pytest.mark.anyio
@@ -203,7 +204,7 @@ def test_an_owner_lives_while_its_database_is_open(db: Database, store: Store):
         open_a_query(one, one.owner)
     assert db.dead_owners() == other.dead_owners() == []
     other.close()
-    assert db.dead_owners() == [other.owner]
+    until(lambda: db.dead_owners() == [other.owner])  # a server ends a session soon after it has heard of it
 
 
 def test_many_who_ask_at_once_do_not_take_each_other_for_the_owner(db: Database, store: Store):

@@ -691,9 +691,10 @@ async def test_what_a_dead_process_holds_is_swept_before_a_call_is_refused(db: D
     held = "dead:root.c1:1"
     await db.write(lambda tx: ledger.reserve(tx, held, "dead", "root", limit, at.query.scopes))
 
-    async def sweep() -> None:
+    async def sweep() -> int:
         swept.append(True)
         await db.write(lambda tx: ledger.void(tx, held))
+        return 1
 
     at.proxy._sweep = sweep  # pyright: ignore[reportPrivateUsage]
     assert (await at.root()).text == "yes"

@@ -125,3 +125,35 @@ def test_a_key_that_was_handed_in_is_not_shown():
 
 def test_the_policies_are_there():
     assert (settings.data_folder("policies") / "default.yaml").is_file()
+
+
+ADDRESS = "postgresql://u:secret@h/airlock"
+
+
+def test_the_database_is_where_the_environment_says_else_the_file(home: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("AIRLOCK_DATABASE", raising=False)
+    assert settings.database(config(home, "")) is None
+    assert settings.database(config(home, f"database = '{ADDRESS}'")) == ADDRESS
+    monkeypatch.setenv("AIRLOCK_DATABASE", "postgresql+psycopg://postgres@/airlock?host=/run/postgresql")
+    assert settings.database(config(home, f"database = '{ADDRESS}'")).endswith("?host=/run/postgresql")
+
+
+def test_the_database_is_masked_wherever_it_is_shown(home: Path):
+    found = config(home, f"database = '{ADDRESS}'")
+    assert "secret" not in f"{found} {found!r} {found.model_dump()} {found.model_dump_json()}"
+    assert "secret" not in fault(home, f"database = ['{ADDRESS}']")
+
+
+@pytest.mark.parametrize(
+    "address", ["mysql://u:secret@h/x", "secret", "postgresql://u:p@secret@h/x", "postgresql://u:p/secret@h/x"]
+)
+def test_an_address_that_is_none_is_refused_without_showing_it(
+    home: Path, address: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv("AIRLOCK_DATABASE", raising=False)
+    with pytest.raises(
+        ValueError, match="is not postgresql://USER:PASSWORD@HOST/NAME; in the password write"
+    ) as caught:
+        settings.database(config(home, f"database = '{address}'"))
+    assert "secret" not in str(caught.value)
+    assert "\n" not in str(caught.value)

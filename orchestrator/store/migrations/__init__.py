@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -9,13 +10,16 @@ import sqlalchemy as sa
 HEAD = "0002"  # the newest revision; a test holds it to the folder
 
 
-def upgrade(engine: sa.Engine) -> None:
-    """Bring the database to HEAD. The caller keeps other processes out."""
+_one_at_a_time = threading.Lock()  # Alembic's context is the process's
+
+
+def upgrade(engine: sa.Engine, revision: str = HEAD) -> None:
+    """Bring the database to this revision. The caller keeps other processes out."""
     from alembic import command
     from alembic.config import Config
 
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent).replace("%", "%%"))
-    with engine.connect() as connection:
+    with _one_at_a_time, engine.connect() as connection:
         config.attributes["connection"] = connection
-        command.upgrade(config, "head")
+        command.upgrade(config, revision)
