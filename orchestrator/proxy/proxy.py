@@ -79,7 +79,7 @@ async def nothing_to_sweep() -> int:
 class Proxy:
     """models: finds the LM for a model's name, and the provider's name for it; raises ModelError.
 
-    turns: at the providers, for the requests of all tenants. sweep: frees what dead processes hold; for how many queries.
+    turns: at the providers, for the requests of all tenants. sweep: frees what dead processes hold, if it is of any.
     """
 
     def __init__(

@@ -12,6 +12,7 @@ import anyio
 from rich.console import Console
 from rich.table import Table
 
+from tests.benchmarks.calls import calls
 from tests.benchmarks.containers import containers
 from tests.benchmarks.crowd import crowd, idle
 from tests.benchmarks.figures import Figure, missed
@@ -28,7 +29,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="fewer rounds: a minute, and more noise")
     parser.add_argument("--peer", type=Path, metavar="PYTHON", help="of an environment with rlms; else one is made")
     parser.add_argument(
-        "--only", default="", metavar="WORD", help="one group: cells, start, queries, containers, crowd, large"
+        "--only", default="", metavar="WORD", help="one group: cells, start, queries, calls, containers, crowd, large"
     )
     chosen = parser.parse_args()
     console = Console()
@@ -49,6 +50,7 @@ def groups(home: Path, peer: Path | None, quick: bool) -> Iterator[tuple[str, Ca
     yield "cells", lambda: anyio.run(cells, home, quick, backend_options=LOOP)
     yield "start", lambda: [anyio.run(start, home, quick, backend_options=LOOP)]
     yield "queries", lambda: queries(home, peer or peer_python(), quick)
+    yield "calls", lambda: anyio.run(calls, home, quick, backend_options=LOOP)
     yield "containers", lambda: containers(home, peer or peer_python(), quick)
     yield "crowd", lambda: [*anyio.run(idle, home, backend_options=LOOP), *anyio.run(crowd, home, backend_options=LOOP)]
     yield "large", lambda: large(home, quick)

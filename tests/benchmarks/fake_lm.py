@@ -1,6 +1,8 @@
 """An OpenAI-compatible chat server that answers at once, by script, so that only the platform's own cost is seen.
 
-    python -m tests.benchmarks.fake_lm        prints its port, serves until its standard input closes
+    python -m tests.benchmarks.fake_lm [SECONDS]   prints its port, serves until its standard input closes
+
+SECONDS go by before each answer, 0 unless told otherwise.
 
 A request with a system message is a root call; its turn is the number of assistant messages in it. Any other is a
 sub-call. Who asks for a stream gets one: an event a word, each in an HTTP chunk of its own, as servers send them.
@@ -71,6 +73,7 @@ class Server(asyncio.Protocol):
     """HTTP/1.1 with keep-alive, as far as the SDKs need it."""
 
     received: list[str] = []  # noqa: RUF012  of the whole server, as meant
+    delay_s = 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport
@@ -91,13 +94,17 @@ class Server(asyncio.Protocol):
         if post:
             Server.received.append(body.decode())
             out = answer(body)
+            if self.delay_s:
+                asyncio.get_running_loop().call_later(self.delay_s, self._transport.write, out)  # pyright: ignore
+                return
         else:
             out = whole(json.dumps(Server.received).encode())
             Server.received.clear()
         self._transport.write(out)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-async def serve() -> None:
+async def serve(delay_s: float) -> None:
+    Server.delay_s = delay_s
     loop = asyncio.get_running_loop()
     server = await loop.create_server(Server, "127.0.0.1", 0, backlog=1024)
     print(server.sockets[0].getsockname()[1], flush=True)
@@ -105,10 +112,10 @@ async def serve() -> None:
 
 
 @contextmanager
-def fake_lm() -> Iterator[str]:
+def fake_lm(delay_s: float = 0.0) -> Iterator[str]:
     """The server in a process of its own; yields its base URL."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.benchmarks.fake_lm"],
+        [sys.executable, "-m", "tests.benchmarks.fake_lm", str(delay_s)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -125,4 +132,4 @@ def fake_lm() -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    asyncio.run(serve())
+    asyncio.run(serve(float(sys.argv[1]) if sys.argv[1:] else 0.0))
