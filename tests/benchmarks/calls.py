@@ -1,4 +1,4 @@
-"""Figures of sub-calls through guest, channel, proxy, ledger and journal: one by one, in a wide batch, in great number."""
+"""Figures of sub-calls through guest, channel, proxy, ledger and journal: one by one, in a wide batch, very many."""
 
 from __future__ import annotations
 
