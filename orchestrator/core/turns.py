@@ -87,8 +87,7 @@ class Turns:
             if waiter.given:  # at the same instant: it goes to the next one
                 self._leave(who)
             else:
-                del who.waiting[waiter]
-                self._forget(who)
+                del who.waiting[waiter]  # its entry in the heap is found empty when it comes up
             raise
 
     def _leave(self, who: _Who) -> None:

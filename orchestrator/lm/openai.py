@@ -71,13 +71,9 @@ class OpenAILM(LM):
         try:
             with anyio.move_on_after(request.timeout_s) as scope:
                 response = await self._post(client, request, _WAYS[way])
-                try:
-                    if not _is_stream(response):
-                        return replies.whole(await response.aread(), request.max_output_tokens)
-                    await _read(response, stream, scope)
-                finally:
-                    with anyio.CancelScope(shield=True):
-                        await response.aclose()
+                if not _is_stream(response):
+                    return replies.whole(await response.aread(), request.max_output_tokens)
+                await _read(response, stream, scope)
             if scope.cancelled_caught and not stream.ended:
                 raise self._too_late(request)
         except openai.APIError as error:
@@ -213,6 +209,7 @@ def _is_stream(response: httpx2.Response) -> bool:
 
 async def _read(response: httpx2.Response, stream: replies.Stream, scope: anyio.CancelScope) -> None:
     """Feed the stream until it is over, or the body's end. What comes after the text is not waited for long."""
+    # However this is left, it closes the connection, unless the body was read to its end.
     async with aclosing(response.aiter_raw()) as pieces:
         async for piece in pieces:
             if stream.done:
