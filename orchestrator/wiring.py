@@ -121,14 +121,20 @@ class Platform:
         self._machinery = Machinery(self.db, machine)
 
     async def run(
-        self, question: str, context: Context, *, code: str | None = None, watch: Watch | None = None
+        self,
+        question: str,
+        context: Context,
+        *,
+        code: str | None = None,
+        watch: Watch | None = None,
+        tenant: str = TENANT,
     ) -> Closed:
         """One query, or with `code` one cell. Raises RequestError before anything is opened, StoreError at its end."""
         watch = watch or Watch()
         self.require(question if code is None else None)
         month = self.config.platform.month_usd
         order = Order(
-            tenant=TENANT,
+            tenant=tenant,
             question=question,
             context=context,
             model=self.model,
