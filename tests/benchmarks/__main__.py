@@ -17,6 +17,7 @@ from tests.benchmarks.containers import containers
 from tests.benchmarks.crowd import crowd, idle
 from tests.benchmarks.figures import Figure, missed
 from tests.benchmarks.large import large
+from tests.benchmarks.ledger import ledgers
 from tests.benchmarks.peers import peer_python
 from tests.benchmarks.queries import queries
 from tests.benchmarks.sandboxes import cells, start
@@ -29,7 +30,10 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="fewer rounds: a minute, and more noise")
     parser.add_argument("--peer", type=Path, metavar="PYTHON", help="of an environment with rlms; else one is made")
     parser.add_argument(
-        "--only", default="", metavar="WORD", help="one group: cells, start, queries, calls, containers, crowd, large"
+        "--only",
+        default="",
+        metavar="WORD",
+        help="one group: cells, start, queries, calls, containers, crowd, large, ledger",
     )
     chosen = parser.parse_args()
     console = Console()
@@ -54,6 +58,7 @@ def groups(home: Path, peer: Path | None, quick: bool) -> Iterator[tuple[str, Ca
     yield "containers", lambda: containers(home, peer or peer_python(), quick)
     yield "crowd", lambda: [*anyio.run(idle, home, backend_options=LOOP), *anyio.run(crowd, home, backend_options=LOOP)]
     yield "large", lambda: large(home, quick)
+    yield "ledger", lambda: ledgers(home, quick)
 
 
 def table(figures: list[Figure]) -> Table:
