@@ -80,7 +80,7 @@ async def spend(store: Store, url: str, number: int, begun: Any) -> None:
         lm.step()
         for _ in range(3):
             try:
-                await proxy.ask(query.account, "sub", "sub", [user(text)], OUTPUT)
+                await proxy.ask(query.node, "sub", "sub", [user(text)], OUTPUT)
                 break
             except BudgetInFlight:
                 await sweep(db)
