@@ -90,6 +90,8 @@ class LiveView:
         limit, total = policy.money.query, policy.time.query / 1000
         turns = f"turn {account.turns} of {policy.counts.iterations}"
         calls = f"{counted(account.sub_calls, 'sub-call')}, {counted(account.running, 'call')} in flight"
+        if account.children:
+            calls = f"{account.children} child {'query' if account.children == 1 else 'queries'}, {calls}"
         money, clock = f"{usd(account.spent)} of {usd(limit)} USD", f"{elapsed:.0f} of {total:.0f} s"
         doing = Text(printable(self._doing)[:70], style="cyan")
         if self._console.width < _WIDE:

@@ -114,27 +114,34 @@ def sub_model(
 class SubcallCallbacks:
     """`on_subcall_start(depth, model, prompt_preview)` and `on_subcall_complete(depth, model, seconds, error or None)`.
 
-    They are called on the event loop, once an attempt: a sub-call that is tried again is reported again.
+    They are called on the event loop, for plain calls and for child queries; once an attempt: a sub-call that is tried
+    again is reported again.
     """
 
     def __init__(self, start: Callable[..., object] | None, complete: Callable[..., object] | None) -> None:
         self._start, self._complete = start, complete
-        self._running: dict[str, tuple[str, float]] = {}
+        self._running: dict[str, tuple[int, str, float]] = {}
 
     def event(self, event: Event) -> None:
         """What the journal records of a query."""
-        body = event.body
+        body, depth = event.body, event.node.count(".")
         if event.type == "call.intent" and body["role"] == "sub":
-            self._running[body["call"]] = (body["model"], time.monotonic())
-            if self._start:
-                self._start(_depth(event), body["model"], json.loads(event.payloads["prompt"])[-1]["content"][:80])
-        elif event.type == "call.result" and body["call"] in self._running:
-            model, started = self._running.pop(body["call"])
+            prompt = json.loads(event.payloads["prompt"])[-1]["content"]
+            self._begin(body["call"], depth + 1, body["model"], prompt)
+        elif event.type == "call.result":
+            self._end(body["call"], None if body["outcome"] == "answered" else body["detail"])
+        elif event.type == "node.opened":
+            self._begin(event.node, depth, body["model"], event.payloads["question"])
+        elif event.type == "node.closed":
+            self._end(event.node, None if body["status"] == "answered" else body["reason"])
+
+    def _begin(self, name: str, depth: int, model: str, prompt: str) -> None:
+        self._running[name] = (depth, model, time.monotonic())
+        if self._start:
+            self._start(depth, model, prompt[:80])
+
+    def _end(self, name: str, error: str | None) -> None:
+        if name in self._running:
+            depth, model, started = self._running.pop(name)
             if self._complete:
-                error = None if body["outcome"] == "answered" else body["detail"]
-                self._complete(_depth(event), model, time.monotonic() - started, error)
-
-
-def _depth(event: Event) -> int:
-    """Of a call: one more than that of the node which makes it."""
-    return 1 + event.node.count(".")
+                self._complete(depth, model, time.monotonic() - started, error)

@@ -16,7 +16,7 @@ from typing import Literal, Protocol
 
 import anyio
 
-from orchestrator.core.errors import BudgetExhausted, BudgetInFlight, CountExceeded, LimitError
+from orchestrator.core.errors import BudgetExhausted, BudgetInFlight, CountExceeded, LimitError, RateLimited
 from orchestrator.core.events import EventType
 from orchestrator.lm.base import Message, Reply
 from orchestrator.loop import prompts
@@ -154,7 +154,7 @@ class Loop:
     async def _last_word(self, messages: list[Message], limit: LimitError) -> Outcome:
         """Ask once more, out of the reserve; failing that, whatever partial answer there is."""
         reason = f"{limit.kind}: {limit}"
-        if not isinstance(limit, (CountExceeded, BudgetExhausted, BudgetInFlight)):
+        if not isinstance(limit, (CountExceeded, BudgetExhausted, BudgetInFlight, RateLimited)):
             return self.stopped("limit", reason)
         asked = prompts.last_word(messages, str(limit), min(prompts.LAST_WORD_BYTES, self.limits.prompt_bytes))
         try:

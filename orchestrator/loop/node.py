@@ -293,6 +293,7 @@ class NodeRun:
         if account.children >= counts.children:
             text = f"the query's {counts.children} child queries are used up"
             raise CountExceeded(text, limit=str(counts.children), asked="1", left="0")
+        account.children += 1  # before anything is stored for it: calls come at the same time
         most = self._policy.content.question_chars
         question, context = call.prompt, self._work.context
         if handed.form:
@@ -302,7 +303,6 @@ class NodeRun:
             question = prompts.PROMPT_ALONE
         if len(question) > most:
             raise CountExceeded(f"the question has {len(question):,} characters; {most:,} are permitted")
-        account.children += 1
         self._node.children += 1
         name = f"{self._node.name}.{self._node.children}"
         async with self._children:

@@ -98,3 +98,16 @@ def test_callbacks_are_told_of_every_attempt():
     assert [given[:2] for given in seen] == [(1, "m")] * 4
     assert seen[0][2] == "x" * 80
     assert [given[3] for given in seen if len(given) == 4] == ["busy", None]
+
+
+def test_child_queries_are_sub_calls_to_the_callbacks():
+    seen: list[tuple[Any, ...]] = []
+    calls = SubcallCallbacks(lambda *given: seen.append(given), lambda *given: seen.append(given))
+    calls.event(Event("node.opened", "root.1", {"model": "m"}, {"question": "q" * 100}))
+    calls.event(Event("call.intent", "root.1", {"call": "root.1.c1", "role": "root", "model": "m"}, {"prompt": "[]"}))
+    calls.event(Event("node.opened", "root.1.1", {"model": "n"}, {"question": "deeper"}))
+    calls.event(Event("node.closed", "root.1.1", {"status": "limit", "reason": "no money"}))
+    calls.event(Event("node.closed", "root.1", {"status": "answered", "reason": ""}))
+    assert [given[:2] for given in seen] == [(1, "m"), (2, "n"), (2, "n"), (1, "m")]
+    assert seen[0][2] == "q" * 80
+    assert [given[3] for given in seen if len(given) == 4] == ["no money", None]
