@@ -189,7 +189,7 @@ class Ledger(RuleBasedStateMachine):
         self._opened(purses)
         self.queries[key.id], self.tenants[key.id] = node, tenant
         self.acting.add(tenant)
-        self._reserve(Call(ledger.set_aside(key.id), node, purses, 5_000))
+        self._reserve(Call(ledger.set_aside(key.id), node, purses, 25_000))
         return node
 
     def _opened(self, purses: tuple[Scope, ...]) -> None:
@@ -309,7 +309,7 @@ class Ledger(RuleBasedStateMachine):
         db.write_sync(lambda tx: ledger.open_scopes(tx, purses))
         self._opened(purses)
         child = Node(node.key, name, purses, node.process)
-        aside = Call(ledger.set_aside(node.key.id, name), child, purses, 3_000, children=1)
+        aside = Call(ledger.set_aside(node.key.id, name), child, purses, 8_000, children=1)
         return child if self._reserve(aside) else multiple()
 
     @rule(target=calls, node=nodes)
