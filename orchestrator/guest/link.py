@@ -109,7 +109,7 @@ class Link:
             self._sock.sendall(data)
 
     def receive(self, for_cell: bool = False) -> dict[str, Any]:
-        """The next frame; blocks. Call under the shield.
+        """The next frame; blocks. Call under the shield, or between cells.
 
         Raises EOFError when the supervisor has gone, CellOver when it is asked for a cell that is over.
         """
@@ -118,21 +118,28 @@ class Link:
                 if for_cell and not self.in_cell:
                     raise CellOver
                 if not self._lines:
-                    self._take()
+                    self._take(socket.MSG_DONTWAIT if for_cell else 0)
                 if self._lines:
                     frame: dict[str, Any] = loads(self._lines.pop(0).decode())
                     return frame
-            self._shield.wait_readable(self._sock.fileno())
+            if for_cell:
+                self._shield.wait_readable(self._sock.fileno())
 
     def wait(self) -> None:
         """Block until something has come, or the supervisor has gone."""
         self._shield.wait_readable(self._sock.fileno())
 
-    def _take(self) -> None:
-        """Whatever has come, without waiting for more."""
+    def has_come(self) -> bool:
+        """Whether a frame is there already."""
+        if not self._lines:
+            self._take(socket.MSG_DONTWAIT)
+        return bool(self._lines)
+
+    def _take(self, flags: int) -> None:
+        """Whatever has come. With MSG_DONTWAIT without waiting for it."""
         try:
             # Not socket.recv_fds, which forgets its flags.
-            data, ancillary, _flags, _addr = self._sock.recvmsg(1 << 16, socket.CMSG_SPACE(32), socket.MSG_DONTWAIT)
+            data, ancillary, _flags, _addr = self._sock.recvmsg(1 << 16, socket.CMSG_SPACE(32), flags)
         except BlockingIOError:
             return
         for level, kind, value in ancillary:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 SNAPSHOT_S = 30.0  # for forking a worker of any size
+LAST_WORD_S = 2.0  # for the snapshot to tell of itself that a runner was making when it died
 RESERVE = 16 << 20  # bytes of memory that the agent has left in a worker whose cell used up its own
 ENDING_S = 0.2  # from the closing of a dying process's descriptors to its end
 PID_MAX = 4194304  # PID_MAX_LIMIT of Linux on 64 bits
@@ -31,6 +32,7 @@ OURS = 4  # processes that are not the guest's: supervisor, snapshot, the next s
 _SO_PASSCRED, _SCM_CREDENTIALS = 16, 2  # <asm/socket.h>, <linux/socket.h>
 _CREDENTIALS = 12  # bytes: process, user and group id
 _PR_SET_DUMPABLE = 4
+_SA_NOCLDSTOP, _FLAGS = 1, 136  # <signal.h>; offset of the flags, the lowest byte first
 
 
 class Generation:
@@ -39,14 +41,20 @@ class Generation:
     def __init__(self) -> None:
         self.ctl, theirs = socket.socketpair()
         self.ctl.setsockopt(socket.SOL_SOCKET, _SO_PASSCRED, 1)
-        self.out, out = os.pipe()
-        self.err, err = os.pipe()
-        for fd in (self.out, self.err):
-            os.set_blocking(fd, False)
-        self.theirs: tuple[int, int, int] = (theirs.detach(), out, err)
+        self.out = self.err = -1
+        self.theirs: tuple[int, int, int] = (theirs.detach(), *self.renew_outputs())
         self.pid = 0
         self.has_context = False
         self.buffer = bytearray()
+
+    def renew_outputs(self) -> tuple[int, int]:
+        """New pipes for what it writes; their other ends, for the worker. Whoever still has the old ones, writes to
+        nobody."""
+        self._close_outputs()
+        (self.out, out), (self.err, err) = os.pipe(), os.pipe()
+        for fd in (self.out, self.err):
+            os.set_blocking(fd, False)
+        return out, err
 
     def give(self) -> None:
         """Forget the worker's ends, which the worker now has."""
@@ -55,8 +63,13 @@ class Generation:
 
     def close(self) -> None:
         self.ctl.close()
-        os.close(self.out)
-        os.close(self.err)
+        self._close_outputs()
+
+    def _close_outputs(self) -> None:
+        for fd in (self.out, self.err):
+            if fd >= 0:
+                os.close(fd)
+        self.out = self.err = -1
 
 
 class Workers:
@@ -66,63 +79,100 @@ class Workers:
         self._serve = serve
         self._swept, self._swept_at = os.getpid(), time.monotonic()
         self._replace = False
+        self._left = False  # the last cell left something running
+        self._unsaved = False
+        self._ended = 0  # the snapshot before this one, which its parent may not have collected yet
+        self.death: int | None = None  # the runner's wait status, once it has ended
         self.making_until = 0.0
         self.making: Generation | None = None
         self.snapshot: Generation | None = None
         self.fresh = True  # no cell has changed the REPL yet, so a new worker is as good as a snapshot
         self.runner = self._new()
 
+    @property
+    def ready(self) -> bool:
+        """Whether the runner may have its next cell.
+
+        It need not be known yet that the snapshot is there, for the runner makes it before anything else. But what a
+        cell left running ends first, if it left anything.
+        """
+        return not self.making or not self._left
+
     def go(self) -> None:
+        """Let the runner run."""
         _signal(self.runner.pid, signal.SIGCONT)
 
-    def cell_ended(self) -> None:
-        """End what the cell left running, then have a snapshot made; `making` is set until it is."""
+    def cell_ended(self, *, is_last: bool) -> None:
+        """End what the cell left running, then have a snapshot made; `making` is set until it is.
+
+        is_last: most likely, for it gave an answer. Then a snapshot is made if there is another one all the same.
+        """
         self.fresh = False
+        self.give_up_making()  # of the state before this cell, by a cell that was over sooner
         # Threads cannot be ended from outside. A fork has none but its own, so it takes the runner's place.
         self._replace = self._sweep() or self._replace
-        self._make_snapshot()
+        if is_last and not self._left:
+            self._unsaved = True
+        else:
+            self._make_snapshot()
 
-    def snapshot_made(self) -> None:
-        """The socket of `making` is readable: its process is there, or could not be made."""
+    def save(self) -> None:
+        """Before a cell: have the snapshot made that was put off, if one was."""
+        if self._unsaved:
+            self._make_snapshot()
+
+    def give_up_making(self) -> None:
+        if self.making:
+            self.making.close()
+            self.making = None
+
+    def snapshot_made(self, *, idle: bool) -> None:
+        """The socket of `making` is readable: its process is there, or could not be made.
+
+        idle: no cell runs, so all are to be stopped.
+        """
         made, self.making = self.making, None
         if made is None:
             return
         made.pid = _sender(made.ctl)
         if self.snapshot:
+            self._ended = self.snapshot.pid
             self._end(self.snapshot)
             self.snapshot = None
-        if not made.pid:
+        if made.pid:
+            self.snapshot = made
+        else:
             made.close()
-            self._sweep()
-            return
-        self.snapshot = made
-        if self._replace:
+        if idle and self._replace and self.snapshot:
             self._replace = False
             self._end(self.runner)
-            self.runner, self.snapshot = made, None
+            self.runner, self.snapshot, self.death = self.snapshot, None, None
             self._sweep()
             self._make_snapshot()
-        else:
+        elif idle and self._left:
             self._sweep()
+        elif idle:
+            _signal(-1, signal.SIGSTOP)
 
     def take_over(self) -> bool:
         """The runner is dead: its snapshot goes on, or a new worker from nothing. True when no variable was lost
         but those of the cell that ran."""
-        if self.making:
-            self.making.close()
-            self.making = None
+        self.give_up_making()
         self.runner.close()
         kept, self.snapshot = self.snapshot, None
         if kept and _has_ended(kept.pid):  # the cell killed it, too
             kept.close()
             kept = None
-        self.runner = kept or self._new()
+        self.runner, self.death, self._unsaved = kept or self._new(), None, False
         self._sweep()
         if kept:
             self._make_snapshot()
         whole = kept is not None or self.fresh
         self.fresh = kept is None
         return whole
+
+    def interrupt_runner(self) -> None:
+        _signal(self.runner.pid, signal.SIGINT)
 
     def kill_runner(self) -> None:
         _signal(self.runner.pid, signal.SIGKILL)
@@ -136,17 +186,18 @@ class Workers:
             time.sleep(0.001)
         return False
 
-    def reap(self) -> int | None:
-        """Collect the dead; the runner's wait status when it is among them."""
+    def reap(self) -> None:
+        """Collect the dead; `death` is the runner's wait status when it is among them."""
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
             except ChildProcessError:
-                return None
+                return
             if not pid:
-                return None
+                return
             if pid == self.runner.pid:
-                return status
+                self.death = status
+                self.making_until = min(self.making_until, time.monotonic() + LAST_WORD_S)
 
     def _new(self) -> Generation:
         new = Generation()
@@ -161,15 +212,19 @@ class Workers:
         return new
 
     def _make_snapshot(self) -> None:
+        self._unsaved = False
         self.making = Generation()
         self.making.has_context = self.runner.has_context
         self.making_until = time.monotonic() + SNAPSHOT_S
+        outputs = self.runner.renew_outputs()
         try:
-            fds = b"".join(fd.to_bytes(4, sys.byteorder) for fd in self.making.theirs)
+            fds = b"".join(fd.to_bytes(4, sys.byteorder) for fd in (*outputs, *self.making.theirs))
             self.runner.ctl.sendmsg([wire.encode({"type": "snapshot"})], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)])
         except OSError:  # a runner that closed its socket or does not read it; `making` will see end of file
             self.kill_runner()
         self.making.give()
+        for fd in outputs:
+            os.close(fd)
         self.go()
 
     @staticmethod
@@ -182,7 +237,7 @@ class Workers:
 
         Whether the runner has threads that it did not have at the last sweep, by the kernel's word.
         """
-        threads = False
+        threads = left = False
         _signal(-1, signal.SIGSTOP)
         keep = {generation.pid for generation in (self.runner, self.snapshot) if generation}
         probe = _newest_id()
@@ -194,7 +249,9 @@ class Workers:
                     threads = True
                 else:
                     _signal(pid, signal.SIGKILL)
+                    left = left or pid != self._ended
         self._swept, self._swept_at = probe, now
+        self._left = threads or left
         return threads
 
 
@@ -224,6 +281,16 @@ def restrict(limits: dict[str, Any]) -> None:
 def restrict_addresses(most: int) -> None:
     """Bound the address space of a worker before its first cell: only then is it known which context it will map."""
     _limit(resource.RLIMIT_AS, most)
+
+
+def not_when_stopped(number: int) -> None:
+    """No SIGCHLD for a child that is stopped or goes on, as happens twice a cell: SA_NOCLDSTOP, which Python lacks."""
+    # struct sigaction of the C library on 64 bits: handler, 128 bytes of mask, flags, restorer.
+    char = type("char", (_ctypes._SimpleCData,), {"_type_": "c"})  # pyright: ignore
+    action: Any = type("sigaction", (_ctypes.Array,), {"_type_": char, "_length_": 152})()  # pyright: ignore
+    _call("sigaction", number, None, _ctypes.byref(action))  # pyright: ignore
+    action[_FLAGS] = bytes([action[_FLAGS][0] | _SA_NOCLDSTOP])
+    _call("sigaction", number, _ctypes.byref(action), None)  # pyright: ignore
 
 
 def _limit(what: int, most: int) -> None:
@@ -287,6 +354,6 @@ def _is_thread(pid: int, process: int) -> bool:
     return _call("tgkill", process, pid, 0) == 0
 
 
-def _call(name: str, *arguments: int) -> int:
+def _call(name: str, *arguments: Any) -> int:
     function = _ctypes.dlsym(_ctypes.dlopen(None, 0), name)  # pyright: ignore
     return int(_ctypes.call_function(function, arguments))  # pyright: ignore

@@ -19,7 +19,7 @@ import time
 
 from . import wire
 from .lean import signal, socket
-from .processes import Workers, harden, restrict
+from .processes import Workers, harden, not_when_stopped, restrict
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -57,36 +57,52 @@ class Supervisor:
         self._out = channel_out
         self._folder = context_folder
         self._inbox = bytearray()
-        self._frames: list[dict[str, Any]] = []
+        self._frames: list[tuple[dict[str, Any], bytes]] = []  # with the line that each was
         self._cell: Cell | None = None
         self._attached = False
         self._note = ""
         self._fault = ""
+        self._child_ended = False
 
     def serve(self) -> None:
         """Until the host says bye or closes the channel."""
         while not self._frames:
             self._read_channel()
-        hello = self._frames.pop(0)
+        hello, _line = self._frames.pop(0)
         if hello["type"] != "hello" or hello["version"] != wire.VERSION:
             raise RuntimeError("the host speaks another version of the channel")
         self._limits = hello["limits"]
         harden()
-        self._wake = _wake_on_child()
+        self._wake = self._wake_on_child()
         self._workers = Workers(self._be_worker)
         self._send({"type": "ready", "version": wire.VERSION, "python": "%d.%d.%d" % sys.version_info[:3]})
         while True:
-            if self._frames and not self._workers.making:
-                frame = self._frames.pop(0)
+            if self._child_ended:
+                self._child_ended = False
+                self._workers.reap()
+            if self._workers.death is not None and not self._workers.making:
+                self._runner_died(self._workers.death)
+            elif self._frames and self._workers.ready:
+                frame, line = self._frames.pop(0)
                 if frame["type"] == "bye":
                     return
-                self._run(frame)
+                self._run(frame, line)
             else:
-                if self._poll():
-                    status = self._workers.reap()
-                    if status is not None:
-                        self._runner_died(status)
+                self._poll()
                 self._watch_time()
+
+    def _wake_on_child(self) -> tuple[int, int]:
+        """A pipe that becomes readable when a child ends, so that waiting for input ends too."""
+        ends = os.pipe()
+        for fd in ends:
+            os.set_blocking(fd, False)
+        signal.set_wakeup_fd(ends[1], warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, self._on_child)
+        not_when_stopped(signal.SIGCHLD)
+        return ends
+
+    def _on_child(self, _number: int, _frame: object) -> None:
+        self._child_ended = True
 
     def _be_worker(self, fds: tuple[int, int, int]) -> None:
         for fd in (self._in, self._out, *self._wake):
@@ -98,27 +114,28 @@ class Supervisor:
 
         Worker(self._limits, self._folder).serve(socket.socket(fileno=fds[0]), fds[1], fds[2])
 
-    def _poll(self) -> bool:
-        """Wait for something, and deal with it. Whether a child may have ended."""
-        poller = select.poll()
+    def _poll(self) -> None:
+        """Wait for something, and deal with it."""
         runner, making = self._workers.runner, self._workers.making
+        if not self._cell and not making:
+            self._read_channel()  # nobody else can have anything to say: all are stopped
+            return
         watched = [self._in, self._wake[0]]
+        if making:
+            watched.append(making.ctl.fileno())
         if self._cell:
-            watched += [runner.ctl.fileno(), runner.out, runner.err]
-        if (
-            making
-        ):  # what a cell left still writes: a thread that no one reads would hold the lock of the REPL's streams
-            watched += [making.ctl.fileno(), runner.out, runner.err]
-        for fd in watched:
+            watched.append(runner.ctl.fileno())
+        poller = select.poll()
+        for fd in (*watched, runner.out, runner.err):
             poller.register(fd, select.POLLIN)
         ready = {fd for fd, _event in poller.poll(self._wait_ms())}
         if self._wake[0] in ready:
             _drain(self._wake[0])
         if self._in in ready:
             self._read_channel()
-        if making:
-            self._while_making(made=making.ctl.fileno() in ready)
-        elif self._cell:
+        if making and making.ctl.fileno() in ready:
+            self._workers.snapshot_made(idle=not self._cell)
+        if self._cell:
             # What a cell wrote before its end is in its pipes when its end is seen, for poll looks at the socket first.
             written = [(name, fd) for name, fd in (("out", runner.out), ("err", runner.err)) if fd in ready]
             for name, fd in written:
@@ -126,14 +143,8 @@ class Supervisor:
                     self._lost_runner("closed its output")
             if runner.ctl.fileno() in ready:
                 self._read_worker(written)
-        return self._wake[0] in ready
-
-    def _while_making(self, *, made: bool) -> None:
-        if made:
-            self._workers.snapshot_made()
+        else:
             self._forget_what_came_late()
-        for fd in (self._workers.runner.out, self._workers.runner.err):
-            _drain(fd)
 
     # Time
 
@@ -152,6 +163,8 @@ class Supervisor:
         now = time.monotonic()
         if self._workers.making and now >= self._workers.making_until:
             self._kill_runner("did not let itself be saved")
+            if self._workers.death is not None:
+                self._workers.give_up_making()
         cell = self._cell
         if cell is None:
             return
@@ -167,7 +180,7 @@ class Supervisor:
         if cell and not cell.why:
             cell.why = why
             cell.deadline = time.monotonic() + GRACE_S
-            os.kill(self._workers.runner.pid, signal.SIGINT)
+            self._workers.interrupt_runner()
 
     # The channel
 
@@ -184,7 +197,7 @@ class Supervisor:
             elif frame["type"] == "interrupt":
                 self._interrupt("the host's word")
             else:
-                self._frames.append(frame)
+                self._frames.append((frame, line + b"\n"))
 
     def _send(self, frame: dict[str, Any]) -> None:
         view = memoryview(wire.encode(frame))
@@ -196,17 +209,21 @@ class Supervisor:
             except BrokenPipeError:
                 os._exit(0)
 
-    def _run(self, frame: dict[str, Any]) -> None:
+    def _run(self, frame: dict[str, Any], line: bytes) -> None:
+        """line: that the frame came as, which the worker gets if it says what it has to."""
         runner = self._workers.runner
         self._attached = self._attached or frame["context"]
-        frame["context"] = self._attached and not runner.has_context
+        if frame["context"] != (self._attached and not runner.has_context):
+            frame["context"] = not frame["context"]
+            line = wire.encode(frame)
         runner.has_context = self._attached
+        self._workers.save()
+        self._to_worker(line)
+        self._workers.go()
         self._cell = Cell(frame["id"], frame["timeout_s"], int(self._limits["output_bytes"]))
         if self._note:
             self._keep(self._cell, "err", self._note)
             self._note = ""
-        self._to_worker(wire.encode(frame))
-        self._workers.go()
 
     # The worker
 
@@ -257,8 +274,11 @@ class Supervisor:
         self._send(frame)  # as it was understood here, not as it was written
 
     def _forget_what_came_late(self) -> None:
-        """What was written to the runner's socket after its cell's end is no word of the next one. All are stopped."""
+        """What the runner wrote after its cell's end is no word of the next one. And what a thread writes that the cell
+        left is read: else that would wait, and hold the lock of the REPL's streams."""
         runner = self._workers.runner
+        for fd in (runner.out, runner.err):
+            _drain(fd)
         try:
             while runner.ctl.recv(READ, socket.MSG_DONTWAIT):
                 pass
@@ -280,9 +300,8 @@ class Supervisor:
         detail = "interrupted by %s" % cell.why if cell.why else end["detail"][: wire.MAX_DETAIL]
         self._take_rest(written)
         self._done(cell, status, detail, end["answer"], end["names"][: wire.MAX_NAMES])
-        self._workers.cell_ended()
-        for fd in (self._workers.runner.out, self._workers.runner.err):
-            _drain(fd)
+        self._workers.cell_ended(is_last=end["answer"] is not None)
+        self._forget_what_came_late()
 
     def _runner_died(self, status: int) -> None:
         cell, why = self._cell, self._fault or _cause_of_death(status)
@@ -364,16 +383,6 @@ def _drain(fd: int) -> None:
             pass
     except BlockingIOError:
         return
-
-
-def _wake_on_child() -> tuple[int, int]:
-    """A pipe that becomes readable when a child ends, so that waiting for input ends too."""
-    ends = os.pipe()
-    for fd in ends:
-        os.set_blocking(fd, False)
-    signal.set_wakeup_fd(ends[1], warn_on_full_buffer=False)
-    signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
-    return ends
 
 
 def _cause_of_death(status: int) -> str:

@@ -46,11 +46,14 @@ class Worker:
                 self._snapshot()
 
     def _open(self, ctl: socket.socket, out: int, err: int) -> Link:
+        self._write_to(out, err)
+        return Link(ctl, self._shield)
+
+    def _write_to(self, out: int, err: int) -> None:
         for fd in self._saved:
             os.close(fd)
         self._saved = [out, err]
         restore_fds(self._saved)
-        return Link(ctl, self._shield)
 
     def _run(self, frame: dict[str, Any]) -> None:
         if frame["context"]:
@@ -90,10 +93,15 @@ class Worker:
                 __import__(name)
 
     def _snapshot(self) -> None:
-        """Fork a process that has this one's state and waits, on descriptors of its own, to be needed."""
+        """Fork a process that has this one's state and waits, on descriptors of its own, to be needed.
+
+        This one gets new outputs: what the cell left running may write to the old ones, and nobody reads those.
+        """
         import warnings
 
-        ctl, out, err = fds = self._link.take_fds()
+        *mine, ctl, out, err = self._link.take_fds()
+        self._write_to(*mine)
+        fds = [ctl, out, err]
         threads = len(sys._current_frames()) > 1  # pyright: ignore[reportPrivateUsage]
         self._snapshots = [pid for pid in self._snapshots if not _reaped(pid)]
         try:
@@ -107,7 +115,8 @@ class Worker:
             if pid > 0:
                 self._snapshots.append(pid)
                 try:
-                    self._warm_up()
+                    if not self._link.has_come():  # else the next cell does it, and waits for nothing
+                        self._warm_up()
                 except OSError:  # the cell has left no descriptor to be had: the next one will be a little slower
                     self._shield.disarm()
             for fd in fds:
@@ -118,7 +127,8 @@ class Worker:
         os.read(held, 1)  # until the runner has done so: once this process tells of itself, all are stopped
         os.close(held)
         self._link.close()
-        self._link = self._open(socket.socket(fileno=ctl), out, err)
+        # All of its arguments, or it would ask the kernel for each.
+        self._link = self._open(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, ctl), out, err)
         self._link.send({"type": "snapshot"})  # the kernel adds this process's id
         # Most snapshots are never needed. Until this one is, it does nothing: each page it writes to has to be copied.
         self._link.wait()

@@ -24,7 +24,7 @@ class Channel:
         self._stream = stream
         self._buffer = bytearray()
         self._lines: deque[bytes] = deque()
-        self._sending = anyio.Lock()
+        self._sending = anyio.Lock(fast_acquire=True)
         self._second = 0.0
         self._frames = 0
         self._bytes = 0

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import anyio
-import anyio.abc
 
 from orchestrator.core.context import Context
 from orchestrator.core.errors import (
@@ -76,6 +75,7 @@ class Sandbox:
         self._spec = spec
         self._channel = Channel(guest.stream)
         self._cells = 0
+        self._room = 0
         self._newest_call = 0
         self._in_flight: set[int] = set()
         self._attach_pending = False
@@ -131,6 +131,7 @@ class Sandbox:
         dead then. Sub-calls in flight when the cell ends are cancelled.
         """
         self._cells += 1
+        self._room = self._spec.output_bytes + 4096  # the agent's own notes come on top of what the cell may write
         self._newest_call = 0  # a snapshot that takes over does not know the ids that the dead cell used
         started = time.monotonic()
         result = CellResult("killed", "")
@@ -139,10 +140,11 @@ class Sandbox:
             with anyio.fail_after(timeout_s + OVERTIME_S):
                 await self._channel.send(frame | {"context": self._attach_pending})
                 self._attach_pending = False
-                async with anyio.create_task_group() as calls:
-                    await self._until_done(result, calls, on_call, on_output)
-                    if self._in_flight:
-                        calls.cancel_scope.cancel()
+                self._in_flight = set()
+                # Most cells ask nothing, and a task group is a turn of the event loop.
+                call = await self._until_call(result, on_output)
+                if call is not None:
+                    await self._with_calls(call, result, on_call, on_output)
         except TimeoutError:
             await self._guest.kill()
             raise SandboxDied("the sandbox did not end a cell at its time limit and was killed") from None
@@ -155,28 +157,35 @@ class Sandbox:
         result.duration_s = time.monotonic() - started
         return result
 
-    async def _until_done(
-        self, result: CellResult, calls: anyio.abc.TaskGroup, on_call: OnCall, on_output: OnOutput | None
+    async def _with_calls(
+        self, call: wire.Frame | None, result: CellResult, on_call: OnCall, on_output: OnOutput | None
     ) -> None:
-        """Fill `result` from what the guest sends, to the end of the cell."""
-        room = self._spec.output_bytes + 4096  # the agent's own notes come on top of what the cell may write
-        in_flight = self._in_flight = set[int]()
+        """Answer this call and those that follow it, to the end of the cell."""
+        async with anyio.create_task_group() as calls:
+            while call is not None:
+                calls.start_soon(self._answer, call, on_call)
+                call = await self._until_call(result, on_output)
+            if self._in_flight:
+                calls.cancel_scope.cancel()
+
+    async def _until_call(self, result: CellResult, on_output: OnOutput | None) -> wire.Frame | None:
+        """Fill `result` from what the guest sends, to the cell's next call, or to its end: None."""
         while True:
             frame = await self._channel.receive()
             kind = frame["type"]
             if kind == "output" and frame["cell"] == self._cells and frame["stream"] in ("out", "err"):
-                room -= len(frame["text"])
-                if room < 0 or not frame["text"]:  # an empty one would take nothing of the cap, and never end
+                self._room -= len(frame["text"])
+                if self._room < 0 or not frame["text"]:  # an empty one would take nothing of the cap, and never end
                     raise ProtocolViolation("the guest sent more output than its cap")
                 result.output.append((frame["stream"], frame["text"]))
                 if on_output:
                     on_output(frame["stream"], frame["text"])
             elif kind == "call" and frame["op"] in wire.OPS:
-                if frame["id"] <= self._newest_call or len(in_flight) >= self._spec.calls_in_flight:
+                if frame["id"] <= self._newest_call or len(self._in_flight) >= self._spec.calls_in_flight:
                     raise ProtocolViolation("the guest reused a call's id or has too many calls in flight")
                 self._newest_call = frame["id"]
-                in_flight.add(frame["id"])
-                calls.start_soon(self._answer, frame, on_call, in_flight)
+                self._in_flight.add(frame["id"])
+                return frame
             elif kind == "done" and frame["cell"] == self._cells and frame["status"] in wire.CELL_STATUS:
                 if frame["answer"] is not None and len(frame["answer"]) > self._spec.answer_chars:
                     raise ProtocolViolation("the guest sent an answer larger than its cap")
@@ -184,11 +193,11 @@ class Sandbox:
                     raise ProtocolViolation("the guest said more of a cell's end than it may")
                 result.status, result.detail, result.answer = frame["status"], frame["detail"], frame["answer"]
                 result.names, result.dropped = tuple(frame["names"]), frame["dropped"]
-                return
+                return None
             else:
                 raise ProtocolViolation(f"the guest sent a frame of type {kind} that does not fit the moment")
 
-    async def _answer(self, frame: wire.Frame, on_call: OnCall, in_flight: set[int]) -> None:
+    async def _answer(self, frame: wire.Frame, on_call: OnCall) -> None:
         reply: wire.Frame = {"type": "reply", "id": frame["id"], "ok": True, "value": None, "error": None}
         try:
             reply["value"] = await on_call(Call(frame["op"], frame["prompt"], frame["model"], frame["context"]))
@@ -198,7 +207,7 @@ class Sandbox:
             raise
         except AirlockError as error:
             reply.update(ok=False, value=None, error=_for_guest(error))
-        in_flight.discard(frame["id"])
+        self._in_flight.discard(frame["id"])
         await self._channel.send(reply)
 
     async def interrupt(self) -> None:
