@@ -149,7 +149,7 @@ def test_a_data_folder_that_this_user_may_not_write(airlock: Airlock) -> None:
     airlock.home = airlock.folder / "closed"
     airlock.home.mkdir(mode=0o700)
     assert "Permission denied" in airlock("models", "list", code=4).said
-    assert "there is no journal in" in airlock("audit", "show", code=2).said
+    assert f"cannot read {airlock.home}/airlock.toml: permission denied" in airlock("audit", "show", code=2).said
     airlock.home = Path("/airlock-home")
     done = airlock("exec", airlock.file("cell.py", "pass"), "--context", "context.txt", code=4)
     assert done.said == "cannot use the data folder /airlock-home: Permission denied"
