@@ -209,13 +209,15 @@ def _is_stream(response: httpx2.Response) -> bool:
 
 async def _read(response: httpx2.Response, stream: replies.Stream, scope: anyio.CancelScope) -> None:
     """Feed the stream until it is over, or the body's end. What comes after the text is not waited for long."""
+    # llama.cpp's server hangs up after a stream without a word of it, which the next request would run into.
+    kept = response.headers.get("server") != "llama.cpp"
     # However this is left, it closes the connection, unless the body was read to its end.
     async with aclosing(response.aiter_raw()) as pieces:
         async for piece in pieces:
             if stream.done:
                 continue
             stream.feed(piece)
-            if stream.over:
+            if stream.over or (stream.done and not kept):
                 return
             if stream.ended:
                 scope.deadline = min(scope.deadline, anyio.current_time() + (DRAIN_S if stream.done else TAIL_S))
