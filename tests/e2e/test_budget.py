@@ -194,9 +194,9 @@ CHILD_QUERY = """
 """
 
 
-def test_child_queries_are_not_permitted_by_policy(airlock: Airlock) -> None:
+def test_child_queries_are_not_permitted_at_depth_0(airlock: Airlock) -> None:
     with Provider() as provider:
-        done = execute(airlock, provider.url, CHILD_QUERY)
+        done = execute(airlock, provider.url, CHILD_QUERY, "--depth", 0)
     assert done.code == 0, done
     assert done.out.count("not-permitted ") == 2
     assert done.out.count("rlm_query is not permitted by policy") == 2

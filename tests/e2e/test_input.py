@@ -113,13 +113,13 @@ def test_a_local_model_that_is_not_there(airlock: Airlock) -> None:
 
 
 POLICY_FAULTS = [
-    ("  query: 1 USD\n", "  query: 1 USD\n  quarry: 2 USD\n", 10, "money.quarry: is not a key of policies"),
-    ("  idle: 3 min\n", "  idle: 3 parsecs\n", 15, "time.idle: needs a number and a unit out of ms, s, min, h"),
-    ("  memory: 1 GiB\n", "  memory: 1024\n", 26, "sandbox.memory: needs a number and a unit"),
-    ("  cell: 5 min\n", "", 12, "time.cell: is missing"),
-    ("  cell: 5 min\n", "  cell: 0 s\n", 14, "time.cell: "),
+    ("  query: 1 USD\n", "  query: 1 USD\n  quarry: 2 USD\n", 12, "money.quarry: is not a key of policies"),
+    ("  idle: 3 min\n", "  idle: 3 parsecs\n", 18, "time.idle: needs a number and a unit out of ms, s, min, h"),
+    ("  memory: 1 GiB\n", "  memory: 1024\n", 32, "sandbox.memory: needs a number and a unit"),
+    ("  cell: 5 min\n", "", 15, "time.cell: is missing"),
+    ("  cell: 5 min\n", "  cell: 0 s\n", 17, "time.cell: "),
     ('  root: ["*"]\n', "  root: []\n", 3, "models.root"),
-    ("  depth: 1\n", "  depth: 1\n  depth: 0\n", 20, "depth: is there twice"),
+    ("  depth: 1\n", "  depth: 1\n  depth: 0\n", 24, "depth: is there twice"),
     ("tenant:\n", "tenant: [\n", 33, "not YAML"),
 ]
 
@@ -136,7 +136,7 @@ def test_a_policy_fault_is_told_with_its_line(airlock: Airlock, there: str, inst
 
 def test_a_run_is_refused_with_a_bad_policy(airlock: Airlock) -> None:
     bad = airlock.file("bad.yaml", airlock.policy().read_text() + "extra: 1\n")
-    assert "bad.yaml:40: extra: is not a key" in refused(airlock, *run(airlock, "context.txt", "--policy", bad))
+    assert "bad.yaml:51: extra: is not a key" in refused(airlock, *run(airlock, "context.txt", "--policy", bad))
     assert "default, development, strict" in refused(airlock, *run(airlock, "context.txt", "--policy", "lenient"))
     # A request narrows its policy and never widens it.
     assert "permits a depth of 1" in refused(airlock, *run(airlock, "context.txt", "--depth", 2))
