@@ -11,6 +11,7 @@ import contextlib
 import queue
 import secrets
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -27,6 +28,8 @@ from orchestrator.store.schema import queries
 from orchestrator.store.sqlite import SQLiteFile
 
 T = TypeVar("T")
+LINGER_S = 0.01  # what nobody waits for is committed this much later, with what comes by then
+MOST_AT_ONCE = 256  # parts of one commit
 
 
 def now() -> str:
@@ -36,10 +39,10 @@ def now() -> str:
 
 @dataclass(slots=True)
 class Job:
-    """A transaction, or a part of one. told: called from the writing thread when it is done."""
+    """A transaction, or a part of one. told: called from the writing thread when it is done, where somebody waits."""
 
     work: Callable[[sa.Connection], Any]
-    told: Callable[[], object] = lambda: None
+    told: Callable[[], object] | None = None
     done: bool = False
     result: Any = None
     error: BaseException | None = None
@@ -103,8 +106,12 @@ class Database:
             await done.wait()
         return job.outcome()
 
-    def post(self, work: Callable[[sa.Connection], object], told: Callable[[], object] = lambda: None) -> Job:
-        """`write` without waiting: `work` has its turn after everything that was posted or written before it."""
+    def post(self, work: Callable[[sa.Connection], object], told: Callable[[], object] | None = None) -> Job:
+        """`write` without waiting: `work` has its turn after everything that was posted or written before it.
+
+        Without `told` it is committed with the next write, or LINGER_S later: a call's result with the next call's
+        hold, instead of a commit of its own that this hold would have to wait for.
+        """
         if not self._open:
             raise StoreError("the database is closed")
         if self._thread is None:
@@ -117,16 +124,28 @@ class Database:
     def _serve(self) -> None:
         going = True
         while going:
-            taken = [self._jobs.get()]
-            while not self._jobs.empty():
-                taken.append(self._jobs.get())
+            taken = self._take()
             batch = [job for job in taken if job]
             going = len(batch) == len(taken)
             self._commit(batch)
             for job in batch:
                 job.done = True
-                with contextlib.suppress(RuntimeError):  # its event loop is closed: nobody waits any more
-                    job.told()
+                if job.told:
+                    with contextlib.suppress(RuntimeError):  # its event loop is closed: nobody waits any more
+                        job.told()
+
+    def _take(self) -> list[Job | None]:
+        """What is to be committed together. None, from `close`, is the last."""
+        taken = [self._jobs.get()]
+        until = time.monotonic() + LINGER_S
+        waited_for = False
+        while len(taken) < MOST_AT_ONCE:
+            waited_for = waited_for or taken[-1] is None or taken[-1].told is not None
+            try:
+                taken.append(self._jobs.get(timeout=0 if waited_for else max(0.0, until - time.monotonic())))
+            except queue.Empty:
+                break
+        return taken
 
     def _commit(self, batch: list[Job]) -> None:
         try:
