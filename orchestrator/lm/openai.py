@@ -92,10 +92,13 @@ class OpenAILM(LM):
         import httpx2
         import openai
 
-        # OpenAI's newer models refuse max_tokens; other servers may not know its successor.
-        cap = "max_completion_tokens" if self._base_url is None else "max_tokens"
-        body = {**self._extra, cap: request.max_output_tokens, "n": 1, **way}
-        body |= {"model": request.model, "messages": request.messages}
+        body = {**self._extra, **way, "n": 1, "model": request.model, "messages": request.messages}
+        if self._base_url is None:
+            # OpenAI's newer models refuse max_tokens; other servers may not know its successor. An account may have
+            # been set to a dearer tier than the one that calls are bounded by.
+            body |= {"max_completion_tokens": request.max_output_tokens, "service_tier": "default"}
+        else:
+            body["max_tokens"] = request.max_output_tokens
         connect_s = min(CONNECT_S, request.timeout_s / 2)
         # `chat.completions.create` walks request and answer by their type annotations, a third of its time, and checks
         # neither; `replies` checks what it needs. Reading and writing are bounded together, in `ask`.

@@ -17,6 +17,7 @@ import pytest
 from orchestrator.core.errors import ModelError, OutcomeUnknown, ProviderRefused
 from orchestrator.lm.base import Reply, Request
 from orchestrator.lm.local import LocalLM
+from orchestrator.lm.openai import OpenAILM
 from orchestrator.lm.weights import pull
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(900)]  # two busy cores read about 15 tokens a second
@@ -58,6 +59,25 @@ async def test_the_cap_is_honoured(lm: LocalLM) -> None:
     assert reply.finish_reason == "length"
     assert reply.usage is not None
     assert reply.usage.output_tokens == 5
+
+
+async def test_its_server_streams(lm: LocalLM) -> None:
+    """As any server of this protocol by its address: each call is made anew, as that server hangs up after a stream."""
+    await lm.ask(ask_for("Hi", cap=1))
+    assert lm._client is not None
+    key = lm._client.headers["authorization"].removeprefix("Bearer ")
+    client = OpenAILM(f"{str(lm._client.base_url).rstrip('/')}/v1", key, {"temperature": 0})
+    try:
+        for _ in range(8):
+            reply = await client.ask(ask_for("Count from 1 to 100.", cap=5))
+            assert (reply.finish_reason, reply.usage and reply.usage.output_tokens) == ("length", 5)
+        with pytest.raises(ProviderRefused, match="exceeds the available context size"):
+            await client.ask(ask_for("word " * 3000))
+        with pytest.raises(OutcomeUnknown, match="did not answer within"):
+            await client.ask(ask_for("Count from 1 to 1000, with words.", cap=900, timeout_s=1))
+        assert (await client.ask(ask_for("Say yes.", cap=2))).text
+    finally:
+        await client.aclose()
 
 
 async def test_control_tokens_in_a_prompt_are_only_text(lm: LocalLM) -> None:
@@ -126,6 +146,7 @@ import os, sys, anyio
 from pathlib import Path
 from orchestrator.lm.base import Request
 from orchestrator.lm.local import LocalLM
+from orchestrator.lm.openai import OpenAILM
 
 async def main():
     lm = LocalLM(Path(sys.argv[1]), window=1024, slots=1)

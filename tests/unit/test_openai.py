@@ -73,8 +73,11 @@ async def test_a_whole_answer():
     assert await ask(says(WHOLE)) == Reply("42", "stop", Usage(3, 2))
 
 
-@pytest.mark.parametrize(("base_url", "cap"), [(None, "max_completion_tokens"), ("http://lm.test", "max_tokens")])
-async def test_what_is_sent(base_url: str | None, cap: str):
+@pytest.mark.parametrize(
+    ("base_url", "own"),
+    [(None, {"max_completion_tokens": 99, "service_tier": "default"}), ("http://lm.test", {"max_tokens": 99})],
+)
+async def test_what_is_sent(base_url: str | None, own: dict[str, Any]):
     sent: list[httpx2.Request] = []
 
     def handler(request: httpx2.Request) -> httpx2.Response:
@@ -85,8 +88,8 @@ async def test_what_is_sent(base_url: str | None, cap: str):
     await lm.ask(REQUEST)
     await lm.aclose()
     await lm.aclose()
-    body = {"model": "m", "messages": [{"role": "user", "content": "hi"}], cap: 99, "n": 1, "temperature": 0}
-    assert json.loads(sent[0].content) == body | {"stream": True, "stream_options": {"include_usage": True}}
+    body = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "n": 1, "temperature": 0}
+    assert json.loads(sent[0].content) == body | own | {"stream": True, "stream_options": {"include_usage": True}}
     assert sent[0].headers["authorization"] == f"Bearer {KEY}"
     assert not [name for name in sent[0].headers if name.startswith("x-stainless")]  # which tell of the host
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from decimal import Decimal
+from typing import Any
 
+import genai_prices
 import pytest
-from hypothesis import given
+from genai_prices.data_snapshot import get_snapshot
+from genai_prices.types import ModelPrice, Tier, TieredPrices
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.core.errors import PriceUnknown, RequestError
+from orchestrator.core.units import nano
 from orchestrator.lm.base import Usage
-from orchestrator.proxy.prices import Prices
+from orchestrator.proxy.prices import Prices, _worst
 from tests.unit.helpers import quick
 
 LISTED = [
@@ -36,6 +42,69 @@ def test_no_usage_within_the_bounds_costs_more_than_the_bound(
 ):
     usage = Usage(data.draw(st.integers(0, most_in)), data.draw(st.integers(0, most_out)))
     assert 0 <= NONE.cost(model, usage) <= NONE.bound(model, most_in, most_out)
+
+
+def known() -> list[str]:
+    """Every model that the library can price, and that we can bound."""
+    names = {model.id for provider in get_snapshot().providers for model in provider.models}
+    found: list[str] = []
+    for name in sorted(names):
+        with suppress(PriceUnknown):
+            NONE.bound(name, 1, 1)
+            found.append(name)
+    return found
+
+
+KNOWN = known()
+
+
+@settings(quick, max_examples=300)
+@given(st.sampled_from(KNOWN), tokens, tokens, st.data())
+def test_however_the_provider_splits_what_was_used(model: str, most_in: int, most_out: int, data: st.DataObject):
+    """Into what was cached before or is now, and into what was thought and what was said."""
+    read, written = data.draw(st.integers(0, most_in)), data.draw(st.integers(0, most_out))
+    from_cache = data.draw(st.integers(0, read))
+    split: dict[str, int] = {"cache_read_tokens": from_cache}
+    split["cache_write_tokens"] = data.draw(st.integers(0, read - from_cache))
+    split["output_reasoning_tokens"] = data.draw(st.integers(0, written))
+    usage = genai_prices.Usage(input_tokens=read, output_tokens=written, **split)
+    price = genai_prices.calc_price(usage, model_ref=model).total_price
+    assert nano(price) <= NONE.bound(model, most_in, most_out)
+
+
+def test_that_these_are_many():
+    assert len(KNOWN) > 300
+
+
+PLAIN = {"input_mtok": Decimal(2), "output_mtok": Decimal(10)}
+
+
+@pytest.mark.parametrize(
+    ("rates", "worst"),
+    [
+        ({}, 12),
+        ({"output_reasoning_mtok": Decimal(30)}, 32),
+        ({"output_reasoning_mtok": Decimal(3)}, 12),
+        ({"cache_write_mtok": Decimal(3)}, 13),
+        ({"cache_read_mtok": Decimal(5)}, 15),
+        (
+            {"cache_write_1h_mtok": Decimal(9), "cache_write_mtok": Decimal(2)},
+            12,
+        ),  # never asked for
+        ({"input_audio_mtok": Decimal(9)}, 12),
+        ({"output_image_mtok": Decimal(40)}, 42),
+        ({"requests_kcount": Decimal(5)}, 12 + 5),
+        ({"input_mtok": TieredPrices(Decimal(2), [Tier(999, Decimal(4))])}, 14),
+        ({"input_mtok": TieredPrices(Decimal(2), [Tier(1000, Decimal(4))])}, 12),  # not reached
+        ({"output_mtok": TieredPrices(Decimal(10), [Tier(10, Decimal(70)), Tier(20, Decimal(1))])}, 72),
+        ({"input_mtok": TieredPrices(Decimal(6), [Tier(10, Decimal(1))])}, 16),  # few tokens at the base are dearer
+    ],
+)
+def test_the_dearest_that_a_call_could_reach(rates: dict[str, Any], worst: int):
+    """Of 1,000 tokens in and out, in thousandths of a USD."""
+    rate = ModelPrice(**PLAIN | rates)
+    assert _worst(rate, 1000, 1000) * 1000 == worst
+    assert rate.calc_price(genai_prices.Usage(input_tokens=1000, output_tokens=1000))["total_price"] * 1000 <= worst
 
 
 @quick
@@ -91,6 +160,10 @@ def test_models_of_this_machine_cost_nothing(model: str):
         "localx",
         "whisper-1",  # listed, but by the minute of sound
         "gemini-embedding-001",  # listed, but without a price for output
+        "gpt-4o-search-preview",  # they search for a fee of its own, as often as they like
+        "o3-deep-research",
+        "sonar-deep-research",
+        "sonar",
     ],
 )
 def test_a_model_without_a_price_is_refused_with_the_remedy(model: str):
