@@ -96,6 +96,7 @@ class Link:
         self._receive_lock = allocate_lock()
         self._buffer = bytearray()
         self._lines: list[bytes] = []
+        self._word = b""  # the supervisor's for the cell that runs, or ran last
         self._fds: list[int] = []
         self.in_cell = False
 
@@ -104,7 +105,7 @@ class Link:
             self.in_cell = in_cell
 
     def send(self, frame: dict[str, Any]) -> None:
-        data = wire.encode(frame)
+        data = self._word + b" " + wire.encode(frame)
         with self._shield, self._send_lock:
             self._sock.sendall(data)
 
@@ -120,7 +121,10 @@ class Link:
                 if not self._lines:
                     self._take(socket.MSG_DONTWAIT if for_cell else 0)
                 if self._lines:
-                    frame: dict[str, Any] = loads(self._lines.pop(0).decode())
+                    line = self._lines.pop(0)
+                    if not line.startswith(b"{"):
+                        self._word, _space, line = line.partition(b" ")
+                    frame: dict[str, Any] = loads(line.decode())
                     return frame
             if for_cell:
                 self._shield.wait_readable(self._sock.fileno())

@@ -152,7 +152,7 @@ class Workers:
         elif idle and self._left:
             self._sweep()
         elif idle:
-            _signal(-1, signal.SIGSTOP)
+            self._stop()
 
     def take_over(self) -> bool:
         """The runner is dead: its snapshot goes on, or a new worker from nothing. True when no variable was lost
@@ -216,7 +216,8 @@ class Workers:
         self.making = Generation()
         self.making.has_context = self.runner.has_context
         self.making_until = time.monotonic() + SNAPSHOT_S
-        outputs = self.runner.renew_outputs()
+        # One that is to be replaced is killed with its threads; until then what they write has to be read, see `_poll`.
+        outputs = () if self._replace else self.runner.renew_outputs()
         try:
             fds = b"".join(fd.to_bytes(4, sys.byteorder) for fd in (*outputs, *self.making.theirs))
             self.runner.ctl.sendmsg([wire.encode({"type": "snapshot"})], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)])
@@ -232,13 +233,18 @@ class Workers:
         _signal(generation.pid, signal.SIGKILL)
         generation.close()
 
+    @staticmethod
+    def _stop() -> None:
+        """Stop every process but this one, at one instant."""
+        _signal(-1, signal.SIGSTOP)
+
     def _sweep(self) -> bool:
-        """Stop every process but this one, at one instant, then kill all that are not ours.
+        """Stop every process but this one, then kill all that are not ours.
 
         Whether the runner has threads that it did not have at the last sweep, by the kernel's word.
         """
         threads = left = False
-        _signal(-1, signal.SIGSTOP)
+        self._stop()
         keep = {generation.pid for generation in (self.runner, self.snapshot) if generation}
         probe = _newest_id()
         now = time.monotonic()

@@ -62,6 +62,7 @@ class Supervisor:
         self._attached = False
         self._note = ""
         self._fault = ""
+        self._past, self._word = b"", _new_word()
         self._child_ended = False
 
     def serve(self) -> None:
@@ -120,15 +121,7 @@ class Supervisor:
         if not self._cell and not making:
             self._read_channel()  # nobody else can have anything to say: all are stopped
             return
-        watched = [self._in, self._wake[0]]
-        if making:
-            watched.append(making.ctl.fileno())
-        if self._cell:
-            watched.append(runner.ctl.fileno())
-        poller = select.poll()
-        for fd in (*watched, runner.out, runner.err):
-            poller.register(fd, select.POLLIN)
-        ready = {fd for fd, _event in poller.poll(self._wait_ms())}
+        ready = self._wait()
         if self._wake[0] in ready:
             _drain(self._wake[0])
         if self._in in ready:
@@ -143,8 +136,22 @@ class Supervisor:
                     self._lost_runner("closed its output")
             if runner.ctl.fileno() in ready:
                 self._read_worker(written)
-        else:
-            self._forget_what_came_late()
+        else:  # a thread that the cell left would wait for a reader, and hold the lock of the REPL's streams
+            for fd in (self._workers.runner.out, self._workers.runner.err):
+                _drain(fd)
+
+    def _wait(self) -> set[int]:
+        """The descriptors that can be read, of all that matter now."""
+        runner, making = self._workers.runner, self._workers.making
+        watched = [self._in, self._wake[0]]
+        if making:
+            watched.append(making.ctl.fileno())
+        if self._cell:
+            watched.append(runner.ctl.fileno())
+        poller = select.poll()
+        for fd in (*watched, runner.out, runner.err):
+            poller.register(fd, select.POLLIN)
+        return {fd for fd, _event in poller.poll(self._wait_ms())}
 
     # Time
 
@@ -210,15 +217,19 @@ class Supervisor:
                 os._exit(0)
 
     def _run(self, frame: dict[str, Any], line: bytes) -> None:
-        """line: that the frame came as, which the worker gets if it says what it has to."""
+        """line: that the frame came as, which the worker gets if it says what it has to.
+
+        With it comes a word that what is said in this cell begins with: what begins with another was said before, while
+        the snapshot was made, and is not taken for this cell's.
+        """
+        self._workers.save()
         runner = self._workers.runner
         self._attached = self._attached or frame["context"]
         if frame["context"] != (self._attached and not runner.has_context):
             frame["context"] = not frame["context"]
             line = wire.encode(frame)
         runner.has_context = self._attached
-        self._workers.save()
-        self._to_worker(line)
+        self._to_worker(self._word + b" " + line)
         self._workers.go()
         self._cell = Cell(frame["id"], frame["timeout_s"], int(self._limits["output_bytes"]))
         if self._note:
@@ -250,19 +261,30 @@ class Supervisor:
             return
         except OSError:
             lines = None
-        if lines is None or len(runner.buffer) > wire.MAX_LINE:
+        if lines is None or len(runner.buffer) > wire.MAX_LINE + len(self._word) + 1:
             self._lost_runner("closed, or flooded, the agent's socket")
             return
         for line in lines:
             try:
-                frame = wire.decode(line, wire.TO_SUPERVISOR)
+                frame = self._said(line)
             except wire.Malformed:
                 self._kill_runner("wrote to the agent's socket")
                 return
+            if frame is None:
+                continue
             if frame["type"] == "call" and self._cell:
                 self._call(self._cell, frame)
             elif frame["type"] == "end" and self._cell:
                 self._cell_ended(self._cell, frame, written)
+
+    def _said(self, line: bytes) -> dict[str, Any] | None:
+        """The frame in a line of the runner's, None if it was said before this cell. Raises wire.Malformed."""
+        word, _space, said = line.partition(b" ")
+        if word == self._word:
+            return wire.decode(said, wire.TO_SUPERVISOR)
+        if word == self._past:
+            return None
+        raise wire.Malformed("without its cell's word")
 
     def _call(self, cell: Cell, frame: dict[str, Any]) -> None:
         """Let a call out, if it keeps the rules: for one that does not, the host would end the sandbox."""
@@ -272,19 +294,6 @@ class Supervisor:
         cell.newest_call = frame["id"]
         cell.calls.add(frame["id"])
         self._send(frame)  # as it was understood here, not as it was written
-
-    def _forget_what_came_late(self) -> None:
-        """What the runner wrote after its cell's end is no word of the next one. And what a thread writes that the cell
-        left is read: else that would wait, and hold the lock of the REPL's streams."""
-        runner = self._workers.runner
-        for fd in (runner.out, runner.err):
-            _drain(fd)
-        try:
-            while runner.ctl.recv(READ, socket.MSG_DONTWAIT):
-                pass
-        except OSError:
-            pass
-        runner.buffer.clear()
 
     def _kill_runner(self, fault: str) -> None:
         self._fault = self._fault or "%s and was killed" % fault
@@ -301,7 +310,6 @@ class Supervisor:
         self._take_rest(written)
         self._done(cell, status, detail, end["answer"], end["names"][: wire.MAX_NAMES])
         self._workers.cell_ended(is_last=end["answer"] is not None)
-        self._forget_what_came_late()
 
     def _runner_died(self, status: int) -> None:
         cell, why = self._cell, self._fault or _cause_of_death(status)
@@ -319,6 +327,7 @@ class Supervisor:
             self._keep(cell, name, decoder.decode(b"", True))
         self._flush(cell)
         self._cell = None
+        self._past, self._word = self._word, _new_word()
         done: dict[str, Any] = {"type": "done", "cell": cell.number, "status": status, "detail": detail}
         done.update(answer=answer, names=names, dropped=cell.dropped)
         self._send(done)
@@ -383,6 +392,10 @@ def _drain(fd: int) -> None:
             pass
     except BlockingIOError:
         return
+
+
+def _new_word() -> bytes:
+    return os.urandom(8).hex().encode()
 
 
 def _cause_of_death(status: int) -> str:

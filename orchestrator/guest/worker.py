@@ -95,12 +95,13 @@ class Worker:
     def _snapshot(self) -> None:
         """Fork a process that has this one's state and waits, on descriptors of its own, to be needed.
 
-        This one gets new outputs: what the cell left running may write to the old ones, and nobody reads those.
+        This one gets new outputs, if it is to go on: what the cell left running may write to the old ones.
         """
         import warnings
 
         *mine, ctl, out, err = self._link.take_fds()
-        self._write_to(*mine)
+        if mine:
+            self._write_to(*mine)
         fds = [ctl, out, err]
         threads = len(sys._current_frames()) > 1  # pyright: ignore[reportPrivateUsage]
         self._snapshots = [pid for pid in self._snapshots if not _reaped(pid)]

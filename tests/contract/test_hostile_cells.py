@@ -17,8 +17,8 @@ async def test_a_frame_that_is_slow_to_parse_is_not_parsed(repl: Repl):
         import gc
         link, = (found for found in gc.get_objects() if type(found).__name__ == 'Link')
         junk = b'[' + b'[],' * 5_000_000 + b'0]'
-        link._sock.sendall(b'{"type":"call","id":1,"op":"budget","model":null,"context":null,'
-                            b'"prompt":%s,"prompt":"x"}\\n' % junk)
+        frame = b'{"type":"call","id":1,"op":"budget","model":null,"context":null,"prompt":%s,"prompt":"x"}\\n' % junk
+        link._sock.sendall(link._word + b' ' + frame)
         while True: pass
         """
     )

@@ -33,6 +33,22 @@ async def test_state_survives_a_cell_that(repl: Repl, code: str, detail: str):
     assert await repl.out("kept, llm_query('still')") == "(['kept'], 'reply to still')"
 
 
+async def test_state_is_kept_of_a_cell_that_answered_too(repl: Repl):
+    """Its snapshot is made only if another cell comes."""
+    await repl.run("kept = ['kept']\nFINAL('early')")
+    repl.attach("context")
+    assert (await repl.run("kept.append(context)\nimport os\nos.kill(os.getpid(), 9)")).status == "killed"
+    assert await repl.out("kept, context") == "(['kept'], 'context')"
+
+
+async def test_cells_that_follow_at_once_are_each_undone_alone(repl: Repl):
+    """Whether or not it is known yet that the snapshot is there: by the time of the crash, or of the cell's end."""
+    for number in range(5):
+        await repl.run(f"kept = {number}")
+        assert (await repl.run("kept = None\nimport os\nos.kill(os.getpid(), 9)")).status == "killed"
+        assert await repl.out("kept") == str(number)
+
+
 async def test_many_threads_fit_into_a_small_sandbox(backend: Backend, home: Path):
     code = """
         from concurrent.futures import ThreadPoolExecutor

@@ -11,7 +11,16 @@ from orchestrator.sandbox.conformance.promise import Bench, Broken, Repl, expect
 from orchestrator.sandbox.sandbox import Call
 
 # How a cell gets at the agent's own end of the socket in its process.
-_LINK = "import gc\nlink, = (found for found in gc.get_objects() if type(found).__name__ == 'Link')\n"
+# As the agent itself would say it, or a cell that knows it well.
+_SAY = """
+import gc
+link, = (found for found in gc.get_objects() if type(found).__name__ == 'Link')
+def say(*frames):
+    for frame in frames:
+        link._sock.sendall(link._word + b' ' + frame.encode() + b'\\n')
+    while True:
+        pass
+"""
 
 
 @in_a_sandbox("llm_query, rlm_query and budget() bring their words to the host, and its answer back.")
@@ -156,10 +165,12 @@ async def forged_calls(repl: Repl) -> None:
     await repl.run("survivor = 'kept'")
     repl.calls.clear()
     for frame in forged:
-        code = f"{_LINK}link._sock.sendall({frame!r}.encode() + b'\\n')\nwhile True: pass"
-        await repl.ends(code, "killed", "agent")
+        await repl.ends(f"{_SAY}say({frame!r})", "killed", "agent")
     expect(not repl.calls, repl.calls)
-    await repl.run(f"{_LINK}link._sock.sendall(({json.dumps(call)!r} + '\\n').encode() * 2)\nwhile True: pass")
+    for before in ("link._word = b''", "link._word = b'0' * 16"):  # not the cell's
+        await repl.ends(f"{_SAY}{before}\nsay({json.dumps(call)!r})", "killed", "agent")
+    expect(not repl.calls, repl.calls)
+    await repl.run(f"{_SAY}say(*2 * [{json.dumps(call)!r}])")
     expect(len(repl.calls) <= 1, "the same id was taken twice")
     await repl.prints("survivor, llm_query('x')", "('kept', 'reply to x')")
 
@@ -169,7 +180,7 @@ async def calls_that_are_none(bench: Bench) -> None:
     frame = json.dumps({"type": "call", "id": 1, "op": "eval", "prompt": "1 + 1", "model": None, "context": None})
     async with bench.open() as repl:
         try:
-            result = await repl.run(f"{_LINK}link._sock.sendall({frame!r}.encode() + b'\\n')\nwhile True: pass")
+            result = await repl.run(f"{_SAY}say({frame!r})")
         except ProtocolViolation:
             expect(not repl.calls, repl.calls)
         else:

@@ -124,6 +124,7 @@ LEFTOVERS = {
     "a process": "if not os.fork():\n    spin()",
     "a session of its own": "if not os.fork():\n    os.setsid()\n    spin()",
     "a daemon": "if not os.fork():\n    os.setsid()\n    if not os.fork():\n        spin()\n    os._exit(0)\nos.wait()",
+    "a daemon that prints without end": "if not os.fork():\n    os.setsid()\n    flood()",
     "a thread": "threading.Thread(target=spin).start()",
     "a daemon thread": "threading.Thread(target=spin, daemon=True).start()",
     "a thread that prints without end": "threading.Thread(target=flood).start()",

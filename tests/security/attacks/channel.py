@@ -100,7 +100,8 @@ time.sleep(0.1)  # the host answers in this cell, or never
 TO_THE_SUPERVISOR = """
 import gc
 link, = (found for found in gc.get_objects() if type(found).__name__ == 'Link')
-link._sock.sendall(b'{"type":"end","status":"ok","detail":"","answer":null,"names":["forged"],"more":1}\\n')
+end = b'{"type":"end","status":"ok","detail":"","answer":null,"names":["forged"],"more":1}'
+link._sock.sendall(link._word + b' ' + end + b'\\n')
 while True: pass
 """
 CALLING_ON = """
@@ -238,15 +239,13 @@ async def closed_by_a_cell(stage: Stage) -> list[str]:
         return await survives(repl, "os.closerange(0, 256)")
 
 
-async def credulous(
-    self: Any, result: Any, calls: Any, on_call: Any, on_output: Callable[[str, str], None] | None
-) -> None:
-    """`Sandbox._until_done` as it would be without a check."""
-    in_flight = self._in_flight = set[int]()
+async def credulous(self: Any, result: Any, on_output: Callable[[str, str], None] | None) -> Any:
+    """`Sandbox._until_call` as it would be without a check."""
     while (frame := await self._channel.receive())["type"] != "done":
         if frame["type"] == "call":
-            calls.start_soon(self._answer, frame, on_call, in_flight)
+            return frame
     result.status, result.detail, result.answer = frame["status"], frame["detail"], frame["answer"]
+    return None
 
 
 def unchecked(patch: pytest.MonkeyPatch) -> None:
@@ -273,7 +272,7 @@ def patient(patch: pytest.MonkeyPatch) -> None:
 
 channel_limit = channel.FRAMES_PER_SECOND
 UNCHECKED = Weak(host=unchecked)
-CREDULOUS = Weak(host=lambda patch: patch.setattr(Sandbox, "_until_done", credulous))
+CREDULOUS = Weak(host=lambda patch: patch.setattr(Sandbox, "_until_call", credulous))
 LARGE_LINES = Weak(host=large_lines)
 ANY_FORM = Weak(host=lambda patch: patch.setattr(wire, "_is_small_outside_of_strings", lambda _line: True))
 UNBOUNDED = Weak(host=lambda patch: patch.setattr(channel, "FRAMES_PER_SECOND", 10**9))

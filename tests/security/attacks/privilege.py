@@ -63,7 +63,7 @@ CALLS: dict[str, tuple[int, ...]] = {
 }
 # gVisor has these of its own: what they do stays in there.
 OF_LINUX_ONLY = {
-    "ptrace": (0, 0, 0, 0),
+    "ptrace": (99, 0, 0, 0),  # 0 would have the supervisor trace the worker, which then waits for it
     "capset": (0, 0),
     "name_to_handle_at": (-1, 0, 0, 0, 0),
     "setns": (-1, 0),

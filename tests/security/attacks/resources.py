@@ -308,8 +308,8 @@ MORE_INODES = MORE_MEMORY | Weak(
     body=(lambda body, _scene: body["HostConfig"]["Tmpfs"].update({"/tmp": "rw,mode=1777,size=512m"}),),
 )
 NO_SNAPSHOT = Weak(agent="Workers._make_snapshot = lambda self: None")
-NO_SWEEP = Weak(agent="Workers._sweep = lambda self: False")
-NO_END = NO_SWEEP | Weak(agent="Supervisor._forget_what_came_late = lambda self: None")
+NO_SWEEP = Weak(agent="Workers._sweep = lambda self: False\nWorkers._stop = lambda self: None")
+NO_END = NO_SWEEP | Weak(agent="_new_word = lambda: b'always'")
 NO_WATCH = Weak(agent="Supervisor._watch_time = lambda self: None", host=soon)
 LARGE = 512 * MIB
 ATTACKS = [
