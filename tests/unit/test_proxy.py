@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Iterator
@@ -637,6 +638,30 @@ async def test_a_call_waits_for_the_next_minute_where_it_has_the_time(db: Databa
     at.query.node.deadline = time.monotonic() + 600
     assert [await at.sub(), await at.sub()] == ["yes", "yes"]
     assert [0 < seconds <= 60 for seconds in waited] == [True]
+
+
+@pytest.mark.parametrize("limits", [{"requests_minute": 1}, {"tokens_minute": 3 * 4096}])
+async def test_what_no_money_buys_is_not_asked_for_in_smaller_parts(
+    db: Database, limits: dict[str, int], monkeypatch: pytest.MonkeyPatch
+):
+    """A model that costs nothing could have every output cap, and none of them is room in a minute."""
+    at = desk(db, FakeLM(said("yes")), policy(tenant=limits), price="0")
+    at.query.node.deadline = time.monotonic() + 0.5
+    for _ in range(2):
+        with contextlib.suppress(RateLimited):
+            await at.sub("x" * 5000)
+    tried: list[int] = []
+    reserve = ledger.reserve
+
+    def counting(*args: Any, **more: Any) -> None:
+        tried.append(more["tokens"])
+        reserve(*args, **more)
+
+    monkeypatch.setattr(ledger, "reserve", counting)
+    at.query.node.deadline = time.monotonic() + 0.5
+    with pytest.raises(RateLimited):
+        await at.sub("x" * 5000)
+    assert len(set(tried)) == 1, f"{len(set(tried))} sizes were tried"
 
 
 async def test_a_call_that_no_minute_has_room_for_is_refused_for_good(db: Database):
