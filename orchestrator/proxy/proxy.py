@@ -19,6 +19,7 @@ import tenacity
 
 from orchestrator.core.errors import (
     AirlockError,
+    BudgetExhausted,
     BudgetInFlight,
     CountExceeded,
     LimitError,
@@ -281,8 +282,10 @@ class Proxy:
             try:
                 return await self._hold(node, plan, output_tokens, number, aside)
             except ledger.NotEnough as short:
-                lower = self._affordable(plan, output_tokens, node.account.policy.models.output_floor, short.free)
-                if lower:
+                money = isinstance(short.error, BudgetExhausted | BudgetInFlight)
+                floor = node.account.policy.models.output_floor
+                # A lower cap is cheaper, and no help where requests or calls in flight are what there are too many of.
+                if money and (lower := self._affordable(plan, output_tokens, floor, short.free)):
                     output_tokens = lower
                 elif not (isinstance(short.error, BudgetInFlight | RateLimited) and await self._sweep()):
                     raise short.error from None
