@@ -282,6 +282,31 @@ async def test_a_last_word_that_cost_nothing_can_be_asked_for_again(db: Database
     assert sorted(ended) == [("settled", 1), ("void", 7)]
 
 
+async def test_a_last_word_that_asks_for_less_leaves_the_rest_to_nobody(db: Database):
+    """A child's, say, while its siblings spend the query's money: what it was promised is still there afterwards."""
+    rules = policy(money={"query": bound("hi", 300)}, counts={"retries": 1})
+    taken: list[str] = []
+
+    async def take() -> None:
+        with contextlib.suppress(ledger.NotEnough):
+            rest = bound("hi", 300) - bound("hi", 100)
+            await db.write(lambda tx: ledger.reserve(tx, "other", "q2", "root", rest, at.query.scopes))
+            taken.append("the rest")
+
+    class Greedy(FakeLM):
+        async def ask(self, request: Request) -> Reply:
+            if not self.requests:
+                await take()
+            return await super().ask(request)
+
+    at = desk(db, Greedy(NOW, said("yes", usage=USED)), rules)
+    aside = await put_by(at, rules.money.query)
+    assert (await at.root("hi", tokens=100, aside=aside)).text == "yes"
+    assert taken == []
+    assert at.query.balance() == (40 * NANO_A_TOKEN, 0) == (at.query.node.spent, at.query.node.held)
+    assert [body["outcome"] for body in at.bodies("call.result")] == ["void", "answered"]
+
+
 async def test_a_report_above_the_bound_is_charged_at_the_bound_and_recorded(db: Database):
     at = desk(db, FakeLM(said("yes", usage=Usage(10**6, 1))))
     await at.root("hi")
