@@ -65,10 +65,11 @@ class _Plan:
 
 @dataclass(frozen=True, slots=True)
 class _Hold:
-    """A committed reservation, and what it allows."""
+    """A committed reservation, and what it allows. held: its money, for a last word all that was set aside."""
 
     reservation: str
     bound: int
+    held: int
     output_tokens: int
 
 
@@ -311,24 +312,26 @@ class Proxy:
         # The last word must not have to wait for a minute to pass.
         scopes = node.scopes if aside else [*node.scopes, minute]
         tokens = plan.input_tokens + output_tokens
+        # What a last word does not need stays held with the rest: it may have to be set aside again.
+        held = max(bound, aside.nano) if aside else bound
 
         def work(tx: journal.Connection) -> None:
             if aside:
                 ledger.void(tx, aside.reservation)
             else:
                 ledger.open_scopes(tx, [minute])
-            ledger.reserve(tx, reservation, account.key.id, node.name, bound, scopes, tokens=tokens)
+            ledger.reserve(tx, reservation, account.key.id, node.name, held, scopes, tokens=tokens)
             journal.append(tx, account.key, event)
 
         await account.writer.write(work)
-        node.count(held=bound)
+        node.count(held=held)
         if aside:
             aside.taken = True
             node.count(held=-aside.nano)
         if plan.role == "root":
             node.conversation = list(plan.messages)
         account.recorded(event)
-        return _Hold(reservation, bound, output_tokens)
+        return _Hold(reservation, bound, held, output_tokens)
 
     def _affordable(self, plan: _Plan, output_tokens: int, floor: int, free: int) -> int:
         """The highest output cap from `floor` up that `free` can pay for, or 0."""
@@ -385,7 +388,7 @@ class Proxy:
             journal.append(tx, account.key, event)
 
         account.writer.post(work)
-        node.count(held=-hold.bound, spent=cost)
+        node.count(held=-hold.held, spent=cost)
         if aside and settled.outcome == "void":
             aside.reservation, aside.tries, aside.taken = again, aside.tries + 1, False
             node.count(held=aside.nano)
