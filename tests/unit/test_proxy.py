@@ -371,6 +371,18 @@ async def test_a_prompt_that_is_too_large_is_refused(db: Database):
     assert await at.sub("€€€.") == "yes"
 
 
+async def test_a_prompt_that_is_too_large_is_not_kept_waiting(db: Database):
+    """Each can have the 16 MiB of a frame, or a context's size: nobody may have the host hold as many as can wait."""
+    lm = HangingLM()
+    at = desk(db, lm, policy(models={"prompt": 10}, counts={"in_flight": 1}))
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(at.sub)
+        await lm.asked.wait()
+        with anyio.fail_after(5), pytest.raises(CountExceeded, match="the prompt has 11 bytes"):
+            await at.sub("x" * 11)
+        tasks.cancel_scope.cancel()
+
+
 async def test_sub_calls_in_flight_are_bounded(db: Database):
     most = 0
 
