@@ -30,6 +30,7 @@ from orchestrator.core.errors import (
     TimeExceeded,
 )
 from orchestrator.core.events import Event
+from orchestrator.core.policy import Policy
 from orchestrator.core.turns import Turns
 from orchestrator.core.units import usd
 from orchestrator.lm.base import LM, Message, Reply, Request
@@ -124,6 +125,7 @@ class Proxy:
 
     async def _ask_sub(self, node: Node, name: str, prompt: str, answered: Answered | None = None) -> str:
         message: Message = {"role": "user", "content": prompt}
+        _size(node.account.policy, [message])  # before it waits: what is too large is not held
         async with node.account.in_flight:
             if answered:
                 answered.call = f"{node.name}.c{node.calls + 1}"
@@ -222,11 +224,7 @@ class Proxy:
         if not self._permits(node, role, model):
             raise NotPermitted(f"the policy does not permit model {model!r} for {role} calls", asked=model)
         lm, provider_model = self._models(model)
-        size = sum(len(message["content"].encode("utf-8", "replace")) for message in messages)
-        most = policy.models.prompt
-        if size > most:
-            text = f"the prompt has {size:,} bytes, the policy permits {most:,}: send less text, or in pieces"
-            raise CountExceeded(text, limit=f"{most} bytes", asked=f"{size} bytes", left=f"{most} bytes")
+        size = _size(policy, messages)
         node.calls += 1
         # A token is at least one byte of UTF-8 in every tokenizer that providers use.
         tokens = size + MESSAGE_TOKENS * len(messages) + REQUEST_TOKENS
@@ -416,6 +414,16 @@ class Proxy:
 def put_aside(tx: journal.Connection, node: Node, reservation: str, nano: int) -> None:
     """Hold the money of a node's last word. Raises NotEnough."""
     ledger.reserve(tx, reservation, node.account.key.id, node.name, nano, node.scopes, calls=0)
+
+
+def _size(policy: Policy, messages: Sequence[Message]) -> int:
+    """Bytes of UTF-8. Raises CountExceeded."""
+    size = sum(len(message["content"].encode("utf-8", "replace")) for message in messages)
+    most = policy.models.prompt
+    if size > most:
+        text = f"the prompt has {size:,} bytes, the policy permits {most:,}: send less text, or in pieces"
+        raise CountExceeded(text, limit=f"{most} bytes", asked=f"{size} bytes", left=f"{most} bytes")
+    return size
 
 
 def _minute(account: Account) -> Scope:
