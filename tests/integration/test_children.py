@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import textwrap
 import time
@@ -15,6 +16,7 @@ import anyio.to_thread
 import pytest
 
 from orchestrator import RLM, AsyncRLM, Completion
+from orchestrator.loop.handed import Given
 from tests.command import Airlock
 from tests.fakes.provider import Behaviour, Hang, Provider, Say, Seen
 
@@ -244,6 +246,19 @@ async def test_children_at_once_are_bounded(provider: Provider, home: Path, fres
     assert fresh.closing()["status"] == "cancelled"
     # What was under way may have been billed.
     assert Decimal(fresh.closing()["cost_usd"]) == spent(fresh, "root") > 0
+
+
+async def test_the_host_holds_no_context_for_a_child_that_runs(provider: Provider, home: Path, fresh: Airlock) -> None:
+    """It is in the store by then. A cell may begin as many children as it likes to, each with a large context."""
+    code = "FINAL(rlm_query_batched(['one?'] * 2, ['x' * 2_000_000] * 2))"
+    provider.answer = Script(**{"root?": [cell(code)], "one?": [Hang()]})
+    async with AsyncRLM(**options(provider, fresh)) as rlm:  # noqa: SIM117
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(rlm.completion, "root?", "text")
+            await anyio.to_thread.run_sync(provider.wait, "root", 3)  # both children are running
+            held = [found for found in gc.get_objects() if type(found) is Given and found.pieces]
+            assert [len(found.pieces) for found in held] == []
+            tasks.cancel_scope.cancel()
 
 
 def test_a_cell_that_ends_ends_its_children(ask: Ask, provider: Provider, fresh: Airlock) -> None:
