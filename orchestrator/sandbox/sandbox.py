@@ -207,6 +207,8 @@ class Sandbox:
             raise
         except AirlockError as error:
             reply.update(ok=False, value=None, error=_for_guest(error))
+            if not wire.fits(reply):  # a child's partial answer, and there are words around it
+                reply["error"]["partial"] = None
         self._in_flight.discard(frame["id"])
         await self._channel.send(reply)
 
