@@ -355,3 +355,19 @@ def test_contexts_that_cannot_be_handed_over_are_faults_of_the_cell(ask: Ask) ->
         '"1 queries and 0 contexts: there has to be one for each", '
         '"1 queries and 2 contexts: there has to be one for each"]'
     )
+
+
+def test_contexts_that_the_store_refuses_are_no_fault_of_the_providers(ask: Ask) -> None:
+    code = """
+        said = [rlm_query("child?", [])]
+        nested = []
+        for _ in range(300):
+            nested = [nested]
+        try:
+            rlm_query("child?", nested)
+        except SubCallError as error:
+            said.append([type(error).__name__, error.kind])
+        FINAL(said)
+    """
+    script = Script(**{"root?": [cell(code)], "child?": [cell("FINAL(repr(context))")]})
+    assert ask(script).response == '["[]", ["SubCallError", "bad-context"]]'
