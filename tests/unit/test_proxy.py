@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -615,6 +616,21 @@ async def test_identical_calls_are_answered_once_where_the_policy_says_so(db: Da
     assert at.query.balance() == (2 * 40 * NANO_A_TOKEN, 0)
     await at.sub("a", model="other")
     assert len(lm.requests) == 3
+
+
+async def test_a_repeated_call_names_the_one_that_brought_the_answer(db: Database):
+    rules = policy(models={"dedupe": True, "fallbacks": ("other",)}, counts={"retries": 0})
+    at = desk(db, FakeLM(ProviderBusy("down")), rules, other=FakeLM(said("yes")))
+    assert [await at.sub("a"), await at.sub("a")] == ["yes", "yes"]
+    answered = [body["call"] for body in at.bodies("call.result") if body["outcome"] == "answered"]
+    assert [body["of"] for body in at.bodies("call.repeated")] == answered
+
+
+async def test_what_is_kept_to_answer_repeated_calls_does_not_grow_with_their_prompts(db: Database):
+    at = desk(db, FakeLM(said("yes")), policy(models={"dedupe": True}))
+    for letter in "abc":
+        assert await at.sub(letter * 100_000) == "yes"
+    assert max(sys.getsizeof(part) for key in at.query.account.answers for part in key) < 1000
 
 
 async def test_a_call_that_failed_answers_nobody_else(db: Database):
