@@ -6,6 +6,7 @@ Nothing reaches a provider without a committed reservation and a committed `call
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
@@ -127,25 +128,25 @@ class Proxy:
         message: Message = {"role": "user", "content": prompt}
         _size(node.account.policy, [message])  # before it waits: what is too large is not held
         async with node.account.in_flight:
-            if answered:
-                answered.call = f"{node.name}.c{node.calls + 1}"
-            return (await self.ask(node, "sub", name, [message], node.account.policy.models.output_tokens)).text
+            most = node.account.policy.models.output_tokens
+            return (await self.ask(node, "sub", name, [message], most, answered=answered)).text
 
     async def _ask_once(self, node: Node, name: str, prompt: str) -> str:
         """The answer to the same words in this query, if there is one or is going to be; else ask."""
         account = node.account
-        while answered := account.answers.get((name, prompt)):
+        key = name, hashlib.sha256(prompt.encode("utf-8", "replace")).digest()  # prompts are large, and there are many
+        while answered := account.answers.get(key):
             await answered.done.wait()
             if answered.text is not None:
                 self._record(account, Event("call.repeated", node.name, {"of": answered.call, "model": name[:200]}))
                 return answered.text
-        mine = account.answers[name, prompt] = Answered()
+        mine = account.answers[key] = Answered()
         try:
             mine.text = await self._ask_sub(node, name, prompt, mine)
             return mine.text
         finally:
             if mine.text is None:
-                del account.answers[name, prompt]
+                del account.answers[key]
             mine.done.set()
 
     def refuse(self, node: Node, error: AirlockError, model: str) -> None:
@@ -168,11 +169,13 @@ class Proxy:
         messages: Sequence[Message],
         output_tokens: int,
         aside: Aside | None = None,
+        answered: Answered | None = None,
     ) -> Reply:
         """Ask `model` or, where its provider fails, the policy's fallbacks in their order.
 
         role: `root` for the loop of any node. aside: held for this very request, the node's last word: each attempt
-        takes its money in one transaction, and one that cost nothing puts it back in the same way.
+        takes its money in one transaction, and one that cost nothing puts it back in the same way. answered: is told
+        which call it was that brought the answer.
         Raises LimitError, RequestError or ProviderError.
         """
         failed: ProviderBusy | None = None
@@ -184,7 +187,10 @@ class Proxy:
                 continue
             plan = self._authorise(node, role, name, messages)
             try:
-                return await self._ask_one(node, plan, output_tokens, aside, last=last)
+                reply = await self._ask_one(node, plan, output_tokens, aside, last=last)
+                if answered:
+                    answered.call = plan.call
+                return reply
             except ProviderBusy as error:
                 failed = failed or error
         raise failed or AssertionError("the last one is always asked")
