@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
+import os
 import textwrap
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +19,8 @@ import pytest
 
 from orchestrator import RLM, AsyncRLM, Completion
 from orchestrator.loop.handed import Given
+from orchestrator.sandbox.base import Guest, SandboxSpec
+from orchestrator.sandbox.bubblewrap import Bubblewrap
 from tests.command import Airlock
 from tests.fakes.provider import Behaviour, Hang, Provider, Say, Seen
 
@@ -288,6 +292,23 @@ def test_a_childs_sandbox_that_dies_is_not_its_parents_end(ask: Ask, fresh: Airl
     assert done.status == "answered"
     assert fresh.closing()["status"] == "answered"
     assert set(nodes(fresh, "node.closed")) == {"root.1"}
+
+
+def test_a_childs_sandbox_that_cannot_be_started_is_not_its_parents_end(
+    ask: Ask, fresh: Airlock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch, launched = Bubblewrap.launch, list[SandboxSpec]()
+
+    async def short_of_files(self: Bubblewrap, spec: SandboxSpec) -> Guest:
+        launched.append(spec)
+        if len(launched) == 2:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return await launch(self, spec)
+
+    monkeypatch.setattr(Bubblewrap, "launch", short_of_files)
+    done = ask(Script(**{"root?": [cell(TELL)], "spend?": [Say("FINAL(x)")]}))
+    assert "sandbox-unusable: a sandbox cannot be started now: Too many open files" in str(done.response)
+    assert nodes(fresh, "node.closed")["root.1"]["status"] == "failed"
 
 
 def test_a_question_with_its_material_in_it(ask: Ask, fresh: Airlock) -> None:
