@@ -70,6 +70,12 @@ class Calls:
                 call, reply = self._wait(set(running))
                 self._slots.release()
                 results[running.pop(call)] = reply["value"] if reply["ok"] else error_from(reply["error"])
+        except Exception:  # of an item that is no text, or too large
+            # The others' places are taken until they have ended, as the host counts: else the next calls were too many.
+            while running:
+                del running[self._wait(set(running))[0]]
+                self._slots.release()
+            raise
         finally:
             for _ in running:
                 self._slots.release()

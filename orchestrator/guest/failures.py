@@ -61,6 +61,7 @@ class BatchError(SubCallError):
 
 KINDS: dict[str, type[SubCallError]] = {
     "not-permitted": NotPermitted,
+    "bad-context": SubCallError,
     "bad-model": NotPermitted,
     "price-unknown": NotPermitted,
     "budget-exhausted": BudgetExhausted,

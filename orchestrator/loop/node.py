@@ -301,6 +301,7 @@ class NodeRun:
         elif len(question) > most:  # a question with its material, as the reference library's users write them
             context = await anyio.to_thread.run_sync(self._m.keep_context, "text", [question])
             question = prompts.PROMPT_ALONE
+        del handed  # the store has it: the child may run for long, and others wait for their turn
         if len(question) > most:
             raise CountExceeded(f"the question has {len(question):,} characters; {most:,} are permitted")
         self._node.children += 1

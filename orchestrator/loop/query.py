@@ -134,7 +134,8 @@ class _Query:
         opened = self._opened()
         late = list(self._m.unclosed)
         running = await self._writer.write(lambda tx: self._open(tx, opened, late))
-        del self._m.unclosed[: len(late)]
+        # Others that began at the same time closed the same ones; a new one may have come since.
+        self._m.unclosed[:] = [key for key in self._m.unclosed if key not in late]
         error: AirlockError | None = None
         try:
             self._order.observe(opened)

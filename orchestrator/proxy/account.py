@@ -51,7 +51,7 @@ class Account:
     """What all nodes of a query's tree have in common.
 
     sent: what was asked for real, and is to be paid whatever happens to its record. running: requests under way.
-    turns: how far the root's loop has come. answers: (model, prompt) -> where the policy has calls answered once.
+    turns: how far the root's loop has come. answers: (model, SHA-256 of the prompt) -> where calls are answered once.
     """
 
     key: QueryKey
@@ -66,7 +66,7 @@ class Account:
     running: int = 0
     refused: int = 0
     usage: dict[str, ModelUsage] = field(default_factory=dict[str, ModelUsage])
-    answers: dict[tuple[str, str], Answered] = field(default_factory=dict[tuple[str, str], Answered])
+    answers: dict[tuple[str, bytes], Answered] = field(default_factory=dict[tuple[str, bytes], Answered])
 
     @property
     def spent(self) -> int:

@@ -6,6 +6,7 @@ Nothing reaches a provider without a committed reservation and a committed `call
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
@@ -19,6 +20,7 @@ import tenacity
 
 from orchestrator.core.errors import (
     AirlockError,
+    BudgetExhausted,
     BudgetInFlight,
     CountExceeded,
     LimitError,
@@ -29,6 +31,7 @@ from orchestrator.core.errors import (
     TimeExceeded,
 )
 from orchestrator.core.events import Event
+from orchestrator.core.policy import Policy
 from orchestrator.core.turns import Turns
 from orchestrator.core.units import usd
 from orchestrator.lm.base import LM, Message, Reply, Request
@@ -64,10 +67,11 @@ class _Plan:
 
 @dataclass(frozen=True, slots=True)
 class _Hold:
-    """A committed reservation, and what it allows."""
+    """A committed reservation, and what it allows. held: its money, for a last word all that was set aside."""
 
     reservation: str
     bound: int
+    held: int
     output_tokens: int
 
 
@@ -122,26 +126,27 @@ class Proxy:
 
     async def _ask_sub(self, node: Node, name: str, prompt: str, answered: Answered | None = None) -> str:
         message: Message = {"role": "user", "content": prompt}
+        _size(node.account.policy, [message])  # before it waits: what is too large is not held
         async with node.account.in_flight:
-            if answered:
-                answered.call = f"{node.name}.c{node.calls + 1}"
-            return (await self.ask(node, "sub", name, [message], node.account.policy.models.output_tokens)).text
+            most = node.account.policy.models.output_tokens
+            return (await self.ask(node, "sub", name, [message], most, answered=answered)).text
 
     async def _ask_once(self, node: Node, name: str, prompt: str) -> str:
         """The answer to the same words in this query, if there is one or is going to be; else ask."""
         account = node.account
-        while answered := account.answers.get((name, prompt)):
+        key = name, hashlib.sha256(prompt.encode("utf-8", "replace")).digest()  # prompts are large, and there are many
+        while answered := account.answers.get(key):
             await answered.done.wait()
             if answered.text is not None:
                 self._record(account, Event("call.repeated", node.name, {"of": answered.call, "model": name[:200]}))
                 return answered.text
-        mine = account.answers[name, prompt] = Answered()
+        mine = account.answers[key] = Answered()
         try:
             mine.text = await self._ask_sub(node, name, prompt, mine)
             return mine.text
         finally:
             if mine.text is None:
-                del account.answers[name, prompt]
+                del account.answers[key]
             mine.done.set()
 
     def refuse(self, node: Node, error: AirlockError, model: str) -> None:
@@ -164,11 +169,13 @@ class Proxy:
         messages: Sequence[Message],
         output_tokens: int,
         aside: Aside | None = None,
+        answered: Answered | None = None,
     ) -> Reply:
         """Ask `model` or, where its provider fails, the policy's fallbacks in their order.
 
         role: `root` for the loop of any node. aside: held for this very request, the node's last word: each attempt
-        takes its money in one transaction, and one that cost nothing puts it back in the same way.
+        takes its money in one transaction, and one that cost nothing puts it back in the same way. answered: is told
+        which call it was that brought the answer.
         Raises LimitError, RequestError or ProviderError.
         """
         failed: ProviderBusy | None = None
@@ -180,7 +187,10 @@ class Proxy:
                 continue
             plan = self._authorise(node, role, name, messages)
             try:
-                return await self._ask_one(node, plan, output_tokens, aside, last=last)
+                reply = await self._ask_one(node, plan, output_tokens, aside, last=last)
+                if answered:
+                    answered.call = plan.call
+                return reply
             except ProviderBusy as error:
                 failed = failed or error
         raise failed or AssertionError("the last one is always asked")
@@ -220,11 +230,7 @@ class Proxy:
         if not self._permits(node, role, model):
             raise NotPermitted(f"the policy does not permit model {model!r} for {role} calls", asked=model)
         lm, provider_model = self._models(model)
-        size = sum(len(message["content"].encode("utf-8", "replace")) for message in messages)
-        most = policy.models.prompt
-        if size > most:
-            text = f"the prompt has {size:,} bytes, the policy permits {most:,}: send less text, or in pieces"
-            raise CountExceeded(text, limit=f"{most} bytes", asked=f"{size} bytes", left=f"{most} bytes")
+        size = _size(policy, messages)
         node.calls += 1
         # A token is at least one byte of UTF-8 in every tokenizer that providers use.
         tokens = size + MESSAGE_TOKENS * len(messages) + REQUEST_TOKENS
@@ -281,8 +287,10 @@ class Proxy:
             try:
                 return await self._hold(node, plan, output_tokens, number, aside)
             except ledger.NotEnough as short:
-                lower = self._affordable(plan, output_tokens, node.account.policy.models.output_floor, short.free)
-                if lower:
+                money = isinstance(short.error, BudgetExhausted | BudgetInFlight)
+                floor = node.account.policy.models.output_floor
+                # A lower cap is cheaper, and no help where requests or calls in flight are what there are too many of.
+                if money and (lower := self._affordable(plan, output_tokens, floor, short.free)):
                     output_tokens = lower
                 elif not (isinstance(short.error, BudgetInFlight | RateLimited) and await self._sweep()):
                     raise short.error from None
@@ -308,24 +316,26 @@ class Proxy:
         # The last word must not have to wait for a minute to pass.
         scopes = node.scopes if aside else [*node.scopes, minute]
         tokens = plan.input_tokens + output_tokens
+        # What a last word does not need stays held with the rest: it may have to be set aside again.
+        held = max(bound, aside.nano) if aside else bound
 
         def work(tx: journal.Connection) -> None:
             if aside:
                 ledger.void(tx, aside.reservation)
             else:
                 ledger.open_scopes(tx, [minute])
-            ledger.reserve(tx, reservation, account.key.id, node.name, bound, scopes, tokens=tokens)
+            ledger.reserve(tx, reservation, account.key.id, node.name, held, scopes, tokens=tokens)
             journal.append(tx, account.key, event)
 
         await account.writer.write(work)
-        node.count(held=bound)
+        node.count(held=held)
         if aside:
             aside.taken = True
             node.count(held=-aside.nano)
         if plan.role == "root":
             node.conversation = list(plan.messages)
         account.recorded(event)
-        return _Hold(reservation, bound, output_tokens)
+        return _Hold(reservation, bound, held, output_tokens)
 
     def _affordable(self, plan: _Plan, output_tokens: int, floor: int, free: int) -> int:
         """The highest output cap from `floor` up that `free` can pay for, or 0."""
@@ -382,7 +392,7 @@ class Proxy:
             journal.append(tx, account.key, event)
 
         account.writer.post(work)
-        node.count(held=-hold.bound, spent=cost)
+        node.count(held=-hold.held, spent=cost)
         if aside and settled.outcome == "void":
             aside.reservation, aside.tries, aside.taken = again, aside.tries + 1, False
             node.count(held=aside.nano)
@@ -410,6 +420,16 @@ class Proxy:
 def put_aside(tx: journal.Connection, node: Node, reservation: str, nano: int) -> None:
     """Hold the money of a node's last word. Raises NotEnough."""
     ledger.reserve(tx, reservation, node.account.key.id, node.name, nano, node.scopes, calls=0)
+
+
+def _size(policy: Policy, messages: Sequence[Message]) -> int:
+    """Bytes of UTF-8. Raises CountExceeded."""
+    size = sum(len(message["content"].encode("utf-8", "replace")) for message in messages)
+    most = policy.models.prompt
+    if size > most:
+        text = f"the prompt has {size:,} bytes, the policy permits {most:,}: send less text, or in pieces"
+        raise CountExceeded(text, limit=f"{most} bytes", asked=f"{size} bytes", left=f"{most} bytes")
+    return size
 
 
 def _minute(account: Account) -> Scope:

@@ -207,6 +207,8 @@ class Sandbox:
             raise
         except AirlockError as error:
             reply.update(ok=False, value=None, error=_for_guest(error))
+            if not wire.fits(reply):  # a child's partial answer, and there are words around it
+                reply["error"]["partial"] = None
         self._in_flight.discard(frame["id"])
         await self._channel.send(reply)
 
@@ -247,7 +249,11 @@ def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
 async def open_sandbox(backend: Backend, slots: Slots, spec: Callable[[Slot], SandboxSpec]) -> AsyncGenerator[Sandbox]:
     """A started sandbox on a slot of its own; on leaving, guest and slot are gone."""
     with slots.take() as slot:
-        sandbox = Sandbox(await backend.launch(spec(slot)), spec(slot))
+        try:
+            guest = await backend.launch(spec(slot))
+        except OSError as error:  # of processes, open files or space: for a child query not its parent's end
+            raise SandboxUnusable(f"a sandbox cannot be started now: {error.strerror}; see `airlock doctor`") from error
+        sandbox = Sandbox(guest, spec(slot))
         try:
             await sandbox.start()
             yield sandbox

@@ -112,11 +112,13 @@ class ContextStore:
         raise ContextError(f"{name}: is a {type(value).__name__}; pass a str, a list or a dict, or the path of a file")
 
     def ingest_pieces(self, kind: Literal["text", "jsonl"], pieces: Sequence[str]) -> Context:
-        """Store a text, or a list as JSON lines, that comes in pieces. Of nothing at all it makes an empty str.
+        """Store a text, or a list as JSON lines, that comes in pieces. Nothing at all is an empty str, or list.
 
         Raises ContextError, StoreError.
         """
-        return self._keep_pieces(kind, "context", pieces) if any(pieces) else self.nothing()
+        if any(pieces):
+            return self._keep_pieces(kind, "context", pieces)
+        return self.nothing() if kind == "text" else self._keep_pieces("json", "context", ["[]"])
 
     def nothing(self) -> Context:
         """The context of a cell that is given none, an empty str: as JSON, as a file of no bytes cannot be mapped."""

@@ -149,16 +149,18 @@ def read_json_lines(
 def _lines(pieces: Iterable[bytes | str], name: str, max_line: int) -> Iterator[bytes]:
     """Lines in UTF-8, without their end."""
     held: list[bytes] = []
-    number = 1
+    size, number = 0, 1
     for piece in pieces:
         first, *rest = (piece if isinstance(piece, bytes) else piece.encode()).split(b"\n")
         held.append(first)
-        if sum(map(len, held)) > max_line:
+        size += len(first)  # of what is held: counted anew for each piece, very many small ones would take minutes
+        if size > max_line:
             raise ContextError(f"{name}: line {number} is longer than {max_line >> 20} MiB; split it up")
         if rest:
             yield b"".join(held)
             yield from rest[:-1]
             held = [rest[-1]]
+            size = len(held[0])
             number += len(rest)
     yield b"".join(held)
 

@@ -10,6 +10,8 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, suppress
+from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,10 @@ import pytest
 
 from orchestrator import RLM, AsyncRLM, RequestError
 from orchestrator.core.errors import StoreError
+from orchestrator.core.events import Event
 from orchestrator.sandbox.bubblewrap import Bubblewrap
+from orchestrator.store.journal import QueryKey
+from orchestrator.wiring import Choices, Watch, open_platform
 from tests.command import Airlock
 from tests.fakes.provider import Hang, Provider, Say, Seen
 
@@ -147,3 +152,28 @@ def lose(home: Path, kind: str) -> None:
     body = f"""SELECT RAISE(ABORT, 'lost') WHERE instr(CAST(NEW.record AS TEXT), '"type":"{kind}"')"""
     with closing(sqlite3.connect(home / "airlock.db")) as db:
         db.execute(f"CREATE TRIGGER lose BEFORE INSERT ON records BEGIN {body}; END")
+
+
+async def test_a_query_that_could_not_be_closed_is_not_forgotten_by_those_that_begin_at_once(
+    provider: Provider, fresh: Airlock
+) -> None:
+    provider.answer = lambda _seen: Say("FINAL(42)")
+    fresh.home.mkdir()
+    choices = Choices(model="m", base_url=provider.url, api_key="k", prices={"m": (Decimal(1), Decimal(2))})
+    async with open_platform(choices, fresh.home) as platform:
+        unclosed = platform._machinery.unclosed  # pyright: ignore[reportPrivateUsage]
+        context = platform.contexts.ingest_value("text")
+        ended = (await platform.run("q", context)).query_id
+        earlier, later = (QueryKey(ended, tenant, "", keep=True) for tenant in ("earlier", "later"))
+        unclosed.append(earlier)
+
+        def observe(event: Event) -> None:  # another one's end gets lost just then
+            if event.type == "query.opened" and later not in seen:
+                seen.append(later)
+                unclosed.append(later)
+
+        seen: list[QueryKey] = []
+        async with anyio.create_task_group() as tasks:
+            for _ in range(2):
+                tasks.start_soon(partial(platform.run, "q", context, watch=Watch(event=observe)))
+        assert unclosed == [later]

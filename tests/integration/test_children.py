@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import gc
 import json
+import os
 import textwrap
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +18,9 @@ import anyio.to_thread
 import pytest
 
 from orchestrator import RLM, AsyncRLM, Completion
+from orchestrator.loop.handed import Given
+from orchestrator.sandbox.base import Guest, SandboxSpec
+from orchestrator.sandbox.bubblewrap import Bubblewrap
 from tests.command import Airlock
 from tests.fakes.provider import Behaviour, Hang, Provider, Say, Seen
 
@@ -246,6 +252,19 @@ async def test_children_at_once_are_bounded(provider: Provider, home: Path, fres
     assert Decimal(fresh.closing()["cost_usd"]) == spent(fresh, "root") > 0
 
 
+async def test_the_host_holds_no_context_for_a_child_that_runs(provider: Provider, home: Path, fresh: Airlock) -> None:
+    """It is in the store by then. A cell may begin as many children as it likes to, each with a large context."""
+    code = "FINAL(rlm_query_batched(['one?'] * 2, ['x' * 2_000_000] * 2))"
+    provider.answer = Script(**{"root?": [cell(code)], "one?": [Hang()]})
+    async with AsyncRLM(**options(provider, fresh)) as rlm:  # noqa: SIM117
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(rlm.completion, "root?", "text")
+            await anyio.to_thread.run_sync(provider.wait, "root", 3)  # both children are running
+            held = [found for found in gc.get_objects() if type(found) is Given and found.pieces]
+            assert [len(found.pieces) for found in held] == []
+            tasks.cancel_scope.cancel()
+
+
 def test_a_cell_that_ends_ends_its_children(ask: Ask, provider: Provider, fresh: Airlock) -> None:
     script = Script(**{"root?": [cell("rlm_query('hang?')"), Say("FINAL(went on)")], "hang?": [Hang()]})
     done = ask(script, time_cell="1500 ms")
@@ -273,6 +292,23 @@ def test_a_childs_sandbox_that_dies_is_not_its_parents_end(ask: Ask, fresh: Airl
     assert done.status == "answered"
     assert fresh.closing()["status"] == "answered"
     assert set(nodes(fresh, "node.closed")) == {"root.1"}
+
+
+def test_a_childs_sandbox_that_cannot_be_started_is_not_its_parents_end(
+    ask: Ask, fresh: Airlock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch, launched = Bubblewrap.launch, list[SandboxSpec]()
+
+    async def short_of_files(self: Bubblewrap, spec: SandboxSpec) -> Guest:
+        launched.append(spec)
+        if len(launched) == 2:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return await launch(self, spec)
+
+    monkeypatch.setattr(Bubblewrap, "launch", short_of_files)
+    done = ask(Script(**{"root?": [cell(TELL)], "spend?": [Say("FINAL(x)")]}))
+    assert "sandbox-unusable: a sandbox cannot be started now: Too many open files" in str(done.response)
+    assert nodes(fresh, "node.closed")["root.1"]["status"] == "failed"
 
 
 def test_a_question_with_its_material_in_it(ask: Ask, fresh: Airlock) -> None:
@@ -340,3 +376,19 @@ def test_contexts_that_cannot_be_handed_over_are_faults_of_the_cell(ask: Ask) ->
         '"1 queries and 0 contexts: there has to be one for each", '
         '"1 queries and 2 contexts: there has to be one for each"]'
     )
+
+
+def test_contexts_that_the_store_refuses_are_no_fault_of_the_providers(ask: Ask) -> None:
+    code = """
+        said = [rlm_query("child?", [])]
+        nested = []
+        for _ in range(300):
+            nested = [nested]
+        try:
+            rlm_query("child?", nested)
+        except SubCallError as error:
+            said.append([type(error).__name__, error.kind])
+        FINAL(said)
+    """
+    script = Script(**{"root?": [cell(code)], "child?": [cell("FINAL(repr(context))")]})
+    assert ask(script).response == '["[]", ["SubCallError", "bad-context"]]'

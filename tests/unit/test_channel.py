@@ -13,7 +13,7 @@ import anyio
 import pytest
 from anyio.abc import ByteStream
 
-from orchestrator.core.errors import NotPermitted, ProtocolViolation, SandboxDied, SandboxUnusable
+from orchestrator.core.errors import ChildStopped, NotPermitted, ProtocolViolation, SandboxDied, SandboxUnusable
 from orchestrator.guest import wire
 from orchestrator.sandbox import channel as channel_module
 from orchestrator.sandbox.base import Guest, Slot, Usage
@@ -245,6 +245,17 @@ async def test_replies_carry_the_answer_or_the_error():
         await sandbox.run("code", 5.0, on_call)
         error = {"kind": "not-permitted", "message": "no", "limit": "l", "asked": "a", "left": "0"}
         assert guest.stream.sent[-1] == {"type": "reply", "id": 1, "ok": False, "value": None, "error": error}
+
+
+async def test_a_partial_answer_that_the_channel_cannot_carry_is_left_out():
+    """A hostile child can give one that just fitted its own channel: its parent's has less room for it."""
+
+    async def on_call(_call: Call) -> str:
+        raise ChildStopped("too long", partial="x" * wire.MAX_LINE)
+
+    async with sandbox_of(run=lines(CALL), reply=lines(DONE)) as (sandbox, guest):
+        assert (await sandbox.run("code", 5.0, on_call)).status == "ok"
+        assert guest.stream.sent[-1]["error"]["partial"] is None
 
 
 async def test_a_guest_that_never_ends_its_cell_is_killed(monkeypatch: pytest.MonkeyPatch):

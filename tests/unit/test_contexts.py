@@ -7,6 +7,7 @@ import io
 import json
 import os
 import resource
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -331,3 +332,27 @@ def test_what_a_killed_process_left_goes_with_the_next_ingest(store: ContextStor
     (tmp_path / "store" / "drafts" / "left").write_bytes(b"half")
     store.ingest_value("second")
     assert files_in(tmp_path) == ["data", "data", "manifests", "manifests"]
+
+
+def test_a_line_in_very_many_pieces_is_read_in_proportion_to_them(store: ContextStore):
+    """A guest gives them one by one; what they cost the host must not grow with their square."""
+
+    def seconds(pieces: int) -> float:
+        line = ['"', *["x"] * pieces, '"']
+        times: list[float] = []
+        for _ in range(3):
+            began = time.process_time()
+            assert store.ingest_pieces("jsonl", line).chars == pieces + 3
+            times.append(time.process_time() - began)
+        return min(times)
+
+    seconds(10)
+    assert seconds(32_000) < 64 * seconds(2_000)
+
+
+def test_of_nothing_an_empty_text_or_list_is_made(store: ContextStore):
+    made = {kind: store.ingest_pieces(kind, ["", ""]) for kind in ("text", "jsonl")}
+    assert {kind: (data_of(context), context.shape["type"]) for kind, context in made.items()} == {
+        "text": (b'""', "str"),
+        "jsonl": (b"[]", "list"),
+    }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -281,6 +283,31 @@ async def test_a_last_word_that_cost_nothing_can_be_asked_for_again(db: Database
     assert sorted(ended) == [("settled", 1), ("void", 7)]
 
 
+async def test_a_last_word_that_asks_for_less_leaves_the_rest_to_nobody(db: Database):
+    """A child's, say, while its siblings spend the query's money: what it was promised is still there afterwards."""
+    rules = policy(money={"query": bound("hi", 300)}, counts={"retries": 1})
+    taken: list[str] = []
+
+    async def take() -> None:
+        with contextlib.suppress(ledger.NotEnough):
+            rest = bound("hi", 300) - bound("hi", 100)
+            await db.write(lambda tx: ledger.reserve(tx, "other", "q2", "root", rest, at.query.scopes))
+            taken.append("the rest")
+
+    class Greedy(FakeLM):
+        async def ask(self, request: Request) -> Reply:
+            if not self.requests:
+                await take()
+            return await super().ask(request)
+
+    at = desk(db, Greedy(NOW, said("yes", usage=USED)), rules)
+    aside = await put_by(at, rules.money.query)
+    assert (await at.root("hi", tokens=100, aside=aside)).text == "yes"
+    assert taken == []
+    assert at.query.balance() == (40 * NANO_A_TOKEN, 0) == (at.query.node.spent, at.query.node.held)
+    assert [body["outcome"] for body in at.bodies("call.result")] == ["void", "answered"]
+
+
 async def test_a_report_above_the_bound_is_charged_at_the_bound_and_recorded(db: Database):
     at = desk(db, FakeLM(said("yes", usage=Usage(10**6, 1))))
     await at.root("hi")
@@ -343,6 +370,18 @@ async def test_a_prompt_that_is_too_large_is_refused(db: Database):
     with pytest.raises(CountExceeded, match="the prompt has 12 bytes, the policy permits 10"):
         await at.sub("€€€€")
     assert await at.sub("€€€.") == "yes"
+
+
+async def test_a_prompt_that_is_too_large_is_not_kept_waiting(db: Database):
+    """Each can have the 16 MiB of a frame, or a context's size: nobody may have the host hold as many as can wait."""
+    lm = HangingLM()
+    at = desk(db, lm, policy(models={"prompt": 10}, counts={"in_flight": 1}))
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(at.sub)
+        await lm.asked.wait()
+        with anyio.fail_after(5), pytest.raises(CountExceeded, match="the prompt has 11 bytes"):
+            await at.sub("x" * 11)
+        tasks.cancel_scope.cancel()
 
 
 async def test_sub_calls_in_flight_are_bounded(db: Database):
@@ -579,6 +618,21 @@ async def test_identical_calls_are_answered_once_where_the_policy_says_so(db: Da
     assert len(lm.requests) == 3
 
 
+async def test_a_repeated_call_names_the_one_that_brought_the_answer(db: Database):
+    rules = policy(models={"dedupe": True, "fallbacks": ("other",)}, counts={"retries": 0})
+    at = desk(db, FakeLM(ProviderBusy("down")), rules, other=FakeLM(said("yes")))
+    assert [await at.sub("a"), await at.sub("a")] == ["yes", "yes"]
+    answered = [body["call"] for body in at.bodies("call.result") if body["outcome"] == "answered"]
+    assert [body["of"] for body in at.bodies("call.repeated")] == answered
+
+
+async def test_what_is_kept_to_answer_repeated_calls_does_not_grow_with_their_prompts(db: Database):
+    at = desk(db, FakeLM(said("yes")), policy(models={"dedupe": True}))
+    for letter in "abc":
+        assert await at.sub(letter * 100_000) == "yes"
+    assert max(sys.getsizeof(part) for key in at.query.account.answers for part in key) < 1000
+
+
 async def test_a_call_that_failed_answers_nobody_else(db: Database):
     lm = Slow(ProviderRefused("no"), said("yes"))
     at = desk(db, lm, policy(models={"dedupe": True}))
@@ -637,6 +691,30 @@ async def test_a_call_waits_for_the_next_minute_where_it_has_the_time(db: Databa
     at.query.node.deadline = time.monotonic() + 600
     assert [await at.sub(), await at.sub()] == ["yes", "yes"]
     assert [0 < seconds <= 60 for seconds in waited] == [True]
+
+
+@pytest.mark.parametrize("limits", [{"requests_minute": 1}, {"tokens_minute": 3 * 4096}])
+async def test_what_no_money_buys_is_not_asked_for_in_smaller_parts(
+    db: Database, limits: dict[str, int], monkeypatch: pytest.MonkeyPatch
+):
+    """A model that costs nothing could have every output cap, and none of them is room in a minute."""
+    at = desk(db, FakeLM(said("yes")), policy(tenant=limits), price="0")
+    at.query.node.deadline = time.monotonic() + 0.5
+    for _ in range(2):
+        with contextlib.suppress(RateLimited):
+            await at.sub("x" * 5000)
+    tried: list[int] = []
+    reserve = ledger.reserve
+
+    def counting(*args: Any, **more: Any) -> None:
+        tried.append(more["tokens"])
+        reserve(*args, **more)
+
+    monkeypatch.setattr(ledger, "reserve", counting)
+    at.query.node.deadline = time.monotonic() + 0.5
+    with pytest.raises(RateLimited):
+        await at.sub("x" * 5000)
+    assert len(set(tried)) == 1, f"{len(set(tried))} sizes were tried"
 
 
 async def test_a_call_that_no_minute_has_room_for_is_refused_for_good(db: Database):

@@ -130,6 +130,19 @@ async def calls_that_cannot_be_made(repl: Repl) -> None:
         await repl.ends("llm_query_batched(['x' * 17_000_000])", "error", "ValueError: frame of 17")
     await repl.prints("llm_query_batched(['a'] * 20)[-1]", "'reply to a'")
 
+    async def slowly(call: Call) -> str:
+        await anyio.sleep(0.2 if call.prompt == "first" else 0)
+        return call.prompt
+
+    # Nor do those of the same batch that are under way, once a cell has caught what became of it.
+    code = """
+        try:
+            llm_query_batched(['first'] * 7 + ['x' * 17_000_000])
+        except ValueError:
+            print(len(llm_query_batched(['next'] * 8)))
+        """
+    await repl.prints(code, "8", slowly)
+
 
 @in_a_sandbox("A process that a cell forked cannot call, nor end the cell.")
 async def forks_cannot_call(repl: Repl) -> None:
