@@ -12,7 +12,9 @@ from .link import CellOver, Link, Shield
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from typing import Any
+    from typing import Any, TypeGuard
+
+    from .lazytext import LazyText
 
 
 class Calls:
@@ -109,7 +111,7 @@ class Calls:
             return None
         if isinstance(context, (list, tuple)):
             op, pieces = "context_list", _lines(context)  # pyright: ignore[reportUnknownArgumentType]
-        elif isinstance(context, str):
+        elif isinstance(context, str) or _is_lazy(context):
             op, pieces = "context_text", _cut(context)
         else:
             raise TypeError("the context of a child query is a text or a list, not %s" % type(context).__name__)
@@ -174,7 +176,14 @@ class Calls:
                 self._cond.notify_all()
 
 
-def _cut(text: str) -> Iterator[str]:
+def _is_lazy(context: object) -> TypeGuard[LazyText]:
+    """A document of its own size, in a context of many: its slices are str."""
+    from .lazytext import LazyText
+
+    return isinstance(context, LazyText)
+
+
+def _cut(text: str | LazyText) -> Iterator[str]:
     for start in range(0, max(1, len(text)), wire.PIECE_CHARS):
         yield text[start : start + wire.PIECE_CHARS]
 

@@ -16,7 +16,14 @@ from typing import Literal, Protocol
 
 import anyio
 
-from orchestrator.core.errors import BudgetExhausted, BudgetInFlight, CountExceeded, LimitError, RateLimited
+from orchestrator.core.errors import (
+    BudgetExhausted,
+    BudgetInFlight,
+    CountExceeded,
+    LimitError,
+    ProviderError,
+    RateLimited,
+)
 from orchestrator.core.events import EventType
 from orchestrator.lm.base import Message, Reply
 from orchestrator.loop import prompts
@@ -161,6 +168,8 @@ class Loop:
             reply = await self.ask(asked, prompts.LAST_WORD_TOKENS, last=True)
         except LimitError:
             return self.stopped("limit", reason)
+        except ProviderError as error:  # what stopped the query is still the limit
+            return self.stopped("limit", f"{reason}; no last word came: {error}")
         step = parse(reply.text)
         answer = step.final
         if answer is None and step.final_var is not None:

@@ -127,9 +127,8 @@ class Proxy:
     async def _ask_sub(self, node: Node, name: str, prompt: str, answered: Answered | None = None) -> str:
         message: Message = {"role": "user", "content": prompt}
         _size(node.account.policy, [message])  # before it waits: what is too large is not held
-        async with node.account.in_flight:
-            most = node.account.policy.models.output_tokens
-            return (await self.ask(node, "sub", name, [message], most, answered=answered)).text
+        most = node.account.policy.models.output_tokens
+        return (await self.ask(node, "sub", name, [message], most, answered=answered)).text
 
     async def _ask_once(self, node: Node, name: str, prompt: str) -> str:
         """The answer to the same words in this query, if there is one or is going to be; else ask."""
@@ -171,7 +170,7 @@ class Proxy:
         aside: Aside | None = None,
         answered: Answered | None = None,
     ) -> Reply:
-        """Ask `model` or, where its provider fails, the policy's fallbacks in their order.
+        """Ask `model` or, where its provider fails, the policy's fallbacks in their order; one of the calls in flight.
 
         role: `root` for the loop of any node. aside: held for this very request, the node's last word: each attempt
         takes its money in one transaction, and one that cost nothing puts it back in the same way. answered: is told
@@ -181,18 +180,19 @@ class Proxy:
         failed: ProviderBusy | None = None
         others = [name for name in node.account.policy.models.fallbacks if self._permits(node, role, name)]
         candidates = list(dict.fromkeys((model, *others)))
-        for name in candidates:
-            last = name == candidates[-1]
-            if self._circuit.is_open(name) and not last:
-                continue
-            plan = self._authorise(node, role, name, messages)
-            try:
-                reply = await self._ask_one(node, plan, output_tokens, aside, last=last)
-                if answered:
-                    answered.call = plan.call
-                return reply
-            except ProviderBusy as error:
-                failed = failed or error
+        async with node.account.in_flight:
+            for name in candidates:
+                last = name == candidates[-1]
+                if self._circuit.is_open(name) and not last:
+                    continue
+                plan = self._authorise(node, role, name, messages)
+                try:
+                    reply = await self._ask_one(node, plan, output_tokens, aside, last=last)
+                    if answered:
+                        answered.call = plan.call
+                    return reply
+                except ProviderBusy as error:
+                    failed = failed or error
         raise failed or AssertionError("the last one is always asked")
 
     async def _ask_one(self, node: Node, plan: _Plan, output_tokens: int, aside: Aside | None, *, last: bool) -> Reply:

@@ -392,3 +392,16 @@ def test_contexts_that_the_store_refuses_are_no_fault_of_the_providers(ask: Ask)
     """
     script = Script(**{"root?": [cell(code)], "child?": [cell("FINAL(repr(context))")]})
     assert ask(script).response == '["[]", ["SubCallError", "bad-context"]]'
+
+
+def test_a_document_that_is_too_large_to_be_a_str_can_be_a_childs_context(ask: Ask, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "large.txt").write_text("ab" * 20_000_000)
+    code = """
+        text = context[0]["text"]
+        FINAL([type(text).__name__, rlm_query("child?", text)])
+    """
+    script = Script(**{"root?": [cell(code)], "child?": [cell("FINAL(len(context))")]})
+    done = ask(script, folder, sandbox_memory="128 MiB")
+    assert done.response == '["LazyText", "40000000"]'

@@ -14,6 +14,7 @@ from orchestrator.core.errors import (
     BudgetInFlight,
     CountExceeded,
     NotPermitted,
+    ProviderBusy,
     ProviderRefused,
     SandboxDied,
     TimeExceeded,
@@ -213,6 +214,15 @@ async def test_without_money_for_the_last_word_there_is_the_partial_answer():
     outcome = await stage.run(accept=lambda answer: "too short")
     assert outcome == Outcome(
         "limit", "rejected", "budget-exhausted: no money; the partial answer was not accepted: too short"
+    )
+
+
+async def test_a_provider_that_fails_at_the_last_word_does_not_hide_the_limit():
+    stage = Stage("FINAL(first)", ProviderBusy("busy"))
+    outcome = await stage.loop(1, lambda answer: f"{answer} is no number").run(stage.messages)
+    assert (outcome.status, outcome.answer) == ("limit", "first")
+    assert outcome.reason.startswith(
+        "count-exceeded: all 1 turns are used; no last word came: busy; the partial answer"
     )
 
 

@@ -384,7 +384,9 @@ async def test_a_prompt_that_is_too_large_is_not_kept_waiting(db: Database):
         tasks.cancel_scope.cancel()
 
 
-async def test_sub_calls_in_flight_are_bounded(db: Database):
+@pytest.mark.parametrize("role", ["root", "sub"])
+async def test_calls_in_flight_are_bounded(db: Database, role: str):
+    """Those of loops, too: child queries have theirs at the same time."""
     most = 0
 
     def look() -> None:
@@ -394,7 +396,7 @@ async def test_sub_calls_in_flight_are_bounded(db: Database):
     at = desk(db, FakeLM(said("yes"), before=look), policy(counts={"in_flight": 3}))
     async with anyio.create_task_group() as tasks:
         for _ in range(20):
-            tasks.start_soon(at.sub)
+            tasks.start_soon(at.root if role == "root" else at.sub)
     assert 1 <= most <= 3
 
 
