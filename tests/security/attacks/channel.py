@@ -111,7 +111,7 @@ def send_on(frame, send=link.send):
     send(frame)
     for number in range(1000, 1004) if frame['type'] == 'end' else ():  # the agent stops it in the middle of this
         time.sleep(0.005)
-        send({'type': 'call', 'id': number, 'op': 'llm_query', 'prompt': 'late', 'model': None})
+        send({'type': 'call', 'id': number, 'op': 'llm_query', 'prompt': 'late', 'model': None, 'context': None})
 link.send = send_on
 """
 
