@@ -51,7 +51,7 @@ class PlatformSettings(_Strict):
 
     month_usd: Decimal | None = Field(default=None, ge=0, le=10**9)
     in_flight: int = Field(default=256, ge=1, le=100_000)
-    sandboxes: int = Field(default=64, ge=1, le=10_000)
+    sandboxes: int = Field(default=96, ge=1, le=10_000)
 
 
 _Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]

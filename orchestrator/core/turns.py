@@ -47,6 +47,8 @@ class Turns:
         if capacity < 1:
             raise ValueError(f"a capacity of {capacity}: nobody would ever have a turn")
         self.capacity = capacity
+        # Places are not taken back: were all of them one's, whose turns are long, a share would be worth nothing.
+        self.most_of_one = max(1, capacity * 3 // 4)
         self.running = 0
         self._clock = 0.0
         self._known: dict[str, _Who] = {}

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 CONNECT_S = 10.0  # a connection that is not made costs nothing, so it may be tried again
 TAIL_S = 5.0  # for the usage, after the text has ended
 DRAIN_S = 0.1  # for the end of the body, after the last event: the connection can be used again then
-_BUSY = (408, 409, 429)
+_BUSY = (409, 429)
+_TIMED_OUT = (408, 504, 524)  # on the way to or from the model, which may have answered all the same
 _REFUSED = (400, 422)
 # What the SDK would tell any server of this machine; and each header is copied by four layers.
 _OF_THE_MACHINE = ("OS", "Arch", "Lang", "Package-Version", "Runtime", "Runtime-Version", "Async", "Retry-Count")
@@ -143,6 +144,8 @@ class OpenAILM(LM):
             return ProviderRefused(f"{where} refused the API key ({status}): check the key and what it may use")
         if status == 404:
             return ProviderRefused(f"{where} has no model {request.model!r}, or no chat completions there (404)")
+        if status in _TIMED_OUT:
+            return OutcomeUnknown(f"{where} gave up waiting for the answer ({status})")
         if status in _BUSY or status >= 500:
             return ProviderBusy(f"{where} is busy or failing ({status}): {said}", retry_after=_retry_after(error))
         if status in _REFUSED and self._another_way(error.response.text, request, way):

@@ -66,7 +66,8 @@ class Machine:
 class Work:
     """What one node is to do. code: run as one cell instead of an LM's loop (`airlock exec`); model is empty then.
 
-    models: what is asked at each depth, the last one at all further down; the first is this node's own.
+    models: what is asked at each depth, the last one at all further down; the first is this node's own. inherited: the
+    context is that of the parent, who looks after it.
     """
 
     question: str
@@ -75,6 +76,7 @@ class Work:
     accept: Callable[[str], Awaitable[str | None]]
     code: str | None = None
     on_output: Callable[[str, str], None] | None = None
+    inherited: bool = False
 
     @property
     def model(self) -> str:
@@ -145,17 +147,7 @@ class NodeRun:
         size = sum(len(message["content"].encode("utf-8", "replace")) + 16 for message in messages)
         least = words + proxy.bound(model, size, self._policy.models.output_floor)
         if least > node.limit:
-            limit = usd(node.limit)
-            whose, remedy = "budget", "raise --budget, or take a cheaper model"
-            if node.parent:
-                whose, remedy = "child query's share", "ask llm_query, or less of it at once"
-            raise BudgetExhausted(
-                f"the {whose} of {limit} USD is smaller than one turn and a last word of {model} can cost "
-                f"({usd(least)} USD): {remedy}",
-                limit=f"{limit} USD",
-                asked=f"{usd(least)} USD",
-                left=f"{limit} USD",
-            )
+            raise _too_little(model, least, node.limit, child=node.parent is not None)
         aside = Aside(ledger.set_aside(self._account.key.id, node.name), words)
         try:
             await self._account.writer.write(lambda tx: put_aside(tx, node, aside.reservation, words))
@@ -167,9 +159,9 @@ class NodeRun:
     # In the sandbox
 
     async def _in_sandbox(self, messages: list[Message]) -> Outcome:
-        key, tenant = self._account.key, self._policy.tenant
+        key, tenant, places = self._account.key, self._policy.tenant, self._m.places(self._node.depth)
         async with (
-            self._m.places(self._node.depth).turn(key.tenant, tenant.share),
+            places.turn(key.tenant, tenant.share, places.most_of_one),
             self._m.open_sandbox(partial(SandboxSpec.under, self._policy)) as sandbox,
         ):
             try:
@@ -293,8 +285,13 @@ class NodeRun:
         if account.children >= counts.children:
             text = f"the query's {counts.children} child queries are used up"
             raise CountExceeded(text, limit=str(counts.children), asked="1", left="0")
-        account.children += 1  # before anything is stored for it: calls come at the same time
         most = self._policy.content.question_chars
+        if handed.form and len(call.prompt) > most:
+            raise CountExceeded(f"the question has {len(call.prompt):,} characters; {most:,} are permitted")
+        below = self._work.models[1:] or self._work.models
+        models = [call.model, *below[1:]] if call.model else below
+        account.children += 1  # before anything is stored for it: calls come at the same time
+        await self._require_money_for(models[0])
         question, context = call.prompt, self._work.context
         if handed.form:
             context = await anyio.to_thread.run_sync(self._m.keep_context, handed.form, handed.pieces)
@@ -302,22 +299,28 @@ class NodeRun:
             context = await anyio.to_thread.run_sync(self._m.keep_context, "text", [question])
             question = prompts.PROMPT_ALONE
         del handed  # the store has it: the child may run for long, and others wait for their turn
-        if len(question) > most:
-            raise CountExceeded(f"the question has {len(question):,} characters; {most:,} are permitted")
         self._node.children += 1
         name = f"{self._node.name}.{self._node.children}"
         async with self._children:
-            return await self._child(name, question, context, call.model)
+            return await self._child(name, question, context, models)
 
-    async def _child(self, name: str, question: str, context: Context, model: str | None) -> str:
+    def _share(self, tx: journal.Connection) -> int:
+        """nano-USD that a child may have now."""
+        return ledger.left(tx, self._node.scopes) * self._policy.money.child_share // 100
+
+    async def _require_money_for(self, model: str) -> None:
+        """Before its context is stored: a child that cannot even have a last word begins in vain. Raises LimitError."""
+        share = await self._account.writer.write(self._share)
+        words = self._m.proxy.bound(model, prompts.LAST_WORD_BYTES, prompts.LAST_WORD_TOKENS)
+        if words > share:
+            raise _too_little(model, words, share, child=True)
+
+    async def _child(self, name: str, question: str, context: Context, models: Sequence[str]) -> str:
         """Run it, and its answer. Raises ChildStopped with its best answer, StoreError."""
         parent, account = self._node, self._account
-        below = self._work.models[1:] or self._work.models
-        models = [model, *below[1:]] if model else below
 
         def open_(tx: journal.Connection) -> tuple[Scope, Event]:
-            left = ledger.left(tx, parent.scopes)
-            mine = Scope(f"node:{account.key.id}:{name}", left * self._policy.money.child_share // 100)
+            mine = Scope(f"node:{account.key.id}:{name}", self._share(tx))
             ledger.open_scopes(tx, [mine])
             child = f"{account.key.id}:{name}:child"
             ledger.reserve(tx, child, account.key.id, name, 0, [mine, *parent.scopes], calls=0, children=1)
@@ -348,7 +351,8 @@ class NodeRun:
             parent=parent,
         )
         accept = schema_check(None, self._policy.content.answer_chars)
-        run = NodeRun(self._m, node, Work(question, context, models, accept))
+        inherited = context is self._work.context
+        run = NodeRun(self._m, node, Work(question, context, models, accept, inherited=inherited))
         outcome, started = Outcome("cancelled", None, "cancelled"), time.monotonic()
         try:
             outcome = await run.run()
@@ -386,7 +390,8 @@ class NodeRun:
             journal.append(tx, account.key, event)
 
         with anyio.CancelScope(shield=True):
-            await self.verify()
+            if not self._work.inherited:
+                await self.verify()
             account.writer.post(work)
             account.recorded(event)
 
@@ -400,3 +405,16 @@ class NodeRun:
         event = Event(kind, self._node.name, body, payloads or {})
         self._account.writer.post(lambda tx: journal.append(tx, self._account.key, event))
         self._account.recorded(event)
+
+
+def _too_little(model: str, least: int, most: int, *, child: bool) -> BudgetExhausted:
+    """most: nano-USD that a node may spend, `least` being what it takes to get anywhere."""
+    whose, remedy, what = "budget", "raise --budget, or take a cheaper model", "one turn and a last word"
+    if child:
+        whose, remedy, what = "child query's share", "ask llm_query, or less at once", "what a child query takes"
+    return BudgetExhausted(
+        f"the {whose} of {usd(most)} USD is smaller than {what} of {model} can cost ({usd(least)} USD): {remedy}",
+        limit=f"{usd(most)} USD",
+        asked=f"{usd(least)} USD",
+        left=f"{usd(most)} USD",
+    )

@@ -1,4 +1,4 @@
-"""A provider that fails is left alone for a while: circuit breaking, for each provider and model apart.
+"""A provider that fails is left alone for a while: circuit breaking, for each tenant, provider and model apart.
 
     closed      every call goes through; FAILURES failures in a row open it
     open        no call goes through, for FIRST_S seconds, twice as long after each trial that failed, up to MOST_S
@@ -6,7 +6,8 @@
 
 A failure is what says that the provider cannot serve now: 429, 5xx, no connection, and a time-out that was long enough
 to be the provider's fault. A refusal (400, 401) is none, nor is a busy provider that may be asked again at once
-(`retry_after` 0). A short time-out of one's own is none, either: a tenant could close a model to all others with it.
+(`retry_after` 0), or a short time-out of one's own. What makes a provider fail may be what one tenant asks of it, so
+each tenant has circuits of its own: nobody can close a model to others, nor hold the one trial that would open it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 
 from orchestrator.core.errors import ProviderBusy
 
-FAILURES = 5  # in a row, of all queries together: fewer are chance, more are retries in vain
+FAILURES = 5  # in a row, of all queries of a tenant: fewer are chance, more are retries in vain
 FIRST_S = 2.0  # what a provider that restarts, or a limit by the second, takes
 MOST_S = 60.0  # limits by the minute are over then; and a provider that is back is noticed within it
 TRIAL_S = 1.0  # when to ask again while a trial is under way: it may end at any time

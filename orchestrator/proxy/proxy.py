@@ -7,6 +7,7 @@ Nothing reaches a provider without a committed reservation and a committed `call
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import time
@@ -47,6 +48,7 @@ Role = Literal["root", "sub"]
 MESSAGE_TOKENS = 16  # what a chat template adds to a message, at most
 REQUEST_TOKENS = 64  # and to a request
 LONGEST_WAIT_S = 30.0
+MOST_PATIENCE_S = 2.0
 SLOW_S = 30.0  # an answer that has not come by then is the provider's fault
 RECORDED_REFUSALS = 100  # of a query, one by one: a refusal costs a guest nothing, and must not fill the disk
 AT_ONCE = 256  # LM requests of one process, of all its tenants
@@ -183,7 +185,7 @@ class Proxy:
         async with node.account.in_flight:
             for name in candidates:
                 last = name == candidates[-1]
-                if self._circuit.is_open(name) and not last:
+                if self._circuit.is_open(_circuit_of(node, name)) and not last:
                     continue
                 plan = self._authorise(node, role, name, messages)
                 try:
@@ -198,20 +200,26 @@ class Proxy:
     async def _ask_one(self, node: Node, plan: _Plan, output_tokens: int, aside: Aside | None, *, last: bool) -> Reply:
         """With retries; each attempt is a reservation of its own. last: nobody else could be asked instead."""
 
+        waits: dict[int, float] = {}
+
+        def wait_of(state: tenacity.RetryCallState) -> float:
+            """Drawn once: what is slept is what was judged."""
+            return waits.setdefault(state.attempt_number, _wait(state))
+
         def stop(state: tenacity.RetryCallState) -> bool:
             """After the policy's retries; when the wait would outlast the query, or is too long to hold a sandbox."""
-            wait = _wait(state)
+            wait = wait_of(state)
             return (
                 state.attempt_number > node.account.policy.counts.retries
                 or wait > node.remaining_s()
                 or wait > 4 * LONGEST_WAIT_S
-                or (self._circuit.is_open(plan.name) and not last)
+                or (self._circuit.is_open(_circuit_of(node, plan.name)) and not last)
             )
 
         retrying = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception_type(ProviderBusy),
             stop=stop,
-            wait=_wait,
+            wait=wait_of,
             sleep=anyio.sleep,
             reraise=True,
         )
@@ -237,22 +245,25 @@ class Proxy:
         return _Plan(f"{node.name}.c{node.calls}", role, model, lm, provider_model, messages, tokens)
 
     async def _attempt(self, node: Node, plan: _Plan, output_tokens: int, number: int, aside: Aside | None) -> Reply:
-        while True:
+        for patience in itertools.count():
             try:
                 return await self._in_turn(node, plan, output_tokens, number, aside)
             except RateLimited as limited:
-                if limited.retry_after >= node.remaining_s():
+                # Of other processes, nobody tells when they are done: they are asked less and less often.
+                wait = max(limited.retry_after, min(MOST_PATIENCE_S, 0.1 * 1.5**patience))
+                if wait >= node.remaining_s():
                     raise
-                wait = limited.retry_after
             await anyio.sleep(wait)  # in nobody's way
+        raise AssertionError("counting never ends")
 
     async def _in_turn(self, node: Node, plan: _Plan, output_tokens: int, number: int, aside: Aside | None) -> Reply:
         account, tenant = node.account, node.account.policy.tenant
         if node.remaining_s() > 0:
             with anyio.move_on_after(node.remaining_s()) as waiting:
-                async with self._turns.turn(account.key.tenant, tenant.share, tenant.in_flight):
+                most = min(tenant.in_flight, self._turns.most_of_one)
+                async with self._turns.turn(account.key.tenant, tenant.share, most):
                     waiting.deadline = math.inf  # from here on the request has a time-out of its own
-                    with self._circuit.attempt(plan.name):
+                    with self._circuit.attempt(_circuit_of(node, plan.name)):
                         hold = await self._reserve(node, plan, output_tokens, number, aside)
                         return await self._send(node, plan, hold, aside)
         raise TimeExceeded("the query's time is over", limit=f"{account.policy.time.query} ms", left="0 ms")
@@ -268,12 +279,12 @@ class Proxy:
         try:
             reply = await plan.lm.ask(request)
             detail = reply.finish_reason
-            self._circuit.succeeded(plan.name)
+            self._circuit.succeeded(_circuit_of(node, plan.name))
             return reply
         except AirlockError as error:
             ended, detail = error, str(error)
             if _is_providers_fault(error, time.monotonic() - started):
-                self._circuit.failed(plan.name)
+                self._circuit.failed(_circuit_of(node, plan.name))
             raise
         finally:
             account.running -= 1
@@ -457,6 +468,11 @@ def _refusal(error: AirlockError, role: str, model: str) -> Mapping[str, str]:
     if isinstance(error, LimitError):
         fields |= {"limit": error.limit, "asked": error.asked[:200], "left": error.left}
     return fields
+
+
+def _circuit_of(node: Node, model: str) -> tuple[str, str]:
+    """A model has one provider. Each tenant has circuits of its own: what it asks may be what makes that fail."""
+    return node.account.key.tenant, model
 
 
 def _is_providers_fault(error: AirlockError, waited_s: float) -> bool:

@@ -22,6 +22,7 @@ from orchestrator.core.errors import (
     RateLimited,
     SandboxDied,
     SandboxUnusable,
+    StoreError,
 )
 from orchestrator.guest import wire
 from orchestrator.sandbox.base import Backend, Guest, SandboxSpec, Slot, Usage
@@ -241,7 +242,9 @@ def _for_guest(error: AirlockError) -> dict[str, Any]:
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    error = group.exceptions[0]
+    """The one to tell of: that ledger or journal are gone goes before whatever else happened at the same time."""
+    lost = group.subgroup(StoreError)
+    error = (lost or group).exceptions[0]
     return _first(error) if isinstance(error, BaseExceptionGroup) else error  # pyright: ignore[reportUnknownArgumentType]
 
 

@@ -171,6 +171,7 @@ async def forged_calls(repl: Repl) -> None:
     call = {"type": "call", "id": 1, "op": "llm_query", "prompt": "forged", "model": None, "context": None}
     forged = [
         json.dumps({**call, "tenant": "another"}),  # identity is not a guest's to tell
+        json.dumps({**call, "api_key": "sk-mine", "base_url": "http://127.0.0.1:1/v1"}),  # nor whose key, nor where
         json.dumps({**call, "id": True}),
         "cposix\nsystem\n(S'true'\ntR.",  # a pickle
         '{"type":"call","id":1,"op":"budget","model":null,"context":null,"prompt":' + "[" * 100_000,
