@@ -91,7 +91,6 @@ def test_its_error_repeats_the_key(airlock: Airlock) -> None:
         [Fail(503), Fail(502)],
         [Fail(429)],
         [Fail(429, {"retry-after": "0"}), Fail(429, {"retry-after": "nonsense"})],
-        [Fail(408)],
     ],
 )
 def test_it_fails_for_a_while(airlock: Airlock, first: Sequence[Behaviour]) -> None:
