@@ -143,9 +143,11 @@ class Link:
         """Whatever has come. With MSG_DONTWAIT without waiting for it."""
         try:
             # Not socket.recv_fds, which forgets its flags.
-            data, ancillary, _flags, _addr = self._sock.recvmsg(1 << 16, socket.CMSG_SPACE(32), flags)
+            data, ancillary, came, _addr = self._sock.recvmsg(1 << 16, socket.CMSG_SPACE(32), flags)
         except BlockingIOError:
             return
+        if came & socket.MSG_CTRUNC:
+            raise OSError("the cell has left too few descriptors to go on with")
         for level, kind, value in ancillary:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                 for fd in memoryview(value).cast("i"):

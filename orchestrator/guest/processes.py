@@ -10,6 +10,7 @@ from __future__ import annotations
 import _ctypes  # the C half of ctypes: its Python half would double the time to start
 import os
 import resource
+import select
 import sys
 import time
 from _thread import allocate_lock, get_native_id, start_new_thread
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 SNAPSHOT_S = 30.0  # for forking a worker of any size
-LAST_WORD_S = 2.0  # for the snapshot to tell of itself that a runner was making when it died
+LAST_WORD_S = 2.0  # for a snapshot to tell of itself whose runner has died, or has ended its next cell
 RESERVE = 16 << 20  # bytes of memory that the agent has left in a worker whose cell used up its own
 ENDING_S = 0.2  # from the closing of a dying process's descriptors to its end
 PID_MAX = 4194304  # PID_MAX_LIMIT of Linux on 64 bits
@@ -80,7 +81,7 @@ class Workers:
         self._swept, self._swept_at = os.getpid(), time.monotonic()
         self._replace = False
         self._left = False  # the last cell left something running
-        self._unsaved = False
+        self._unsaved = self._stale = False  # the runner's state, the snapshot's
         self._ended = 0  # the snapshot before this one, which its parent may not have collected yet
         self.death: int | None = None  # the runner's wait status, once it has ended
         self.making_until = 0.0
@@ -108,7 +109,10 @@ class Workers:
         is_last: most likely, for it gave an answer. Then a snapshot is made if there is another one all the same.
         """
         self.fresh = False
-        self.give_up_making()  # of the state before this cell, by a cell that was over sooner
+        if self.making:  # of the state before this cell, which was over sooner
+            if select.select([self.making.ctl], [], [], LAST_WORD_S)[0]:
+                self.snapshot_made(idle=False)
+            self.give_up_making()
         # Threads cannot be ended from outside. A fork has none but its own, so it takes the runner's place.
         self._replace = self._sweep() or self._replace
         if is_last and not self._left:
@@ -135,15 +139,15 @@ class Workers:
         if made is None:
             return
         made.pid = _sender(made.ctl)
-        if self.snapshot:
-            self._ended = self.snapshot.pid
-            self._end(self.snapshot)
-            self.snapshot = None
         if made.pid:
+            if self.snapshot:
+                self._ended = self.snapshot.pid
+                self._end(self.snapshot)
             self.snapshot = made
-        else:
+        else:  # the one before is better than none
             made.close()
-        if idle and self._replace and self.snapshot:
+        self._stale = not made.pid
+        if idle and self._replace and not self._stale and self.snapshot:
             self._replace = False
             self._end(self.runner)
             self.runner, self.snapshot, self.death = self.snapshot, None, None
@@ -154,22 +158,24 @@ class Workers:
         elif idle:
             self._stop()
 
-    def take_over(self) -> bool:
-        """The runner is dead: its snapshot goes on, or a new worker from nothing. True when no variable was lost
-        but those of the cell that ran."""
+    def take_over(self) -> str:
+        """The runner is dead: its snapshot goes on, or a new worker from nothing. What has become of the variables."""
         self.give_up_making()
         self.runner.close()
         kept, self.snapshot = self.snapshot, None
         if kept and _has_ended(kept.pid):  # the cell killed it, too
             kept.close()
             kept = None
-        self.runner, self.death, self._unsaved = kept or self._new(), None, False
+        self.runner, self.death = kept or self._new(), None
+        self._unsaved = self._replace = False
         self._sweep()
         if kept:
             self._make_snapshot()
-        whole = kept is not None or self.fresh
-        self.fresh = kept is None
-        return whole
+        whole = not self._stale if kept else self.fresh
+        self.fresh, self._stale = kept is None, False
+        if whole:
+            return "variables are as they were before it"
+        return "variables of the last cells are gone" if kept else "the REPL was restarted, all variables are gone"
 
     def interrupt_runner(self) -> None:
         _signal(self.runner.pid, signal.SIGINT)

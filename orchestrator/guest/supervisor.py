@@ -315,11 +315,10 @@ class Supervisor:
         cell, why = self._cell, self._fault or _cause_of_death(status)
         self._fault = ""
         self._take_rest([("out", self._workers.runner.out), ("err", self._workers.runner.err)])
-        whole = self._workers.take_over()
+        kept = self._workers.take_over()
         if cell is None:
             self._note = "[between cells, the REPL %s; variables of the last cells are gone]\n" % why
             return
-        kept = "variables are as they were before it" if whole else "the REPL was restarted, all variables are gone"
         self._done(cell, "timeout" if cell.why else "killed", "the cell %s; %s" % (why, kept), None, [])
 
     def _done(self, cell: Cell, status: str, detail: str, answer: str | None, names: list[str]) -> None:

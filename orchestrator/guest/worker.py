@@ -42,6 +42,7 @@ class Worker:
             frame = self._link.receive()
             if frame["type"] == "run":
                 self._run(frame)
+                self._let_go()
             elif frame["type"] == "snapshot":
                 self._snapshot()
 
@@ -50,10 +51,15 @@ class Worker:
         return Link(ctl, self._shield)
 
     def _write_to(self, out: int, err: int) -> None:
-        for fd in self._saved:
-            os.close(fd)
+        self._let_go()
         self._saved = [out, err]
         restore_fds(self._saved)
+
+    def _let_go(self) -> None:
+        """Of what fds 1 and 2 are restored from: before its next cell this process gets others, and needs room."""
+        for fd in self._saved:
+            os.close(fd)
+        self._saved = []
 
     def _run(self, frame: dict[str, Any]) -> None:
         if frame["context"]:
@@ -131,6 +137,7 @@ class Worker:
         # All of its arguments, or it would ask the kernel for each.
         self._link = self._open(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, ctl), out, err)
         self._link.send({"type": "snapshot"})  # the kernel adds this process's id
+        self._let_go()
         # Most snapshots are never needed. Until this one is, it does nothing: each page it writes to has to be copied.
         self._link.wait()
         self._snapshots = []

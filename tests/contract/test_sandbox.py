@@ -49,6 +49,24 @@ async def test_cells_that_follow_at_once_are_each_undone_alone(repl: Repl):
         assert await repl.out("kept") == str(number)
 
 
+async def test_state_from_before_a_cell_that_leaves_no_descriptor_is_kept(repl: Repl):
+    """No snapshot can be made of it, nor does its process go on; the one before is better than none."""
+    await repl.run("kept = ['kept']")
+    code = """
+        import os
+        held, lost = [], 1
+        while True:
+            try:
+                held.append(os.dup(0))
+            except OSError:
+                break
+        """
+    assert (await repl.run(code)).status == "ok"
+    result = await repl.run("1")  # which may have been handed over before it was known
+    assert "variables of the last cells are gone" in result.detail + result.text("err"), result
+    assert await repl.out("kept, 'lost' in globals()") == "(['kept'], False)"
+
+
 async def test_many_threads_fit_into_a_small_sandbox(backend: Backend, home: Path):
     code = """
         from concurrent.futures import ThreadPoolExecutor
