@@ -105,12 +105,16 @@ def requests_since(base_url: str) -> list[dict[str, Any]]:
 
 
 class BareClient:
-    """The requests of one query, sent by `AsyncOpenAI` alone: roots and single ones in turn, the batch at once."""
+    """The requests of one query, sent by `AsyncOpenAI` alone: roots and single ones in turn, the batch at once.
+
+    Each is asked for whole, which is the least that it can cost: a stream that nobody reads would not be an answer.
+    """
 
     def __init__(self, base_url: str, bodies: list[dict[str, Any]]) -> None:
         self._base_url = base_url
-        roots = [body for body in bodies if len(body["messages"]) > 1]
-        subs = [body for body in bodies if len(body["messages"]) == 1]
+        plain = [{name: body[name] for name in body if not name.startswith("stream")} for body in bodies]
+        roots = [body for body in plain if len(body["messages"]) > 1]
+        subs = [body for body in plain if len(body["messages"]) == 1]
         assert (len(roots), len(subs)) == (len(TURNS), BATCH + SINGLE), (len(roots), len(subs), REQUESTS)
         self._in_turn, self._at_once = roots + subs[BATCH:], subs[:BATCH]
 
