@@ -173,6 +173,32 @@ def test_the_orchestrator_is_killed(airlock: Airlock, moment: str) -> None:
         )  # the next start took a lower slot; this one's empty group goes with its next use
 
 
+def test_the_orchestrator_is_killed_while_a_child_query_runs(airlock: Airlock) -> None:
+    """Nothing that any node of the tree held stays held, its last word's money included."""
+    with Provider(root=[fenced("rlm_query('deeper?', 'a text of its own')"), Hang()]) as provider:
+        deep = ("--policy", "development", "--depth", 2)
+        with airlock.started("run", "What?", *options(provider), *deep) as query:
+            provider.wait("root", 2)
+            users = [UID_BASE + int(slot.name.removeprefix("slot-")) for slot in airlock.home.glob("slots/slot-*")]
+            assert len(users) == 2
+            query.process.kill()
+            query.process.wait()
+        until(lambda: not any(map(processes, users)), 5.0)
+    # The last words of both, and the call that hangs.
+    assert airlock.rows("SELECT count(*) FROM reservations WHERE state='open'") == [(3,)]
+    script = airlock.file("script.yaml", "root: ['FINAL(42)']")
+    airlock("run", "What?", "--context", "context.txt", "--model", f"scripted:{script}", code=0)
+    assert airlock.rows("SELECT count(*) FROM reservations WHERE state='open'") == [(0,)]
+    assert airlock.rows("SELECT count(*) FROM scopes WHERE held != 0 OR tokens_held != 0 OR in_flight != 0") == [(0,)]
+    records = airlock.records(first(airlock))
+    assert [record["node"] for record in records if record["type"] == "node.opened"] == ["root.1"]
+    lost = records[-2]
+    assert (lost["type"], lost["node"], lost["body"]["outcome"]) == ("call.result", "root.1", "unknown")
+    costs = [Decimal(record["body"]["cost_usd"]) for record in records if record["type"] == "call.result"]
+    assert Decimal(records[-1]["body"]["cost_usd"]) == sum(costs) > costs[-1] > 0
+    assert airlock("audit", "show", first(airlock), code=0).out.rstrip().endswith("the chain is whole")
+
+
 def processes(uid: int) -> list[str]:
     found = []
     for status in Path("/proc").glob("[0-9]*/status"):
