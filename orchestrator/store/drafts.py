@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Self
 
 _BUFFER = 1 << 20
+_SYNC = 4 << 20  # bytes of a draft that are sent to the disk together
 
 
 @contextmanager
@@ -42,6 +43,9 @@ class Draft:
         self._hash = hashlib.sha256()
         self._hasher = ThreadPoolExecutor(1)  # large pieces are hashed while they are written
         self._hashed: Future[None] | None = None
+        self._syncer = ThreadPoolExecutor(1)  # on its way to the disk while more is written: the end waits less
+        self._syncs: list[Future[None]] = []
+        self._synced = 0
         handle, path = tempfile.mkstemp(dir=folder)
         self._path = Path(path)
         self.stream = os.fdopen(handle, "w+b", buffering=_BUFFER)
@@ -52,6 +56,7 @@ class Draft:
     def __exit__(self, *_: object) -> None:
         try:
             self._hasher.shutdown()
+            self._syncer.shutdown()
             self.stream.close()
         finally:
             self._path.unlink(missing_ok=True)
@@ -66,6 +71,9 @@ class Draft:
             self._hash.update(data)
         self.stream.write(data)
         self.size += len(data)
+        if self.size - self._synced >= _SYNC:
+            self._synced = self.size
+            self._syncs.append(self._syncer.submit(os.fdatasync, self.stream.fileno()))
 
     def place(self, folder: Path) -> str:
         """Put the file in the folder, durably and read-only, and return its name.
@@ -74,6 +82,8 @@ class Draft:
         links to the old one stay as they are.
         """
         self.stream.flush()
+        for sync in self._syncs:  # the kernel tells each error once
+            sync.result()
         os.fchmod(self.stream.fileno(), 0o444)
         os.fsync(self.stream.fileno())
         self._hasher.shutdown()
