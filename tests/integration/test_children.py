@@ -409,3 +409,30 @@ def test_a_document_that_is_too_large_to_be_a_str_can_be_a_childs_context(ask: A
     script = Script(**{"root?": [cell(code)], "child?": [cell("FINAL(len(context))")]})
     done = ask(script, folder, sandbox_memory="128 MiB")
     assert done.response == '["LazyText", "40000000"]'
+
+
+def test_arguments_that_make_no_sense(ask: Ask, provider: Provider) -> None:
+    """What is no text is asked as the text that it prints as; what is no model or no list is a fault of the cell."""
+    code = """
+        said = [llm_query(float("nan")), llm_query(-1), llm_query(None)]
+        wrong = [
+            lambda: llm_query("x", model=-1),
+            lambda: llm_query("x", model=float("nan")),
+            lambda: rlm_query("x", "context", model=["mid"]),
+            lambda: llm_query_batched("one text"),
+            lambda: llm_query_batched(5),
+            lambda: llm_query_batched(["x"], on_error="ignore"),
+            lambda: rlm_query_batched(["x"], 5),
+        ]
+        for call in wrong:
+            try:
+                call()
+                said.append("nothing")
+            except (TypeError, ValueError) as error:
+                said.append(type(error).__name__)
+        FINAL(said)
+    """
+    told = json.loads(ask(Script(**{"root?": [cell(code)]})).response or "")
+    assert told[:3] == ["plain nan", "plain -1", "plain None"]
+    assert told[3:] == ["TypeError"] * 5 + ["ValueError", "TypeError"]
+    assert len(provider.of("sub")) == 3
