@@ -254,12 +254,17 @@ class NodeRun:
         try:
             if self._levels < 1:
                 raise self._not_permitted("llm_query" if call.op == "llm_query" else "rlm_query")
-            if call.op == "rlm_query":
+            if call.op == "rlm_query" and self._levels > 1:
                 return await self._rlm_query(call)
-            return {"context": self._handed.take(call.op, call.prompt, call.context)}
+            if call.op != "rlm_query":
+                return {"context": self._handed.take(call.op, call.prompt, call.context)}
+            prompt = self._handed.give(call.context).as_prompt(call.prompt)
+        except ChildStopped:  # on record as the end of its node
+            raise
         except AirlockError as error:
             self._m.proxy.refuse(self._node, error, call.model or "")
             raise
+        return await self._m.proxy.sub_call(self._node, prompt, call.model)  # there is no level for a child
 
     @property
     def _levels(self) -> int:
@@ -274,10 +279,8 @@ class NodeRun:
         return NotPermitted(text, limit=f"depth {depth}", asked=op)
 
     async def _rlm_query(self, call: Call) -> str:
-        """A child query; on the last level a plain call over the same words."""
+        """A child query's answer."""
         handed = self._handed.give(call.context)
-        if self._levels == 1:
-            return await self._m.proxy.sub_call(self._node, handed.as_prompt(call.prompt), call.model)
         counts, account = self._policy.counts, self._account
         if call.model and call.model not in self._node.sub_models:
             names = ", ".join(self._node.sub_models)

@@ -175,7 +175,19 @@ def test_where_there_are_no_child_queries(ask: Ask, fresh: Airlock, depth: int, 
     )
     assert ask(script, counts_depth=str(depth)).response == expected
     assert nodes(fresh, "node.opened") == {}
-    assert ("rlm_query(question, context)" in str(fresh.records())) is False
+    refused = [record["body"]["kind"] for record in fresh.records() if record["type"] == "call.refused"]
+    assert refused == (["not-permitted"] if depth == 0 else [])
+
+
+def test_a_refusal_on_the_last_level_is_recorded_once(ask: Ask, fresh: Airlock) -> None:
+    code = """
+        try:
+            rlm_query("why?", "because", model="anything")
+        except NotPermitted as error:
+            FINAL(type(error).__name__)
+    """
+    assert ask(Script(**{"root?": [cell(code)]}), counts_depth="1").response == "NotPermitted"
+    assert sum(record["type"] == "call.refused" for record in fresh.records()) == 1
 
 
 SPENDER = cell("print([llm_query('x' * 1000) for _ in range(100)])")
@@ -201,6 +213,8 @@ def test_a_child_cannot_spend_more_than_its_share(ask: Ask, fresh: Airlock, prov
     kind, name, text, partial = json.loads(done.response or "")
     assert (kind, name, partial) == ("ChildStopped", "child-stopped", "what I have")
     assert text.startswith("child query root.1 ended without an answer: budget-exhausted: this call could cost ")
+    refused = [record["node"] for record in fresh.records() if record["type"] == "call.refused"]
+    assert set(refused) == {"root.1"}  # the child's own calls: that it ended is on record as its end
     limit = Decimal(nodes(fresh, "node.opened")["root.1"]["limit_usd"])
     closed = nodes(fresh, "node.closed")["root.1"]
     assert closed["status"] == "limit"
