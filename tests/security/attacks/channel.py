@@ -179,7 +179,8 @@ async def flood(stage: Stage) -> list[str]:
         frames += 1
 
     async with stage.open(agent=HOSTILE) as repl:
-        with anyio.move_on_after(1.1):
+        # A host that takes them all may come to the cap of output before the second is over.
+        with anyio.move_on_after(1.1), contextlib.suppress(ProtocolViolation):
             await repl.sandbox.run(FLOOD, 60.0, answer, count)
     return ["frames"] if frames > 2 * channel_limit + 100 else []
 
