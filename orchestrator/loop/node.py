@@ -6,7 +6,7 @@ The root and every child query run through here; `query` opens and closes the wh
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +25,7 @@ from orchestrator.core.errors import (
     NotPermitted,
     StoreError,
 )
-from orchestrator.core.events import Event
+from orchestrator.core.events import Event, EventType
 from orchestrator.core.policy import Policy
 from orchestrator.core.turns import Turns
 from orchestrator.core.units import usd
@@ -80,7 +80,7 @@ class Work:
 
     @property
     def model(self) -> str:
-        return self.models[0] if self.models else ""
+        return self.models[0]
 
 
 class NodeRun:
@@ -208,7 +208,7 @@ class NodeRun:
             iterations=self._policy.counts.iterations,
             ask=self._ask,
             run_cell=run_cell,
-            record=lambda kind, body: self._record(kind, body),
+            record=self._record,
             accept=self._work.accept,
             most_chars=self._policy.content.answer_chars,
         )
@@ -289,18 +289,21 @@ class NodeRun:
             text = f"the query's {counts.children} child queries are used up"
             raise CountExceeded(text, limit=str(counts.children), asked="1", left="0")
         most = self._policy.content.question_chars
-        if handed.form and len(call.prompt) > most:
-            raise CountExceeded(f"the question has {len(call.prompt):,} characters; {most:,} are permitted")
+        if handed.form is None and len(call.prompt) > most:
+            # A question with its material, as the reference library's users write them: its text is the context.
+            handed = self._handed.give(self._handed.take("context_text", call.prompt, None))
+            question = prompts.PROMPT_ALONE
+        else:
+            question = call.prompt
+        if len(question) > most:
+            raise CountExceeded(f"the question has {len(question):,} characters; {most:,} are permitted")
         below = self._work.models[1:] or self._work.models
         models = [call.model, *below[1:]] if call.model else below
         account.children += 1  # before anything is stored for it: calls come at the same time
         await self._require_money_for(models[0])
-        question, context = call.prompt, self._work.context
+        context = self._work.context
         if handed.form:
             context = await anyio.to_thread.run_sync(self._m.keep_context, handed.form, handed.pieces)
-        elif len(question) > most:  # a question with its material, as the reference library's users write them
-            context = await anyio.to_thread.run_sync(self._m.keep_context, "text", [question])
-            question = prompts.PROMPT_ALONE
         del handed  # the store has it: the child may run for long, and others wait for their turn
         self._node.children += 1
         name = f"{self._node.name}.{self._node.children}"
@@ -332,7 +335,7 @@ class NodeRun:
                 "parent": parent.name,
                 "depth": parent.depth + 1,
                 "model": models[0],
-                "limit_usd": usd(mine.limit or 0),
+                "limit_usd": usd(mine.most("limit")),
                 "context": context.facts(),
             }
             event = Event("node.opened", name, body, {"question": question})
@@ -404,7 +407,7 @@ class NodeRun:
             whole = await anyio.to_thread.run_sync(self._m.verify, self._work.context)
             self._record("context.verified", {"sha256": self._work.context.sha256, "unchanged": whole})
 
-    def _record(self, kind: Any, body: dict[str, Any], payloads: dict[str, str] | None = None) -> None:
+    def _record(self, kind: EventType, body: Mapping[str, Any], payloads: dict[str, str] | None = None) -> None:
         event = Event(kind, self._node.name, body, payloads or {})
         self._account.writer.post(lambda tx: journal.append(tx, self._account.key, event))
         self._account.recorded(event)

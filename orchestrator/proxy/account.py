@@ -99,7 +99,7 @@ class Node:
     @property
     def limit(self) -> int:
         """nano-USD."""
-        return self.scopes[0].limit or 0
+        return self.scopes[0].most("limit")
 
     def remaining_s(self) -> float:
         return max(0.0, self.deadline - time.monotonic())

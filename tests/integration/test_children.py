@@ -352,6 +352,7 @@ HOSTILE = {
     "a context of nothing but pieces": "n = calls()._hand_over('x')\nwhile True: calls()._exchange('context_more', '', "
     "None, n)",
     "an unknown model": "rlm_query('child?', 'x', model='local:/etc/passwd')",
+    "a question whose material is too large": "rlm_query('q' * 3_000_000)",
     "a question that is too long": "rlm_query('q' * 40_000, 'x')",
     "a batch that is too large": "rlm_query_batched(['child?'] * 101)",
     "plain calls in a batch that is too large": "llm_query_batched(['child?'] * 101)",
