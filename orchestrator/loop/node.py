@@ -36,7 +36,8 @@ from orchestrator.loop.engine import Loop, Outcome, Status, schema_check
 from orchestrator.loop.handed import Handed
 from orchestrator.loop.prompts import RootLimits
 from orchestrator.proxy.account import Aside, Node
-from orchestrator.proxy.proxy import Proxy, put_aside
+from orchestrator.proxy.booking import put_aside
+from orchestrator.proxy.proxy import Proxy
 from orchestrator.sandbox.base import Backend, SandboxSpec, Slot
 from orchestrator.sandbox.sandbox import Call, CellResult, Sandbox
 from orchestrator.store import journal, ledger

@@ -1,28 +1,22 @@
 """The host side of every LM call: authorise, bound, wait for a turn, reserve and record, send, settle and record.
 
-Nothing reaches a provider without a committed reservation and a committed `call.intent`; both are one transaction.
-`settlement` says what a request costs by how it ended.
+Nothing reaches a provider without a committed reservation and a committed `call.intent`; both are one transaction
+(`booking`). `settlement` says what a request costs by how it ended.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import math
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from typing import Any, Literal
 
 import anyio
 import tenacity
 
 from orchestrator.core.errors import (
     AirlockError,
-    BudgetExhausted,
-    BudgetInFlight,
     CountExceeded,
     LimitError,
     NotPermitted,
@@ -36,14 +30,11 @@ from orchestrator.core.policy import Policy
 from orchestrator.core.turns import Turns
 from orchestrator.core.units import usd
 from orchestrator.lm.base import LM, Message, Reply, Request
-from orchestrator.proxy.account import Account, Answered, Aside, ModelUsage, Node
+from orchestrator.proxy.account import Account, Answered, Aside, Node
+from orchestrator.proxy.booking import Booking, Hold, Plan, Role
 from orchestrator.proxy.circuit import Circuit
 from orchestrator.proxy.prices import Prices
-from orchestrator.proxy.settlement import charged, settlement
-from orchestrator.store import journal, ledger
-from orchestrator.store.ledger import Scope
-
-Role = Literal["root", "sub"]
+from orchestrator.store import journal
 
 MESSAGE_TOKENS = 16  # what a chat template adds to a message, at most
 REQUEST_TOKENS = 64  # and to a request
@@ -52,29 +43,6 @@ MOST_PATIENCE_S = 2.0
 SLOW_S = 30.0  # an answer that has not come by then is the provider's fault
 RECORDED_REFUSALS = 100  # of a query, one by one: a refusal costs a guest nothing, and must not fill the disk
 AT_ONCE = 256  # LM requests of one process, of all its tenants
-
-
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """One call, authorised and bounded. name: the model as users name it. input_tokens: an upper bound."""
-
-    call: str
-    role: Role
-    name: str
-    lm: LM
-    provider_model: str
-    messages: Sequence[Message]
-    input_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Hold:
-    """A committed reservation, and what it allows. held: its money, for a last word all that was set aside."""
-
-    reservation: str
-    bound: int
-    held: int
-    output_tokens: int
 
 
 async def nothing_to_sweep() -> int:
@@ -98,7 +66,7 @@ class Proxy:
         self._prices = prices
         self._models = models
         self._turns = turns or Turns(AT_ONCE)
-        self._sweep = sweep
+        self._booking = Booking(prices, sweep)
         self._circuit = Circuit()
 
     def bound(self, model: str, input_bytes: int, output_tokens: int) -> int:
@@ -197,7 +165,7 @@ class Proxy:
                     failed = failed or error
         raise failed or AssertionError("the last one is always asked")
 
-    async def _ask_one(self, node: Node, plan: _Plan, output_tokens: int, aside: Aside | None, *, last: bool) -> Reply:
+    async def _ask_one(self, node: Node, plan: Plan, output_tokens: int, aside: Aside | None, *, last: bool) -> Reply:
         """With retries; each attempt is a reservation of its own. last: nobody else could be asked instead."""
 
         waits: dict[int, float] = {}
@@ -233,7 +201,7 @@ class Proxy:
         """A child query's own loop asks a model as its parent's sub-calls do."""
         return node.account.policy.models.permits(role if node.depth == 0 else "sub", model)
 
-    def _authorise(self, node: Node, role: Role, model: str, messages: Sequence[Message]) -> _Plan:
+    def _authorise(self, node: Node, role: Role, model: str, messages: Sequence[Message]) -> Plan:
         policy = node.account.policy
         if not self._permits(node, role, model):
             raise NotPermitted(f"the policy does not permit model {model!r} for {role} calls", asked=model)
@@ -242,9 +210,9 @@ class Proxy:
         node.calls += 1
         # A token is at least one byte of UTF-8 in every tokenizer that providers use.
         tokens = size + MESSAGE_TOKENS * len(messages) + REQUEST_TOKENS
-        return _Plan(f"{node.name}.c{node.calls}", role, model, lm, provider_model, messages, tokens)
+        return Plan(f"{node.name}.c{node.calls}", role, model, lm, provider_model, messages, tokens)
 
-    async def _attempt(self, node: Node, plan: _Plan, output_tokens: int, number: int, aside: Aside | None) -> Reply:
+    async def _attempt(self, node: Node, plan: Plan, output_tokens: int, number: int, aside: Aside | None) -> Reply:
         for patience in itertools.count():
             try:
                 return await self._in_turn(node, plan, output_tokens, number, aside)
@@ -256,7 +224,7 @@ class Proxy:
             await anyio.sleep(wait)  # in nobody's way
         raise AssertionError("counting never ends")
 
-    async def _in_turn(self, node: Node, plan: _Plan, output_tokens: int, number: int, aside: Aside | None) -> Reply:
+    async def _in_turn(self, node: Node, plan: Plan, output_tokens: int, number: int, aside: Aside | None) -> Reply:
         account, tenant = node.account, node.account.policy.tenant
         if node.remaining_s() > 0:
             with anyio.move_on_after(node.remaining_s()) as waiting:
@@ -264,11 +232,11 @@ class Proxy:
                 async with self._turns.turn(account.key.tenant, tenant.share, most):
                     waiting.deadline = math.inf  # from here on the request has a time-out of its own
                     with self._circuit.attempt(_circuit_of(node, plan.name)):
-                        hold = await self._reserve(node, plan, output_tokens, number, aside)
+                        hold = await self._booking.reserve(node, plan, output_tokens, number, aside)
                         return await self._send(node, plan, hold, aside)
         raise TimeExceeded("the query's time is over", limit=f"{account.policy.time.query} ms", left="0 ms")
 
-    async def _send(self, node: Node, plan: _Plan, hold: _Hold, aside: Aside | None) -> Reply:
+    async def _send(self, node: Node, plan: Plan, hold: Hold, aside: Aside | None) -> Reply:
         account = node.account
         timeout_s = min(account.policy.time.idle / 1000, node.remaining_s())
         request = Request(plan.provider_model, plan.messages, hold.output_tokens, timeout_s)
@@ -288,131 +256,7 @@ class Proxy:
             raise
         finally:
             account.running -= 1
-            self._settle(node, plan, hold, reply, ended, detail, aside)
-
-    # Before: reserve
-
-    async def _reserve(self, node: Node, plan: _Plan, output_tokens: int, number: int, aside: Aside | None) -> _Hold:
-        """Hold the bound and record the intent. A call that is too dear is tried once more with a lower output cap."""
-        while True:
-            try:
-                return await self._hold(node, plan, output_tokens, number, aside)
-            except ledger.NotEnough as short:
-                money = isinstance(short.error, BudgetExhausted | BudgetInFlight)
-                floor = node.account.policy.models.output_floor
-                # A lower cap is cheaper, and no help where requests or calls in flight are what there are too many of.
-                if money and (lower := self._affordable(plan, output_tokens, floor, short.free)):
-                    output_tokens = lower
-                elif not (isinstance(short.error, BudgetInFlight | RateLimited) and await self._sweep()):
-                    raise short.error from None
-
-    async def _hold(self, node: Node, plan: _Plan, output_tokens: int, number: int, aside: Aside | None) -> _Hold:
-        account = node.account
-        reservation = f"{account.key.id}:{plan.call}:{number}"
-        bound = self._prices.bound(plan.name, plan.input_tokens, output_tokens)
-        shared = _shared(node.conversation, plan.messages) if plan.role == "root" else 0
-        body = {
-            "call": plan.call,
-            "attempt": number,
-            "role": plan.role,
-            "model": plan.name,
-            "bound_usd": usd(bound),
-            "output_tokens": output_tokens,
-            "messages": len(plan.messages),
-            "shared": shared,  # how many leading messages are those of the last root call
-        }
-        prompt = json.dumps(list(plan.messages[shared:]), ensure_ascii=False)
-        event = Event("call.intent", node.name, body, {"prompt": prompt})
-        minute = _minute(account)
-        # The last word must not have to wait for a minute to pass.
-        scopes = node.scopes if aside else [*node.scopes, minute]
-        tokens = plan.input_tokens + output_tokens
-        # What a last word does not need stays held with the rest: it may have to be set aside again.
-        held = max(bound, aside.nano) if aside else bound
-
-        def work(tx: journal.Connection) -> None:
-            if aside:
-                ledger.void(tx, aside.reservation)
-            else:
-                ledger.open_scopes(tx, [minute])
-            ledger.reserve(tx, reservation, account.key.id, node.name, held, scopes, tokens=tokens)
-            journal.append(tx, account.key, event)
-
-        await account.writer.write(work)
-        node.count(held=held)
-        if aside:
-            aside.taken = True
-            node.count(held=-aside.nano)
-        if plan.role == "root":
-            node.conversation = list(plan.messages)
-        account.recorded(event)
-        return _Hold(reservation, bound, held, output_tokens)
-
-    def _affordable(self, plan: _Plan, output_tokens: int, floor: int, free: int) -> int:
-        """The highest output cap from `floor` up that `free` can pay for, or 0."""
-        low, high = floor, output_tokens - 1
-        best = 0
-        while low <= high:
-            middle = (low + high) // 2
-            if self._prices.bound(plan.name, plan.input_tokens, middle) <= free:
-                best, low = middle, middle + 1
-            else:
-                high = middle - 1
-        return best
-
-    # After: settle
-
-    def _settle(
-        self,
-        node: Node,
-        plan: _Plan,
-        hold: _Hold,
-        reply: Reply | None,
-        error: AirlockError | None,
-        detail: str,
-        aside: Aside | None,
-    ) -> None:
-        account, usage = node.account, reply.usage if reply else None
-        settled = settlement(reply, error)
-        price = self._prices.cost(plan.name, usage) if usage else None
-        cost = charged(settled, hold.bound, price)
-        body: dict[str, Any] = {
-            "call": plan.call,
-            "outcome": settled.outcome,
-            "detail": detail[:500],
-            "cost_usd": usd(cost),
-            "usage": None,
-        }
-        if usage:
-            body["usage"] = {"input_tokens": usage.input_tokens, "output_tokens": usage.output_tokens}
-        if price is not None and price > hold.bound:
-            body["reported_usd"] = usd(price)
-        event = Event("call.result", node.name, body, {"completion": reply.text} if reply else {})
-        tokens = plan.input_tokens + hold.output_tokens
-        if usage:
-            tokens = min(tokens, usage.input_tokens + usage.output_tokens)
-        again = ledger.set_aside(account.key.id, node.name, aside.tries + 1) if aside else ""
-
-        def work(tx: journal.Connection) -> None:
-            if settled.outcome == "void":
-                ledger.void(tx, hold.reservation)
-                if aside:
-                    put_aside(tx, node, again, aside.nano)
-            else:
-                ledger.settle(tx, hold.reservation, cost, tokens)
-            journal.append(tx, account.key, event)
-
-        account.writer.post(work)
-        node.count(held=-hold.held, spent=cost)
-        if aside and settled.outcome == "void":
-            aside.reservation, aside.tries, aside.taken = again, aside.tries + 1, False
-            node.count(held=aside.nano)
-        total = account.usage.setdefault(plan.name, ModelUsage())
-        total.calls += 1
-        total.cost += cost
-        total.input_tokens += usage.input_tokens if usage else 0
-        total.output_tokens += usage.output_tokens if usage else 0
-        account.recorded(event)
+            self._booking.settle(node, plan, hold, reply, ended, detail, aside)
 
     def budget(self, node: Node) -> dict[str, object]:
         """What a cell's `budget()` shows: advisory, for its node and what is below it."""
@@ -428,11 +272,6 @@ class Proxy:
         }
 
 
-def put_aside(tx: journal.Connection, node: Node, reservation: str, nano: int) -> None:
-    """Hold the money of a node's last word. Raises NotEnough."""
-    ledger.reserve(tx, reservation, node.account.key.id, node.name, nano, node.scopes, calls=0)
-
-
 def _size(policy: Policy, messages: Sequence[Message]) -> int:
     """Bytes of UTF-8. Raises CountExceeded."""
     size = sum(len(message["content"].encode("utf-8", "replace")) for message in messages)
@@ -441,26 +280,6 @@ def _size(policy: Policy, messages: Sequence[Message]) -> int:
         text = f"the prompt has {size:,} bytes, the policy permits {most:,}: send less text, or in pieces"
         raise CountExceeded(text, limit=f"{most} bytes", asked=f"{size} bytes", left=f"{most} bytes")
     return size
-
-
-def _minute(account: Account) -> Scope:
-    """What the tenant may ask in the minute that runs now (UTC)."""
-    tenant = account.policy.tenant
-    return Scope(
-        f"tenant-minute:{account.key.tenant}:{datetime.now(UTC):%Y-%m-%dT%H:%M}",
-        limit=None,
-        calls=tenant.requests_minute,
-        tokens=tenant.tokens_minute,
-    )
-
-
-def _shared(before: Sequence[Message], after: Sequence[Message]) -> int:
-    count = 0
-    for mine, theirs in zip(before, after, strict=False):
-        if mine != theirs:
-            break
-        count += 1
-    return count
 
 
 def _refusal(error: AirlockError, role: str, model: str) -> Mapping[str, str]:

@@ -33,10 +33,11 @@ from orchestrator.core.errors import (
 from orchestrator.core.policy import Policy
 from orchestrator.core.turns import Turns
 from orchestrator.lm.base import LM, Message, Reply, Request, Usage
-from orchestrator.proxy import circuit, proxy
+from orchestrator.proxy import booking, circuit
 from orchestrator.proxy.account import Aside
+from orchestrator.proxy.booking import put_aside
 from orchestrator.proxy.prices import Prices
-from orchestrator.proxy.proxy import MESSAGE_TOKENS, RECORDED_REFUSALS, REQUEST_TOKENS, Proxy, put_aside
+from orchestrator.proxy.proxy import MESSAGE_TOKENS, RECORDED_REFUSALS, REQUEST_TOKENS, Proxy
 from orchestrator.store import journal, ledger
 from orchestrator.store.db import Database
 from tests.unit.helpers import DEFAULT, FakeLM, HangingLM, Query, database, policy, said, user
@@ -674,7 +675,7 @@ def within_a_minute(monkeypatch: pytest.MonkeyPatch):
     """No minute ends while the test runs: the one that comes begins early where this one is about to end."""
     now = datetime.now(UTC)
     moment = now + timedelta(seconds=10 if now.second > 50 else 0)
-    monkeypatch.setattr(proxy, "datetime", type("Standing", (), {"now": staticmethod(lambda _zone: moment)}))
+    monkeypatch.setattr(booking, "datetime", type("Standing", (), {"now": staticmethod(lambda _zone: moment)}))
 
 
 @pytest.mark.parametrize(
@@ -793,6 +794,6 @@ async def test_what_a_dead_process_holds_is_swept_before_a_call_is_refused(db: D
         await db.write(lambda tx: ledger.void(tx, held))
         return 1
 
-    at.proxy._sweep = sweep  # pyright: ignore[reportPrivateUsage]
+    at.proxy._booking._sweep = sweep  # pyright: ignore[reportPrivateUsage]
     assert (await at.root()).text == "yes"
     assert swept == [True]
