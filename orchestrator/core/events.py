@@ -52,6 +52,27 @@ class Sealed:
     hash: str
 
 
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """A record read back. payloads: name -> text of those that are kept. committed: name -> {"commitment", "bytes"}."""
+
+    query: str
+    seq: int
+    at: str
+    type: str
+    node: str
+    body: Mapping[str, Any]
+    payloads: Mapping[str, str]
+    committed: Mapping[str, Mapping[str, Any]]
+
+
+def read_record(record: bytes, payloads: Mapping[str, str]) -> Recorded:
+    """Of a chain that was found to be whole."""
+    fields = json.loads(record)
+    names = ("query", "seq", "at", "type", "node", "body")
+    return Recorded(**{name: fields[name] for name in names}, payloads=payloads, committed=fields["payloads"])
+
+
 def commitment(salt: bytes, payload: bytes) -> str:
     return hashlib.sha256(salt + payload).hexdigest()
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from orchestrator.core.events import GENESIS, Event, Sealed, chain_fault, commitment, seal
+from orchestrator.core.events import GENESIS, Event, Recorded, Sealed, chain_fault, commitment, read_record, seal
 from orchestrator.store.db import now
 from orchestrator.store.prepared import Prepared
 from orchestrator.store.schema import payloads, queries, records
@@ -132,6 +132,14 @@ def kept_payloads(tx: sa.Connection, query: str) -> Iterator[tuple[int, str, byt
         sa.select(payloads).where(payloads.c.query == query).order_by(payloads.c.seq, payloads.c.name)
     ):
         yield row.seq, row.name, _bytes(row.salt), _bytes(row.data)
+
+
+def history(tx: sa.Connection, query: str) -> list[Recorded]:
+    """The query's records in order, with what is kept of their payloads. Its chain has to be whole."""
+    texts: dict[int, dict[str, str]] = {}
+    for seq, name, _salt, data in kept_payloads(tx, query):
+        texts.setdefault(seq, {})[name] = data.decode("utf-8", "replace")
+    return [read_record(record, texts.get(seq, {})) for seq, (record, _hash) in enumerate(chain(tx, query))]
 
 
 def _bytes(value: object) -> bytes:
