@@ -64,7 +64,7 @@ def _give(text: str, closed: Closed, platform: Platform) -> None:
 def _undelivered(error: OSError, closed: Closed, platform: Platform) -> Exception:
     if isinstance(error, BrokenPipeError):
         return error
-    kept = platform.policy.audit.payloads == "keep"
+    kept = "answer" in platform.policy.audit.payloads
     where = f"it is in the journal: airlock audit show {closed.query_id}" if kept else "the policy keeps no copy of it"
     return MachineError(f"standard output cannot be written ({error.strerror}), and the answer is not there; {where}")
 
@@ -92,6 +92,7 @@ def _report(closed: Closed, backend: Any) -> dict[str, Any]:
         "backend": backend.name,
         "isolation": backend.isolation.name,
         "journal_head": closed.journal_head,
+        "checkpoint": closed.checkpoint,
     }
 
 

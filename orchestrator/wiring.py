@@ -41,6 +41,8 @@ from orchestrator.sandbox.slots import Slots
 from orchestrator.store import journal
 from orchestrator.store.contexts import ContextStore
 from orchestrator.store.db import Database
+from orchestrator.store.signing import Notary
+from orchestrator.store.vault import Vault, open_vault
 
 TENANT = "default"
 NO_KEY = "none"  # the SDK insists on one; servers that need none ignore it
@@ -99,6 +101,8 @@ class Platform:
         self.model = choices.model or self.config.model or ""
         self.sub_models = list(choices.sub_models) or _listed(self.config.sub_model) or _listed(self.model or None)
         self.db = open_database(home)
+        self.vault = open_keys(self.db, home)
+        self.notary = Notary(self.vault.signer(), home / "heads")
         recover(self.db)
         self.slots = Slots(home)
         self.slots.clear_dead()
@@ -118,7 +122,7 @@ class Platform:
             limits=self._root_limits,
             places=places.__getitem__,
         )
-        self._machinery = Machinery(self.db, machine)
+        self._machinery = Machinery(self.db, self.vault, self.notary, machine)
 
     async def run(
         self,
@@ -265,6 +269,12 @@ def open_database(home: Path) -> Database:
     return Database(home, _address(home))
 
 
+def open_keys(db: Database, home: Path) -> Vault:
+    """The keys of this database. Raises RequestError, StoreError."""
+    given = settings.master_key()
+    return open_vault(db, home, given.get_secret_value() if given else None, journal.key_created)
+
+
 def _address(home: Path) -> str | None:
     try:
         return settings.database(_config(home))
@@ -343,11 +353,13 @@ def read_run(home: Path, text: str) -> Run:
         if len(found) != 1:
             several = f"several queries begin with {text!r}, the newest of them: {', '.join(found[:3])}"
             raise RequestError(several if found else f"there is no query {text!r} in the journal")
+        keeper = open_keys(db, home).keeper(db.read(lambda tx: journal.tenant_of(tx, found[0])), found[0])
         kept = db.read(lambda tx: list(journal.kept_payloads(tx, found[0])))
         chain = db.read(lambda tx: journal.chain(tx, found[0]))
-        payloads = {(seq, name): data.decode("utf-8", "replace") for seq, name, _salt, data in kept}
+        opened = {(seq, name): keeper.open(seq, name, sealed) for seq, name, sealed in kept}
+        payloads = {place: text[1].decode("utf-8", "replace") for place, text in opened.items() if text}
         closed = db.read(lambda tx: journal.is_closed(tx, found[0]))
-        return Run(chain, payloads, journal.fault(chain, kept, closed=closed))
+        return Run(chain, payloads, journal.fault(chain, kept, keeper, closed=closed))
     finally:
         db.close()
 

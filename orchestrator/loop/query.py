@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import anyio
+import anyio.to_thread
 
 from orchestrator.core.context import Context
 from orchestrator.core.errors import AirlockError, CountExceeded, LimitError, NotPermitted, StoreError
@@ -30,6 +31,8 @@ from orchestrator.store import journal, ledger
 from orchestrator.store.db import Database
 from orchestrator.store.journal import QueryKey
 from orchestrator.store.ledger import Scope
+from orchestrator.store.signing import Notary, Signed
+from orchestrator.store.vault import Vault
 from orchestrator.store.writer import Writer
 
 
@@ -58,7 +61,11 @@ class Order:
 
 @dataclass(slots=True)
 class Closed:
-    """How a query ended, for whoever asked. cost in nano-USD; cell is the one cell of `exec`."""
+    """How a query ended, for whoever asked. cost in nano-USD; cell is the one cell of `exec`.
+
+    journal_head: hash of the record that closed it. checkpoint: the signed head of its tenant's log, with that record
+    in it: who holds it can tell later whether the log was cut or rewritten.
+    """
 
     query_id: str
     outcome: Outcome
@@ -69,6 +76,7 @@ class Closed:
     sub_calls: int = 0
     duration_s: float = 0.0
     journal_head: str = ""
+    checkpoint: str = ""
     cell: CellResult | None = None
 
 
@@ -77,6 +85,8 @@ class Machinery:
     """What queries run on; the parts that `wiring` chose. unclosed: queries whose end could not be recorded."""
 
     db: Database
+    vault: Vault
+    notary: Notary
     nodes: Machine
     shelter: Shelter = field(default_factory=Shelter)
     unclosed: list[QueryKey] = field(default_factory=list[QueryKey])
@@ -87,17 +97,19 @@ async def run_query(order: Order, machinery: Machinery) -> Closed:
 
     When it is cancelled, it closes the query as `cancelled`, tells `on_closed`, and lets the cancellation go on.
     """
-    return await machinery.shelter.run(_Query(order, machinery).run)
+    query_id = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(5)
+    names = frozenset(order.policy.audit.payloads)
+    keeper = await anyio.to_thread.run_sync(machinery.vault.keeper, order.tenant, query_id, names)
+    key = QueryKey(query_id, order.tenant, order.policy.sha256(), keeper)
+    return await machinery.shelter.run(_Query(order, machinery, key).run)
 
 
 class _Query:
-    def __init__(self, order: Order, machinery: Machinery) -> None:
+    def __init__(self, order: Order, machinery: Machinery, key: QueryKey) -> None:
         self._order = order
         self._m = machinery
-        policy = order.policy
-        now = datetime.now(UTC)
-        query_id = now.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(5)
-        self._key = QueryKey(query_id, order.tenant, policy.sha256(), keep=policy.audit.payloads == "keep")
+        self._key = key
+        policy, query_id, now = order.policy, key.id, datetime.now(UTC)
         self._scopes = [
             Scope(f"query:{query_id}", policy.money.query, children=policy.counts.children),
             Scope(f"tenant-day:{order.tenant}:{now:%Y-%m-%d}", policy.money.tenant_day),
@@ -221,7 +233,7 @@ class _Query:
         }
         answer = {} if outcome.answer is None else {"answer": outcome.answer}
 
-        def work(tx: journal.Connection) -> tuple[str, int, Event]:
+        def work(tx: journal.Connection) -> tuple[str, int, Event, Signed]:
             for reservation, node, amount in ledger.open_reservations(tx, self._key.id):
                 if reservation in self._account.sent:  # its result could not be recorded
                     pay(tx, self._key, reservation, node, amount, "the result was lost")
@@ -233,9 +245,11 @@ class _Query:
             # The ledger's word, not the account's: it also has what a call cost that was cancelled in between.
             spent, _held = ledger.balance(tx, self._scopes[0].id)
             event = Event("query.closed", ROOT, {**how, "cost_usd": usd(spent)}, answer)
-            return journal.close_query(tx, self._key, how["status"], event).hash, spent, event
+            head = journal.close_query(tx, self._key, how["status"], event).hash
+            return head, spent, event, self._m.notary.sign(tx, self._order.tenant)
 
-        head, spent, event = await self._writer.write(work)
+        head, spent, event, signed = await self._writer.write(work)
+        self._m.notary.remember(signed)
         self._order.observe(event)
         return Closed(
             query_id=self._key.id,
@@ -246,5 +260,6 @@ class _Query:
             sub_calls=self._account.sub_calls,
             duration_s=duration,
             journal_head=head,
+            checkpoint=signed.note,
             cell=self._root.cell,
         )

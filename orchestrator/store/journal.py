@@ -14,9 +14,11 @@ from typing import Any
 import sqlalchemy as sa
 
 from orchestrator.core.events import GENESIS, Event, Recorded, Sealed, chain_fault, commitment, read_record, seal
+from orchestrator.store import logs
 from orchestrator.store.db import now
 from orchestrator.store.prepared import Prepared
 from orchestrator.store.schema import payloads, queries, records
+from orchestrator.store.vault import SALT_BYTES, Keeper, sealed_payload
 
 _head = Prepared(
     sa.select(records.c.seq, records.c.hash)
@@ -31,30 +33,47 @@ _count_open = Prepared(
     .select_from(queries)
     .where(queries.c.status == "open", queries.c.tenant == sa.bindparam("of"))
 )
-SALT_BYTES = 16
 Connection = sa.Connection  # the transaction that callers hand through, named here so that they need no SQLAlchemy
 
 
 @dataclass(frozen=True, slots=True)
 class QueryKey:
-    """Whose record it is: what every record of a query repeats. keep: store payloads, or only their commitments."""
+    """Whose record it is: what every record of a chain repeats. keeper: of payloads; None: only commitments are kept.
+
+    A log has a chain of its own, for what is of no query; its id is that of the log.
+    """
 
     id: str
     tenant: str
     policy: str
-    keep: bool
+    keeper: Keeper | None = None
+
+    @property
+    def log(self) -> str:
+        return logs.tenants_log(self.tenant) if self.tenant else logs.PLATFORM
+
+
+PLATFORM = QueryKey(logs.PLATFORM, "", "")
+
+
+def own_chain(tenant: str) -> QueryKey:
+    """Of the tenant's log."""
+    return QueryKey(logs.tenants_log(tenant), tenant, "")
 
 
 def append(tx: sa.Connection, key: QueryKey, event: Event) -> Sealed:
-    """Add `event` to the query's chain."""
+    """Add `event` to the chain, and to its log."""
     seq, prev = _next(tx, key.id)
     commitments: dict[str, Any] = {}
-    rows: list[dict[str, Any]] = []
     for name, text in event.payloads.items():
-        data, salt = text.encode("utf-8", "replace"), secrets.token_bytes(SALT_BYTES)
-        commitments[name] = {"commitment": commitment(salt, data), "bytes": len(data)}
-        rows.append({"query": key.id, "seq": seq, "name": name, "salt": salt, "data": data})
-    sealed = seal(
+        data = text.encode("utf-8", "replace")
+        if key.keeper and name in key.keeper.names:
+            committed, sealed = sealed_payload(key.keeper, seq, name, data)
+            _add_payload(tx, {"query": key.id, "seq": seq, "name": name, "sealed": sealed})
+        else:
+            committed = commitment(secrets.token_bytes(SALT_BYTES), data)
+        commitments[name] = {"commitment": committed, "bytes": len(data)}
+    sealed_event = seal(
         event,
         query=key.id,
         tenant=key.tenant,
@@ -64,15 +83,20 @@ def append(tx: sa.Connection, key: QueryKey, event: Event) -> Sealed:
         prev=prev,
         payloads=commitments,
     )
-    _add_record(tx, {"query": key.id, "seq": seq, "record": sealed.record, "hash": sealed.hash})
-    if key.keep:
-        for row in rows:
-            _add_payload(tx, row)
-    return sealed
+    leaf = logs.size(tx, key.log)
+    row = {"query": key.id, "seq": seq, "record": sealed_event.record, "hash": sealed_event.hash}
+    _add_record(tx, {**row, "log": key.log, "leaf": leaf})
+    logs.complete(tx, key.log, leaf)
+    return sealed_event
+
+
+def key_created(tx: sa.Connection, name: str) -> None:
+    """Put a new key of the vault on record."""
+    append(tx, PLATFORM, Event("key.created", "root", {"key": name}))
 
 
 def _next(tx: sa.Connection, query: str) -> tuple[int, str]:
-    """The place of the query's next record, and the hash of the record before it."""
+    """The place of the chain's next record, and the hash of the record before it."""
     head = _head(tx, {"q": query})
     return (head[0][0] + 1, head[0][1]) if head else (0, GENESIS)
 
@@ -105,9 +129,9 @@ def open_queries(tx: sa.Connection, tenant: str) -> int:
 
 
 def abandoned(tx: sa.Connection, owners: list[str]) -> list[QueryKey]:
-    """The open queries of these owners."""
+    """The open queries of these owners; no payload of what is added to them is kept."""
     rows = tx.execute(sa.select(queries).where(queries.c.status == "open", queries.c.owner.in_(owners)))
-    return [QueryKey(row.id, row.tenant, row.policy, keep=True) for row in rows]
+    return [QueryKey(row.id, row.tenant, row.policy) for row in rows]
 
 
 def find_query(tx: sa.Connection, text: str) -> list[str]:
@@ -118,6 +142,10 @@ def find_query(tx: sa.Connection, text: str) -> list[str]:
     return list(tx.execute(find.limit(1) if text == "last" else find).scalars())
 
 
+def tenant_of(tx: sa.Connection, query: str) -> str:
+    return tx.execute(sa.select(queries.c.tenant).where(queries.c.id == query)).scalar_one()
+
+
 def chain(tx: sa.Connection, query: str) -> list[tuple[bytes, str]]:
     """(canonical record, its hash) in order."""
     rows = tx.execute(
@@ -126,19 +154,20 @@ def chain(tx: sa.Connection, query: str) -> list[tuple[bytes, str]]:
     return [(_bytes(row.record), row.hash) for row in rows]
 
 
-def kept_payloads(tx: sa.Connection, query: str) -> Iterator[tuple[int, str, bytes, bytes]]:
-    """(seq, name, salt, data) of the query's payloads that are kept."""
+def kept_payloads(tx: sa.Connection, query: str) -> Iterator[tuple[int, str, bytes]]:
+    """(seq, name, what is stored) of the query's payloads that are kept."""
     for row in tx.execute(
         sa.select(payloads).where(payloads.c.query == query).order_by(payloads.c.seq, payloads.c.name)
     ):
-        yield row.seq, row.name, _bytes(row.salt), _bytes(row.data)
+        yield row.seq, row.name, _bytes(row.sealed)
 
 
-def history(tx: sa.Connection, query: str) -> list[Recorded]:
+def history(tx: sa.Connection, query: str, keeper: Keeper) -> list[Recorded]:
     """The query's records in order, with what is kept of their payloads. Its chain has to be whole."""
     texts: dict[int, dict[str, str]] = {}
-    for seq, name, _salt, data in kept_payloads(tx, query):
-        texts.setdefault(seq, {})[name] = data.decode("utf-8", "replace")
+    for seq, name, sealed in kept_payloads(tx, query):
+        if opened := keeper.open(seq, name, sealed):
+            texts.setdefault(seq, {})[name] = opened[1].decode("utf-8", "replace")
     return [read_record(record, texts.get(seq, {})) for seq, (record, _hash) in enumerate(chain(tx, query))]
 
 
@@ -154,7 +183,11 @@ def is_closed(tx: sa.Connection, query: str) -> bool:
 
 
 def fault(
-    links: list[tuple[bytes, str]], kept: list[tuple[int, str, bytes, bytes]], *, closed: bool = False
+    links: list[tuple[bytes, str]],
+    kept: list[tuple[int, str, bytes]] = [],  # noqa: B006  read only
+    keeper: Keeper | None = None,
+    *,
+    closed: bool = False,
 ) -> str | None:
     """What is wrong with a chain, or with the payloads that are kept of it; None when all is well.
 
@@ -164,8 +197,9 @@ def fault(
         return broken
     if closed and (not links or json.loads(links[-1][0])["type"] != "query.closed"):
         return "the query is closed, and the record of that is missing: the chain was cut"
-    for seq, name, salt, data in kept:
+    for seq, name, sealed in kept:
         committed = json.loads(links[seq][0])["payloads"].get(name) if seq < len(links) else None
-        if committed is None or committed["commitment"] != commitment(salt, data):
+        opened = keeper.open(seq, name, sealed) if keeper else None
+        if committed is None or opened is None or committed["commitment"] != commitment(*opened):
             return f"payload {name} of record {seq} is not what was recorded"
     return None
