@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -266,7 +265,7 @@ def _config(home: Path) -> settings.Config:
 
 def open_database(home: Path) -> Database:
     """Ledger and journal, where the configuration says that they are. Raises RequestError, StoreError."""
-    return Database(home, _address(home))
+    return Database(home, database_address(home))
 
 
 def open_keys(db: Database, home: Path) -> Vault:
@@ -275,7 +274,7 @@ def open_keys(db: Database, home: Path) -> Vault:
     return open_vault(db, home, given.get_secret_value() if given else None, journal.key_created)
 
 
-def _address(home: Path) -> str | None:
+def database_address(home: Path) -> str | None:
     try:
         return settings.database(_config(home))
     except ValueError as error:
@@ -332,36 +331,6 @@ def check_schema(name: str, schema: Any) -> Mapping[str, Any]:
     except SchemaError as error:
         raise RequestError(f"{name} is not a JSON Schema: {error.message}") from None
     return cast("Mapping[str, Any]", schema)
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """A query as the journal has it. payloads: (seq, name) -> text. fault: what is wrong with the chain, or None."""
-
-    chain: list[tuple[bytes, str]]
-    payloads: Mapping[tuple[int, str], str]
-    fault: str | None
-
-
-def read_run(home: Path, text: str) -> Run:
-    """The query whose id begins with `text`, or the newest for `last`. Raises RequestError, StoreError."""
-    if not _address(home) and not os.path.lexists(home / "airlock.db"):  # nor where we may not look
-        raise RequestError(f"there is no journal in {home}: nothing has been run with this data folder")
-    db = open_database(home)
-    try:
-        found = db.read(lambda tx: journal.find_query(tx, text))
-        if len(found) != 1:
-            several = f"several queries begin with {text!r}, the newest of them: {', '.join(found[:3])}"
-            raise RequestError(several if found else f"there is no query {text!r} in the journal")
-        keeper = open_keys(db, home).keeper(db.read(lambda tx: journal.tenant_of(tx, found[0])), found[0])
-        kept = db.read(lambda tx: list(journal.kept_payloads(tx, found[0])))
-        chain = db.read(lambda tx: journal.chain(tx, found[0]))
-        opened = {(seq, name): keeper.open(seq, name, sealed) for seq, name, sealed in kept}
-        payloads = {place: text[1].decode("utf-8", "replace") for place, text in opened.items() if text}
-        closed = db.read(lambda tx: journal.is_closed(tx, found[0]))
-        return Run(chain, payloads, journal.fault(chain, kept, keeper, closed=closed))
-    finally:
-        db.close()
 
 
 NO_MODEL = """no model is configured. The choices are:

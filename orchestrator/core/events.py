@@ -66,7 +66,7 @@ class Sealed:
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """A record read back. payloads: name -> text of those that are kept. committed: name -> {"commitment", "bytes"}."""
+    """A record read back. payloads: name -> text of those that are kept. committed: name -> what it says of them."""
 
     query: str
     seq: int
@@ -76,12 +76,14 @@ class Recorded:
     body: Mapping[str, Any]
     payloads: Mapping[str, str]
     committed: Mapping[str, Mapping[str, Any]]
+    tenant: str = ""
+    policy: str = ""
 
 
 def read_record(record: bytes, payloads: Mapping[str, str]) -> Recorded:
     """Of a chain that was found to be whole."""
     fields = json.loads(record)
-    names = ("query", "seq", "at", "type", "node", "body")
+    names = ("query", "seq", "at", "type", "node", "body", "tenant", "policy")
     return Recorded(**{name: fields[name] for name in names}, payloads=payloads, committed=fields["payloads"])
 
 
@@ -94,9 +96,9 @@ def seal(
 ) -> Sealed:
     """Give `event` its place after the record with hash `prev`.
 
-    at: RFC 3339 time in UTC. policy: SHA-256 of the effective policy. payloads: name -> {"commitment", "bytes"}, and
-    "redacted" where secrets were taken out: how many. Raises ValueError on what canonical JSON without floats cannot
-    hold, and on more than MOST_BYTES.
+    at: RFC 3339 time in UTC. policy: SHA-256 of the effective policy. payloads: name -> {"commitment", "bytes",
+    "kept"}, and "redacted" where secrets were taken out: how many. Raises ValueError on what canonical JSON without
+    floats cannot hold, and on more than MOST_BYTES.
     """
     fields = {
         "v": VERSION,

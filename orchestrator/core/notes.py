@@ -130,28 +130,34 @@ def open_checkpoint(note: str, verifier: Verifier) -> Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """That a log has an entry: its index, its audit path (RFC 6962 section 2.1.1), and the checkpoint's note."""
+    """That a log has an entry: its index, its audit path (RFC 6962 section 2.1.1), and the checkpoint's note.
+
+    extra: what nobody vouches for; here the entry itself, whose hash does.
+    """
 
     index: int
     path: Sequence[bytes]
     note: str
+    extra: bytes = b""
 
     def text(self) -> str:
+        extra = f"extra {base64.b64encode(self.extra).decode()}\n" if self.extra else ""
         steps = "".join(f"{base64.b64encode(step).decode()}\n" for step in self.path)
-        return f"{_PROOF}\nindex {self.index}\n{steps}\n{self.note}"
+        return f"{_PROOF}\n{extra}index {self.index}\n{steps}\n{self.note}"
 
     @classmethod
     def read(cls, text: str) -> Proof:
         """Raises NoteError."""
         head, gap, note = text.partition("\n\n")
         lines = head.split("\n")
+        extra = b""
         if lines[1:] and lines[1].startswith("extra "):
-            del lines[1]
+            extra = _base64(lines.pop(1).removeprefix("extra "))
         index = lines[1].removeprefix("index ") if lines[1:] else ""
         path = [_base64(line) for line in lines[2:]]
         if not gap or lines[0] != _PROOF or not _NUMBER.fullmatch(index) or {len(step) for step in path} - {32}:
             raise NoteError("this is no proof of an entry in a log (C2SP tlog-proof)")
-        return cls(int(index), path, note)
+        return cls(int(index), path, note, extra)
 
 
 def _base64(text: str) -> bytes:

@@ -67,12 +67,13 @@ def append(tx: sa.Connection, key: QueryKey, event: Event) -> Sealed:
     commitments: dict[str, Any] = {}
     for name, text in event.payloads.items():
         data = text.encode("utf-8", "replace")
-        if key.keeper and name in key.keeper.names:
+        kept = key.keeper is not None and name in key.keeper.names
+        if key.keeper and kept:
             committed, sealed = sealed_payload(key.keeper, seq, name, data)
             _add_payload(tx, {"query": key.id, "seq": seq, "name": name, "sealed": sealed})
         else:
             committed = commitment(secrets.token_bytes(SALT_BYTES), data)
-        commitments[name] = {"commitment": committed, "bytes": len(data)}
+        commitments[name] = {"commitment": committed, "bytes": len(data), "kept": kept}
     sealed_event = seal(
         event,
         query=key.id,
@@ -174,6 +175,46 @@ def history(tx: sa.Connection, query: str, keeper: Keeper) -> list[Recorded]:
 def _bytes(value: object) -> bytes:
     """SQLite gives back whatever a file was edited to hold, also in a column of bytes."""
     return value if isinstance(value, bytes) else str(value).encode("utf-8", "replace")
+
+
+def after(
+    tx: sa.Connection, query: str, seq: int, most: int, keeper: Keeper | None
+) -> list[tuple[bytes, dict[str, str]]]:
+    """(record, name -> text of the payloads that are kept) of at most `most` records after number `seq`."""
+    find = sa.select(records.c.seq, records.c.record).where(records.c.query == query, records.c.seq > seq)
+    rows = tx.execute(find.order_by(records.c.seq).limit(most)).all()
+    texts: dict[int, dict[str, str]] = {}
+    if rows and keeper:
+        kept = sa.select(payloads).where(payloads.c.query == query, payloads.c.seq.between(rows[0].seq, rows[-1].seq))
+        for row in tx.execute(kept):
+            if opened := keeper.open(row.seq, row.name, _bytes(row.sealed)):
+                texts.setdefault(row.seq, {})[row.name] = opened[1].decode("utf-8", "replace")
+    return [(_bytes(row.record), texts.get(row.seq, {})) for row in rows]
+
+
+def tenants(tx: sa.Connection) -> list[str]:
+    """Those that have queries."""
+    return sorted(tx.execute(sa.select(queries.c.tenant).distinct()).scalars())
+
+
+def leaf_of(tx: sa.Connection, query: str, seq: int) -> tuple[int, bytes] | None:
+    """(index in its log, record); None where there is none."""
+    find = sa.select(records.c.leaf, records.c.record).where(records.c.query == query, records.c.seq == seq)
+    row = tx.execute(find).one_or_none()
+    return None if row is None else (row.leaf, _bytes(row.record))
+
+
+def erase(tx: sa.Connection, query: str, seq: int | None, name: str | None, why: str) -> int:
+    """Remove a query's payloads, those of record `seq`, or one of them, and put that on record. How many there were."""
+    gone = sa.delete(payloads).where(payloads.c.query == query)
+    if seq is not None:
+        gone = gone.where(payloads.c.seq == seq)
+    if name is not None:
+        gone = gone.where(payloads.c.name == name)
+    count = tx.execute(gone).rowcount
+    body = {"query": query, "seq": seq, "name": name, "payloads": count, "why": why}
+    append(tx, own_chain(tenant_of(tx, query)), Event("payload.erased", "root", body))
+    return count
 
 
 def is_closed(tx: sa.Connection, query: str) -> bool:

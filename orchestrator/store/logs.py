@@ -10,7 +10,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from orchestrator.core.merkle import HASH, HEIGHT, WIDTH, Tree, whole
+from orchestrator.core.merkle import HASH, HEIGHT, WIDTH, Tiles, Tree, whole
 from orchestrator.store.prepared import Prepared
 from orchestrator.store.schema import records, tiles
 
@@ -42,8 +42,8 @@ def size(tx: sa.Connection, log: str) -> int:
     return _count(_next(tx, {"of": log})[0][0])
 
 
-def tree(tx: sa.Connection, log: str) -> Tree:
-    """The log as it is in this transaction."""
+def tiles_of(tx: sa.Connection, log: str) -> Tiles:
+    """The log's tiles as it is in this transaction, those at its edge as well."""
     entries = size(tx, log)
     seen: dict[tuple[int, int], bytes] = {}
 
@@ -54,7 +54,11 @@ def tree(tx: sa.Connection, log: str) -> Tree:
             found = seen[level, n] = _stored(tx, log, level, n) if count == WIDTH else _edge(tx, log, level, n, count)
         return found
 
-    return Tree(hashes, entries)
+    return hashes
+
+
+def tree(tx: sa.Connection, log: str) -> Tree:
+    return Tree(tiles_of(tx, log), size(tx, log))
 
 
 def complete(tx: sa.Connection, log: str, leaf: int) -> None:

@@ -14,6 +14,7 @@ import os
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import cast
 
@@ -38,14 +39,14 @@ _add = Prepared(sa.insert(checkpoints))
 
 @dataclass(frozen=True, slots=True)
 class Signed:
-    """The notes of a tenant's checkpoint and of the platform's, which has the tenant's head in it."""
+    """A tenant's checkpoint, and the platform's, which has the tenant's head in it. heads: log -> (what, its note)."""
 
     tenant: str
-    notes: dict[str, str]  # log -> note
+    heads: dict[str, tuple[Checkpoint, str]]
 
     @property
     def note(self) -> str:
-        return self.notes[logs.tenants_log(self.tenant)]
+        return self.heads[logs.tenants_log(self.tenant)][1]
 
 
 class Notary:
@@ -55,6 +56,7 @@ class Notary:
         self._signer = signer
         self._memory = memory
         self.verifier = signer.verifier
+        self._open = lru_cache(256)(partial(open_checkpoint, verifier=signer.verifier))
 
     def sign(self, tx: sa.Connection, tenant: str) -> Signed:
         """Sign the tenant's log as this transaction leaves it. Raises StoreError when it does not go on from before.
@@ -66,15 +68,15 @@ class Notary:
         if is_new:
             body = {"tenant": tenant, "size": head.size, "root": base64.b64encode(head.root).decode()}
             journal.append(tx, journal.PLATFORM, Event("tenant.head", "root", body))
-        _head, above, _is_new = self._sign(tx, logs.PLATFORM)
-        return Signed(tenant, {log: note, logs.PLATFORM: above})
+        above, over, _is_new = self._sign(tx, logs.PLATFORM)
+        return Signed(tenant, {log: (head, note), logs.PLATFORM: (above, over)})
 
     def _sign(self, tx: sa.Connection, log: str) -> tuple[Checkpoint, str, bool]:
         """The checkpoint, its note, and whether it had to be made."""
         note = next((note for (note,) in _LAST(tx, {"of": log})), None)
         try:
             # What was signed last, as the database and as the folder have it: mostly the same.
-            last = open_checkpoint(note, self.verifier) if note else None
+            last = self._open(note) if note else None
             tree = logs.tree(tx, log)
             for before in {last, self.remembered(log)} - {None}:
                 _require_going_on(tree, cast("Checkpoint", before), log)
@@ -90,7 +92,7 @@ class Notary:
     def remembered(self, log: str) -> Checkpoint | None:
         """What this folder has of the log. What is not there, or not whole after a power cut, is no memory."""
         try:
-            return open_checkpoint(self._file(log).read_text(), self.verifier)
+            return self._open(self._file(log).read_text())
         except (OSError, NoteError, UnicodeDecodeError):
             return None
 
@@ -99,9 +101,9 @@ class Notary:
         try:
             self._memory.mkdir(mode=0o700, exist_ok=True)
             with _alone(self._memory / "lock"):
-                for log, note in signed.notes.items():
-                    before, now = self.remembered(log), open_checkpoint(note, self.verifier)
-                    if before is None or before.size < now.size:
+                for log, (head, note) in signed.heads.items():
+                    before = self.remembered(log)
+                    if before is None or before.size < head.size:
                         draft = self._memory / "draft"
                         draft.write_text(note)
                         draft.replace(self._file(log))

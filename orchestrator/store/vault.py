@@ -72,6 +72,16 @@ class Vault:
             self._tenants[tenant] = self._unseal(name, sealed)
         return Keeper(self._tenants[tenant], query, names)
 
+    def opener(self, tenant: str, query: str) -> Keeper | None:
+        """For what was kept of a query; None where the tenant has no key. Blocks. Raises StoreError."""
+        name = f"tenants/{tenant}"
+        if tenant not in self._tenants:
+            sealed = self._db.read(lambda tx: _sealed(tx, name))
+            if sealed is None:
+                return None
+            self._tenants[tenant] = self._unseal(name, sealed)
+        return Keeper(self._tenants[tenant], query)
+
     def signer(self) -> Signer:
         """Whose key all logs of the database are signed with. Blocks. Raises StoreError."""
         sealed = self._db.read(lambda tx: _sealed(tx, _SIGNER)) or self._db.write_sync(self._make_signer)

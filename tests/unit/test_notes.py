@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -85,6 +86,8 @@ def test_a_proof_there_and_back():
     proof = Proof(7, [bytes(32), bytes(range(32))], SIGNER.sign(HEAD.text()))
     assert Proof.read(proof.text()) == proof
     one, rest = proof.text().split("\n", 1)
-    assert Proof.read(f"{one}\nextra AAAA\n{rest}") == proof
+    assert Proof.read(f"{one}\nextra AAAA\n{rest}") == replace(proof, extra=bytes(3))
+    with_entry = replace(proof, extra=b"{}")
+    assert Proof.read(with_entry.text()) == with_entry
     alone = Proof(0, [], proof.note)
     assert Proof.read(alone.text()) == alone

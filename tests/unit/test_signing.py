@@ -50,7 +50,7 @@ def test_a_tenants_head_is_an_entry_of_the_platforms_log(db: Database, notary: N
     head = open_checkpoint(signed.note, notary.verifier)
     assert (head.origin, head.size) == ("airlock-test/tenants/acme", 300)
     assert head.root == db.read(lambda tx: logs.tree(tx, "tenants/acme").root())
-    above = open_checkpoint(signed.notes["platform"], notary.verifier)
+    above = open_checkpoint(signed.heads["platform"][1], notary.verifier)
     ((record, digest),) = db.read(lambda tx: journal.chain(tx, "platform"))
     body = json.loads(record)["body"]
     assert body == {"tenant": "acme", "size": 300, "root": base64.b64encode(head.root).decode()}
