@@ -196,6 +196,7 @@ def score(home: Path, text: str, value: Decimal, by: str) -> str:
         body = {"query": query, "score": f"{value:f}", "by": by}
         own = journal.own_chain(books.tenant_of(query))
         books.db.write_sync(lambda tx: journal.append(tx, own, Event("query.scored", "root", body)))
+        books.sign(own.tenant)
         return query
 
 

@@ -5,6 +5,7 @@ What is read may come from anybody: names are held to their forms, sizes are bou
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import re
@@ -129,26 +130,29 @@ class Archive(Evidence):
     """An export that was read. Raises ValueError where it is none; then and later one line says why."""
 
     def __init__(self, file: Path) -> None:
-        try:
-            self._tar = tarfile.open(file, "r:")  # noqa: SIM115  closed on leaving
-            members = self._tar.getmembers()
-        except (tarfile.TarError, EOFError, OverflowError, UnicodeError, ValueError) as error:
-            raise ValueError(f"{file} is not an export of a journal: {str(error).splitlines()[0]}") from None
         self._members: dict[str, tarfile.TarInfo] = {}
         self._tiles: dict[tuple[str, str, int], tuple[int, str]] = {}  # (log, level, n) -> (width, name)
         self._sizes: dict[str, list[int]] = {}
         self._payloads: dict[str, list[str]] = {}
-        for member in members:
-            self._index(member)
+        with contextlib.ExitStack() as undone:
+            stream = undone.enter_context(file.open("rb"))
+            try:
+                self._tar = tarfile.open(fileobj=stream, mode="r:")  # noqa: SIM115  ends with the stream
+                for member in self._tar.getmembers():
+                    self._index(member)
+                if "FORMAT.md" not in self._members:
+                    raise ValueError("it has no FORMAT.md")
+            except (tarfile.TarError, EOFError, OverflowError, ValueError) as error:
+                detail = str(error).splitlines()[0] if str(error) else type(error).__name__
+                raise ValueError(f"{file} is not an export of a journal: {detail}") from None
+            self._close = undone.pop_all().close
         self.whole = not any(_ENTRIES.fullmatch(name) for name in self._members)
-        if "FORMAT.md" not in self._members:
-            raise ValueError(f"{file} is not an export of a journal: it has no FORMAT.md")
 
     def __enter__(self) -> Archive:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._tar.close()
+        self._close()
 
     def _index(self, member: tarfile.TarInfo) -> None:
         name = member.name

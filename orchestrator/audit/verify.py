@@ -105,7 +105,7 @@ class _Verification:
             self._guarded("integrity", f"log {log}", lambda log=log: self._log(log, held.get(log, [])))
         if self._evidence.whole:
             self._tenants(logs)
-            self._guarded("completeness", "the table of queries", self._queries)
+        self._guarded("completeness", "the table of queries", self._queries)
         self._calls()
         self._guarded("completeness", "the ledger", self._ledger)
         self._guarded("payloads", "the payloads", self._payloads)
@@ -419,7 +419,7 @@ class _Verification:
         verdict.note = f"{self._matching:,} match, {erased:,} erased, {self._never:,} never kept"
 
     def _is_erased(self, query: str, seq: int, name: str) -> bool:
-        return (query, None, None) in self._erased or (query, seq, name) in self._erased
+        return not self._erased.isdisjoint([(query, None, None), (query, seq, None), (query, seq, name)])
 
     def _say(self) -> None:
         chains = [chain for whose, chain in self._chains.items() if not whose.startswith((PLATFORM, _TENANTS))]
