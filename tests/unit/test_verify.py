@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from orchestrator.store.ledger import Scope
 from orchestrator.store.schema import checkpoints, keys, payloads, queries, records, reservations, scopes, tiles
 from orchestrator.store.signing import Notary
 from orchestrator.store.vault import Vault, open_vault
-from tests.unit.helpers import Everything, Store, quick
+from tests.unit.helpers import Everything, Store, fill, quick
 
 COST = 7  # nano-USD of each call
 
@@ -85,17 +86,25 @@ class Journal:
         self.db.write_sync(work)
 
 
-@pytest.fixture
-def books(store: Store) -> Iterator[Journal]:
+@contextmanager
+def opened(store: Store, calls: int = 130) -> Generator[Journal]:
     db = store.open()
     vault = open_vault(db, store.home, None, journal.key_created)
     made = Journal(db, vault, Notary(vault.signer(), store.home / "heads"))
     made.query("q1", "acme")
-    made.query("q2", "acme", 130)  # more than one tile of the tenant's log
+    made.query("q2", "acme", calls)
     made.query("q3", "other", 1)
     made.query("q4", "acme", 0)
     yield made
     db.close()
+
+
+@pytest.fixture
+def books(tmp_path: Path) -> Iterator[Journal]:
+    """With more than one tile of a tenant's log."""
+    fill(tmp_path)
+    with opened(Store(tmp_path)) as made:
+        yield made
 
 
 def failing(report: Report) -> set[Name]:
@@ -116,9 +125,11 @@ def record(books: Journal, query: str, seq: int) -> bytes:
     return books.db.read(lambda tx: tx.execute(sa.select(records.c.record).where(of(query, seq))).scalar_one())
 
 
-def test_a_journal_that_nobody_touched_is_whole(books: Journal):
-    report = books.check()
+def test_a_journal_that_nobody_touched_is_whole(store: Store):
+    with opened(store) as books:
+        report, export = books.check(), books.export()
     assert failing(report) == set(), said(report)
+    assert len(export) > 200_000
     assert report["completeness"].note == "4 queries, 0 of them open, 0 interrupted"
     assert report["payloads"].note == "274 match, 0 erased, 0 never kept"
 
@@ -470,9 +481,11 @@ def names_in(tar: Path) -> list[str]:
         return opened.getnames()
 
 
-def test_a_file_of_an_export_that_is_changed_or_lacks_shows(books: Journal, tmp_path: Path):
+@pytest.mark.parametrize("query", [None, "q2"])
+def test_a_file_of_an_export_that_is_changed_or_lacks_shows(tmp_path: Path, query: str | None):
     """One after the other, whichever it is."""
-    for query in (None, "q1"):
+    fill(tmp_path)
+    with opened(Store(tmp_path), 3) as books:
         tar = tmp_path / "one.tar"
         tar.write_bytes(books.export(query))
         for name in names_in(tar):
