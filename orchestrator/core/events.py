@@ -64,12 +64,14 @@ class Recorded:
     body: Mapping[str, Any]
     payloads: Mapping[str, str]
     committed: Mapping[str, Mapping[str, Any]]
+    tenant: str = ""
+    policy: str = ""
 
 
 def read_record(record: bytes, payloads: Mapping[str, str]) -> Recorded:
     """Of a chain that was found to be whole."""
     fields = json.loads(record)
-    names = ("query", "seq", "at", "type", "node", "body")
+    names = ("query", "seq", "at", "type", "node", "body", "tenant", "policy")
     return Recorded(**{name: fields[name] for name in names}, payloads=payloads, committed=fields["payloads"])
 
 
