@@ -42,12 +42,12 @@ class Written:
 PLAIN = Options()
 
 
-def write(format: Format, queries: Histories, out: TextIO, options: Options = PLAIN) -> Written:  # noqa: A002  its name
+def write(name: Format, queries: Histories, out: TextIO, options: Options = PLAIN) -> Written:
     """All queries' lines. A file is best had from `draft`. Raises RequestError."""
-    lines, done = _lines(format, options), Written()
+    lines, done = _lines(name, options), Written()
     for history in queries:
         done.queries += 1
-        if format == "rlms" and done.queries > 1:
+        if name == "rlms" and done.queries > 1:
             raise RequestError("a trace of rlms holds one query: name the one that you want")
         for line in lines(history):
             if line is None:
@@ -91,8 +91,8 @@ def draft(path: Path) -> Generator[TextIO]:
         under_way.unlink(missing_ok=True)
 
 
-def _lines(format: Format, options: Options) -> Callable[[Sequence[Recorded]], Iterator[str | None]]:  # noqa: A002
-    match format:
+def _lines(name: Format, options: Options) -> Callable[[Sequence[Recorded]], Iterator[str | None]]:
+    match name:
         case "otlp":
             try:
                 from orchestrator.exports import otlp
