@@ -7,6 +7,7 @@ import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from decimal import Decimal
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
@@ -98,6 +99,15 @@ def test_a_span_lies_within_the_one_that_it_is_in(exported: dict[str, Ran]):
                 assert around.start_time is not None
                 assert around.end_time is not None
                 assert around.start_time <= span.start_time <= span.end_time <= around.end_time, span.name
+
+
+def test_a_clock_that_was_set_back_ends_nothing_before_it_began(voyage: Ran):
+    times = [record.at for record in voyage.history]
+    back = [replace(record, at=at) for record, at in zip(voyage.history, reversed(times), strict=True)]
+    for span in spans(back):
+        assert span.start_time is not None
+        assert span.end_time is not None
+        assert span.start_time <= span.end_time
 
 
 def test_requests_have_what_the_conventions_ask_for(voyage: Ran):

@@ -101,7 +101,8 @@ def test_cells_and_what_they_printed(voyage: Ran):
     assert first["result"]["stdout"] == "38 plain one\n"
     assert first["result"]["stderr"] == ""
     failed = iterations[1]["code_blocks"][1]
-    assert "ZeroDivisionError" in failed["result"]["stderr"]
+    assert failed["result"]["stderr"].startswith("Traceback ")
+    assert "\n[error] ZeroDivisionError" in failed["result"]["stderr"]
     assert "ship" in iterations[3]["code_blocks"][0]["result"]["locals"]
 
 

@@ -88,6 +88,15 @@ def test_the_last_word_is_a_turn_of_its_own(exported: dict[str, Ran]):
     assert node.status == "limit"
 
 
+def test_a_last_word_goes_on_from_no_reply_that_was_cut(exported: dict[str, Ran]):
+    cut = [
+        replace(record, body={**record.body, "detail": "length"}) if record.type == "call.result" else record
+        for record in exported["endless"].history
+        if not record.type.startswith("cell.")
+    ]
+    assert [len(turn.calls) for turn in root(cut).turns] == [2, 1]
+
+
 def test_a_cell_that_no_lm_wrote(exported: dict[str, Ran]):
     node = root(exported["alone"].history)
     (turn,) = node.turns
