@@ -24,7 +24,8 @@ from opentelemetry.trace import SpanKind, StatusCode
 from orchestrator.core.errors import RequestError
 from orchestrator.core.events import Recorded
 from orchestrator.exports import otlp
-from orchestrator.exports.otlp import lines, send, spans
+from orchestrator.exports.otlp import lines, send
+from orchestrator.exports.spans import spans
 from tests.unit.exported import ANSWER, CONTEXT, QUESTION, SMILE, Ran, histories
 from tests.unit.helpers import quick
 
