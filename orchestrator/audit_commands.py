@@ -6,7 +6,7 @@ import json
 import sys
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import anyio
 import click
@@ -97,13 +97,48 @@ def verify(export: Path | None, checkpoints: tuple[Path, ...], key: str | None, 
 
 @audit.command(name="export")
 @click.argument("query", required=False)
-@click.option("--out", required=True, type=click.Path(path_type=Path), metavar="FILE", help="Where to write it.")
-def export(query: str | None, out: Path) -> None:
-    """Write the journal, or one QUERY of it, to a tar that others can verify."""
-    from orchestrator.auditing import export_archive
+@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Where to write it.")
+@click.option(
+    "--format",
+    "name",
+    type=click.Choice(["tar", "otlp", "ocsf", "rlms", "chat"]),
+    default="tar",
+    show_default=True,
+    help="tar: to be verified. otlp: OpenTelemetry spans. ocsf: security events. rlms: the trace that its visualizer "
+    "opens. chat: a line a turn, to train on.",
+)
+@click.option("--content", is_flag=True, help="With texts: prompts and replies in otlp, code in ocsf.")
+@click.option("--endpoint", metavar="URL", help="Send spans to this collector (OTLP over HTTP) instead.")
+@click.option("--status", metavar="STATUS", help="chat: of loops that ended so, such as answered.")
+@click.option("--least-score", type=_Score(), metavar="X", help="chat: of queries with this score or a better one.")
+def export(query: str | None, out: Path | None, name: Any, endpoint: str | None, **options: Any) -> None:
+    """Write the journal, or one QUERY of it (an id, its beginning, or `last`), for others."""
+    from orchestrator import auditing
+    from orchestrator.exports import writing
 
-    export_archive(settings.home(), query, out)
-    click.echo(f"{out} is written: check it with `airlock audit verify {out}`", err=True)
+    if (out is None) == (endpoint is None):
+        raise RequestError("say where it goes: --out FILE, or --endpoint URL for spans")
+    if endpoint is not None and name not in ("tar", "otlp"):
+        raise RequestError("--endpoint takes spans: --format otlp")
+    if name != "chat" and (options["status"] or options["least_score"] is not None):
+        raise RequestError("--status and --least-score choose what to train on: --format chat")
+    if name == "tar" and out:
+        auditing.export_archive(settings.home(), query, out)
+        click.echo(f"{out} is written: check it with `airlock audit verify {out}`", err=True)
+        return
+    with auditing.open_books(settings.home()) as books:
+        histories = auditing.histories(books, query)
+        if endpoint is not None:
+            sent = writing.send(histories, endpoint, content=options["content"])
+            click.echo(f"{sent:,} spans are sent", err=True)
+            return
+        scores = auditing.scores(books)
+        chosen = writing.Options(options["content"], scores, options["status"], options["least_score"])
+        assert out is not None, "without an endpoint there is a file"
+        with writing.draft(out) as file:
+            done = writing.write(cast("writing.Format", name), histories, file, chosen)
+    lacking = f"; {done.left_out:,} left out, for their texts are not all kept" if done.left_out else ""
+    click.echo(f"{out} is written: {done.lines:,} lines of {done.queries:,} queries{lacking}", err=True)
 
 
 @audit.command(name="prove")

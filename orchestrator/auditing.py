@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
-import secrets
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import anyio
 import anyio.to_thread
@@ -21,7 +22,7 @@ from orchestrator.core.errors import RequestError, StoreError
 from orchestrator.core.events import Event, Recorded, read_record
 from orchestrator.core.merkle import includes, leaf_hash
 from orchestrator.core.notes import NoteError, Proof, Verifier, open_checkpoint
-from orchestrator.files import Unreadable, read_text
+from orchestrator.files import Unreadable, Unwritable, draft, read_text
 from orchestrator.store import journal, logs, vault
 from orchestrator.store.db import Database
 from orchestrator.store.signing import Notary
@@ -135,21 +136,44 @@ def export_archive(home: Path, text: str | None, out: Path) -> None:
         query = None if text is None else books.find(text)
         for tenant in [books.tenant_of(query)] if query else books.db.read(journal.tenants):
             books.sign(tenant)
-        draft = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
+
+        def write(tx: journal.Connection, file: BinaryIO) -> None:
+            evidence = QueryEvidence(tx, books.vault, query) if query else LiveEvidence(tx, books.vault)
+            try:
+                write_archive(evidence, file)
+            except ValueError as error:
+                raise StoreError(f"the journal cannot be exported, what is stored of it is damaged: {error}") from None
+
         try:
-            with draft.open("xb") as file:
-                books.db.read(
-                    lambda tx: write_archive(
-                        QueryEvidence(tx, books.vault, query) if query else LiveEvidence(tx, books.vault), file
-                    )
-                )
-            draft.replace(out)
-        except OSError as error:
-            raise RequestError(f"cannot write {out}: {error.strerror}") from None
-        except ValueError as error:
-            raise StoreError(f"the journal cannot be exported, what is stored of it is damaged: {error}") from None
-        finally:
-            draft.unlink(missing_ok=True)
+            with draft(out) as file:
+                books.db.read(partial(write, file=file))
+        except Unwritable as why:
+            raise RequestError(f"cannot write {out}: {why}") from None
+
+
+def histories(books: Books, text: str | None) -> Generator[list[Recorded]]:
+    """The records of all queries, or of one (see `Books.find`), each with its payloads' texts. Raises StoreError."""
+    named = books.db.read(journal.all_queries) if text is None else [books.find(text)]
+    for query in named:
+        keeper = books.vault.opener(books.tenant_of(query), query)
+        if fault := books.db.read(partial(_fault, query=query)):
+            raise StoreError(f"query {query} is not whole: {fault}; see `airlock audit verify`")
+        yield books.db.read(partial(journal.history, query=query, keeper=keeper))
+
+
+def _fault(tx: journal.Connection, query: str) -> str | None:
+    return journal.fault(journal.chain(tx, query))
+
+
+def scores(books: Books) -> dict[str, Decimal]:
+    """Query -> the score that was given last."""
+    found: dict[str, Decimal] = {}
+    for tenant in books.db.read(journal.tenants):
+        for record, _hash in books.db.read(partial(journal.chain, query=journal.own_chain(tenant).id)):
+            fields = json.loads(record)
+            if fields["type"] == "query.scored":
+                found[fields["body"]["query"]] = Decimal(fields["body"]["score"])
+    return found
 
 
 def prove(home: Path, text: str, seq: int) -> str:

@@ -163,11 +163,11 @@ def kept_payloads(tx: sa.Connection, query: str) -> Iterator[tuple[int, str, byt
         yield row.seq, row.name, _bytes(row.sealed)
 
 
-def history(tx: sa.Connection, query: str, keeper: Keeper) -> list[Recorded]:
+def history(tx: sa.Connection, query: str, keeper: Keeper | None) -> list[Recorded]:
     """The query's records in order, with what is kept of their payloads. Its chain has to be whole."""
     texts: dict[int, dict[str, str]] = {}
     for seq, name, sealed in kept_payloads(tx, query):
-        if opened := keeper.open(seq, name, sealed):
+        if opened := keeper.open(seq, name, sealed) if keeper else None:
             texts.setdefault(seq, {})[name] = opened[1].decode("utf-8", "replace")
     return [read_record(record, texts.get(seq, {})) for seq, (record, _hash) in enumerate(chain(tx, query))]
 
@@ -195,6 +195,11 @@ def after(
 def tenants(tx: sa.Connection) -> list[str]:
     """Those that have queries."""
     return sorted(tx.execute(sa.select(queries.c.tenant).distinct()).scalars())
+
+
+def all_queries(tx: sa.Connection) -> list[str]:
+    """Their ids, the oldest first."""
+    return list(tx.execute(sa.select(queries.c.id).order_by(queries.c.opened_at, queries.c.id)).scalars())
 
 
 def leaf_of(tx: sa.Connection, query: str, seq: int) -> tuple[int, bytes] | None:
