@@ -99,10 +99,13 @@ class Platform:
         )
         self.model = choices.model or self.config.model or ""
         self.sub_models = list(choices.sub_models) or _listed(self.config.sub_model) or _listed(self.model or None)
-        self.db = open_database(home)
-        self.vault = open_keys(self.db, home)
-        self.notary = Notary(self.vault.signer(), home / "heads")
-        recover(self.db)
+        with contextlib.ExitStack() as undone:
+            self.db = open_database(home)
+            undone.callback(self.db.close)
+            self.vault = open_keys(self.db, home)
+            self.notary = Notary(self.vault.signer(), home / "heads")
+            recover(self.db)
+            undone.pop_all()
         self.slots = Slots(home)
         self.slots.clear_dead()
         self.pool = Pool(self.slots, int(self.config.pool.memory_share * machine_memory()))

@@ -184,6 +184,7 @@ class _Query:
         """Returns how many queries of the tenant are open now, this one included. late: to be closed first."""
         for key in late:
             close_abandoned(tx, key, "the end of this query could not be recorded when it came")
+        self._m.notary.require_whole(tx, self._order.tenant)
         ledger.open_scopes(tx, self._scopes)
         journal.open_query(tx, self._key, self._m.db.owner, opened)
         return journal.open_queries(tx, self._order.tenant)

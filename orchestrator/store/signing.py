@@ -71,23 +71,33 @@ class Notary:
         above, over, _is_new = self._sign(tx, logs.PLATFORM)
         return Signed(tenant, {log: (head, note), logs.PLATFORM: (above, over)})
 
+    def require_whole(self, tx: sa.Connection, tenant: str) -> None:
+        """Raise StoreError when what was signed last is not what the logs have: before anything is done in vain."""
+        for log in (logs.PLATFORM, logs.tenants_log(tenant)):
+            self._checked(tx, log)
+
     def _sign(self, tx: sa.Connection, log: str) -> tuple[Checkpoint, str, bool]:
         """The checkpoint, its note, and whether it had to be made."""
-        note = next((note for (note,) in _LAST(tx, {"of": log})), None)
+        tree, last, note = self._checked(tx, log)
+        if last and last.size == tree.size:
+            return last, note, False
+        head = Checkpoint(f"{self.verifier.name}/{log}", tree.size, tree.root())
+        note = self._signer.sign(head.text())
+        _add(tx, {"log": log, "size": head.size, "note": note})
+        return head, note, True
+
+    def _checked(self, tx: sa.Connection, log: str) -> tuple[Tree, Checkpoint | None, str]:
+        """The log, found to go on from the checkpoint that was signed last, and that with its note."""
+        note = next((note for (note,) in _LAST(tx, {"of": log})), "")
         try:
             # What was signed last, as the database and as the folder have it: mostly the same.
             last = self._open(note) if note else None
             tree = logs.tree(tx, log)
             for before in {last, self.remembered(log)} - {None}:
                 _require_going_on(tree, cast("Checkpoint", before), log)
-            if note and last and last.size == tree.size:
-                return last, note, False
-            head = Checkpoint(f"{self.verifier.name}/{log}", tree.size, tree.root())
         except ValueError as error:  # a NoteError, or hashes that are none
-            raise StoreError(f"log {log} cannot be signed, what is stored of it is damaged: {error}") from None
-        note = self._signer.sign(head.text())
-        _add(tx, {"log": log, "size": head.size, "note": note})
-        return head, note, True
+            raise StoreError(f"log {log} is not used, what is stored of it is damaged: {error}") from None
+        return tree, last, note
 
     def remembered(self, log: str) -> Checkpoint | None:
         """What this folder has of the log. What is not there, or not whole after a power cut, is no memory."""
