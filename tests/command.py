@@ -22,6 +22,7 @@ from orchestrator.core.events import chain_fault
 from orchestrator.core.units import usd
 from orchestrator.sandbox.cgroup import own_hierarchy
 from orchestrator.sandbox.slots import UID_BASE
+from tests.records import read
 from tests.warm import Warm
 
 PROGRAM = str(Path(sys.executable).with_name("airlock"))
@@ -144,9 +145,9 @@ class Airlock:
             return db.execute(query, values).fetchall()
 
     def records(self, query: str = "") -> list[dict[str, Any]]:
-        """The journal of a query; of the newest when none is named."""
+        """The journal of a query, held to the schema of records; of the newest when none is named."""
         query = query or self.rows("SELECT id FROM queries ORDER BY opened_at DESC LIMIT 1")[0][0]
-        return [json.loads(row[0]) for row in self.rows("SELECT record FROM records WHERE query=? ORDER BY seq", query)]
+        return [read(row[0]) for row in self.rows("SELECT record FROM records WHERE query=? ORDER BY seq", query)]
 
     def closing(self) -> dict[str, Any]:
         """The closing record's body of the newest query."""

@@ -21,6 +21,7 @@ from tests.benchmarks.large import large
 from tests.benchmarks.ledger import ledgers
 from tests.benchmarks.peers import peer_python
 from tests.benchmarks.queries import queries
+from tests.benchmarks.redaction import redaction
 from tests.benchmarks.sandboxes import cells, start
 
 LOOP = {"use_uvloop": True}  # as the command line and `RLM` have it
@@ -34,7 +35,7 @@ def main() -> int:
         "--only",
         default="",
         metavar="WORD",
-        help="one group: cells, start, queries, calls, containers, crowd, large, ledger, journal",
+        help="one group: cells, start, queries, calls, containers, crowd, large, ledger, journal, redaction",
     )
     chosen = parser.parse_args()
     console = Console()
@@ -61,6 +62,7 @@ def groups(home: Path, peer: Path | None, quick: bool) -> Iterator[tuple[str, Ca
     yield "large", lambda: large(home, quick)
     yield "ledger", lambda: ledgers(home, quick)
     yield "journal", lambda: journals(home, quick)
+    yield "redaction", lambda: redaction(quick)
 
 
 def table(figures: list[Figure]) -> Table:
