@@ -25,7 +25,6 @@ from orchestrator.core.turns import Turns
 from orchestrator.core.units import nano
 from orchestrator.files import read_text
 from orchestrator.lm.base import LM
-from orchestrator.loop.engine import schema_check
 from orchestrator.loop.node import Machine
 from orchestrator.loop.prompts import RootLimits
 from orchestrator.loop.query import Closed, Machinery, Order, run_query
@@ -141,7 +140,7 @@ class Platform:
             sub_models=self.sub_models,
             policy=self.policy,
             platform_month=None if month is None else nano(month),
-            accept=schema_check(self.choices.answer_schema, self.policy.content.answer_chars),
+            schema=self.choices.answer_schema,
             code=code,
             observe=watch.event,
             on_output=watch.output,

@@ -18,10 +18,12 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-from orchestrator.core.events import chain_fault
+from orchestrator.core.events import Recorded, chain_fault
 from orchestrator.core.units import usd
 from orchestrator.sandbox.cgroup import own_hierarchy
 from orchestrator.sandbox.slots import UID_BASE
+from orchestrator.store import journal
+from orchestrator.store.db import Database
 from tests.warm import Warm
 
 PROGRAM = str(Path(sys.executable).with_name("airlock"))
@@ -148,6 +150,15 @@ class Airlock:
         query = query or self.rows("SELECT id FROM queries ORDER BY opened_at DESC LIMIT 1")[0][0]
         return [json.loads(row[0]) for row in self.rows("SELECT record FROM records WHERE query=? ORDER BY seq", query)]
 
+    def history(self, query: str = "") -> list[Recorded]:
+        """The same, with the payloads."""
+        query = query or self.records()[0]["query"]
+        db = Database(self.home)
+        try:
+            return db.read(lambda tx: journal.history(tx, query))
+        finally:
+            db.close()
+
     def closing(self) -> dict[str, Any]:
         """The closing record's body of the newest query."""
         record = self.records()[-1]
@@ -157,7 +168,8 @@ class Airlock:
     def nothing_left(self) -> None:
         """The common check after every test.
 
-        No process, control group or folder of a sandbox is left; all money is settled; all journals are closed.
+        No process, control group or folder of a sandbox is left; all money is settled; all journals are closed, or
+        end with an interruption.
         """
         until(lambda: slots_left() <= self.before, 5.0)
         assert not list(self.home.glob("slots/slot-*"))
@@ -172,6 +184,9 @@ class Airlock:
             chain = [(record, digest) for record, digest in rows]
             assert chain_fault(chain) is None
             closed = json.loads(chain[-1][0])
+            if status == "interrupted":
+                assert (closed["type"], closed["body"]["records"]) == ("query.interrupted", len(chain))
+                continue
             assert (closed["type"], closed["body"]["status"]) == ("query.closed", status)
             ((spent,),) = self.rows("SELECT spent FROM scopes WHERE id=?", f"query:{query}")
             assert closed["body"]["cost_usd"] == usd(spent)

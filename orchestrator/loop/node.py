@@ -5,11 +5,14 @@ The root and every child query run through here; `query` opens and closes the wh
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, Literal
 
 import anyio
@@ -33,7 +36,7 @@ from orchestrator.guest.context import form
 from orchestrator.lm.base import Message, Reply
 from orchestrator.loop import prompts
 from orchestrator.loop.engine import Loop, Outcome, Status, schema_check
-from orchestrator.loop.handed import Handed
+from orchestrator.loop.handed import Handed, asked_by
 from orchestrator.loop.prompts import RootLimits
 from orchestrator.proxy.account import Aside, Node
 from orchestrator.proxy.booking import put_aside
@@ -44,6 +47,8 @@ from orchestrator.store import journal, ledger
 from orchestrator.store.ledger import Scope
 
 ContextForm = Literal["text", "jsonl"]
+DETAIL_CHARS = 1000  # of how a cell ended; what is recorded is what the loop is told, and a record is bounded
+NAMES_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,17 +237,22 @@ class NodeRun:
             result = await sandbox.run(code, timeout, self._on_call, self._work.on_output)
         finally:
             self._handed.clear()
+        result.detail = result.detail[:DETAIL_CHARS]
+        result.names = tuple(_some_of(result.names))
         body = {
             "cell": self._cells,
             "status": result.status,
-            "detail": result.detail[:500],
+            "detail": result.detail,
             "names": list(result.names),
             "dropped_bytes": result.dropped,
             "duration_ms": int(result.duration_s * 1000),
             "answered": result.answer is not None,
         }
-        shown = {"stdout": result.text("out"), "stderr": result.text("err")}
-        self._record("cell.ended", body, {name: text for name, text in shown.items() if text})
+        shown = {"stdout": result.text("out"), "stderr": result.text("err"), "order": _order(result.output)}
+        payloads = {name: text for name, text in shown.items() if text}
+        if result.answer is not None:
+            payloads["answer"] = result.answer
+        self._record("cell.ended", body, payloads)
         return result
 
     # What cells ask for
@@ -252,18 +262,19 @@ class NodeRun:
             return self._m.proxy.budget(self._node)
         if call.op == "llm_query" and self._levels >= 1:
             return await self._m.proxy.sub_call(self._node, call.prompt, call.model)
+        given = self._handed.peek(call.context) if call.op == "rlm_query" else None
         try:
             if self._levels < 1:
                 raise self._not_permitted("llm_query" if call.op == "llm_query" else "rlm_query")
             if call.op == "rlm_query" and self._levels > 1:
-                return await self._rlm_query(call)
+                return await self._rlm_query(call, asked_by(call, given))
             if call.op != "rlm_query":
                 return {"context": self._handed.take(call.op, call.prompt, call.context)}
             prompt = self._handed.give(call.context).as_prompt(call.prompt)
         except ChildStopped:  # on record as the end of its node
             raise
         except AirlockError as error:
-            self._m.proxy.refuse(self._node, error, call.model or "")
+            self._m.proxy.refuse(self._node, error, call.model or "", lambda: asked_by(call, given))
             raise
         return await self._m.proxy.sub_call(self._node, prompt, call.model)  # there is no level for a child
 
@@ -279,8 +290,8 @@ class NodeRun:
             text = "there is no model for sub-calls: name one with --model or --sub-model"
         return NotPermitted(text, limit=f"depth {depth}", asked=op)
 
-    async def _rlm_query(self, call: Call) -> str:
-        """A child query's answer."""
+    async def _rlm_query(self, call: Call, asked: str) -> str:
+        """A child query's answer. asked: its fingerprint."""
         handed = self._handed.give(call.context)
         counts, account = self._policy.counts, self._account
         if call.model and call.model not in self._node.sub_models:
@@ -309,7 +320,7 @@ class NodeRun:
         self._node.children += 1
         name = f"{self._node.name}.{self._node.children}"
         async with self._children:
-            return await self._child(name, question, context, models)
+            return await self._child(name, asked, question, context, models)
 
     def _share(self, tx: journal.Connection) -> int:
         """nano-USD that a child may have now."""
@@ -322,7 +333,7 @@ class NodeRun:
         if words > share:
             raise _too_little(model, words, share, child=True)
 
-    async def _child(self, name: str, question: str, context: Context, models: Sequence[str]) -> str:
+    async def _child(self, name: str, asked: str, question: str, context: Context, models: Sequence[str]) -> str:
         """Run it, and its answer. Raises ChildStopped with its best answer, StoreError."""
         parent, account = self._node, self._account
 
@@ -339,7 +350,7 @@ class NodeRun:
                 "limit_usd": usd(mine.most("limit")),
                 "context": context.facts(),
             }
-            event = Event("node.opened", name, body, {"question": question})
+            event = Event("node.opened", name, body, {"question": question, "asked": asked})
             journal.append(tx, account.key, event)
             return mine, event
 
@@ -412,6 +423,22 @@ class NodeRun:
         event = Event(kind, self._node.name, body, payloads or {})
         self._account.writer.post(lambda tx: journal.append(tx, self._account.key, event))
         self._account.recorded(event)
+
+
+def _some_of(names: Sequence[str]) -> Iterator[str]:
+    room = NAMES_BYTES
+    for name in names:
+        room -= len(json.dumps(name))
+        if room < 0:
+            return
+        yield name
+
+
+def _order(output: Sequence[tuple[str, str]]) -> str:
+    """How the two streams were mixed, as [stream, characters] pairs; empty where what was in `err` came last."""
+    pieces = [(stream, sum(len(text) for _, text in texts)) for stream, texts in groupby(output, key=itemgetter(0))]
+    in_order = [stream for stream, _ in pieces] in ([], ["out"], ["err"], ["out", "err"])
+    return "" if in_order else json.dumps(pieces)
 
 
 def _too_little(model: str, least: int, most: int, *, child: bool) -> BudgetExhausted:

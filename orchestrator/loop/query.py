@@ -6,9 +6,10 @@ chain is closed when `run_query` returns or raises.
 
 from __future__ import annotations
 
+import json
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -20,7 +21,7 @@ from orchestrator.core.errors import AirlockError, CountExceeded, LimitError, No
 from orchestrator.core.events import Event
 from orchestrator.core.policy import Policy
 from orchestrator.core.units import usd
-from orchestrator.loop.engine import Outcome, Status
+from orchestrator.loop.engine import Outcome, Status, schema_check
 from orchestrator.loop.node import Machine, NodeRun, Work
 from orchestrator.loop.recovery import ROOT, close_abandoned, pay
 from orchestrator.loop.shelter import Shelter
@@ -37,8 +38,9 @@ from orchestrator.store.writer import Writer
 class Order:
     """What is asked. code: run as one cell instead of a root LM's loop (`airlock exec`). policy: the effective one.
 
-    sub_models: the first is asked at depth 1, the next at depth 2, and so on, the last one at all further down; empty
-    when there is nobody to ask. platform_month: what all tenants together may spend in a month, in nano-USD.
+    schema: a JSON Schema, for the answer. sub_models: the first is asked at depth 1, the next at depth 2, and so on,
+    the last one at all further down; empty when there is nobody to ask. platform_month: what all tenants together may
+    spend in a month, in nano-USD.
     """
 
     tenant: str
@@ -47,7 +49,7 @@ class Order:
     model: str
     sub_models: Sequence[str]
     policy: Policy
-    accept: Callable[[str], Awaitable[str | None]]
+    schema: Mapping[str, Any] | None = None
     platform_month: int | None = None
     code: str | None = None
     observe: Callable[[Event], None] = lambda _event: None
@@ -127,7 +129,9 @@ class _Query:
             sub_models=[name for name in named if name and policy.models.permits("sub", name)],
         )
         models = [order.model if order.code is None else "", *order.sub_models]
-        work = Work(order.question, order.context, models, order.accept, order.code, order.on_output)
+        accept = schema_check(order.schema, policy.content.answer_chars)
+        work = Work(order.question, order.context, models, accept, order.code, order.on_output)
+        self._may_ask = root.sub_models
         self._root = NodeRun(machinery.nodes, root, work)
 
     async def run(self) -> Closed:
@@ -160,13 +164,19 @@ class _Query:
         body = {
             "model": order.model if order.code is None else None,
             "sub_models": list(order.sub_models),
+            "may_ask": list(self._may_ask),  # what cells may name
             "backend": self._m.nodes.backend.name,
             "isolation": self._m.nodes.backend.isolation.name,
             "context": context.facts(),
             "limit_usd": usd(order.policy.money.query),
-            "policy": order.policy.model_dump(mode="json"),
+            "payloads": order.policy.audit.payloads,
         }
-        return Event("query.opened", ROOT, body, {"question": order.question})
+        payloads = {"question": order.question, "policy": json.dumps(order.policy.model_dump(mode="json"))}
+        if order.schema is not None:
+            payloads["schema"] = json.dumps(order.schema)
+        if order.code is not None:
+            payloads["code"] = order.code
+        return Event("query.opened", ROOT, body, payloads)
 
     def _open(self, tx: journal.Connection, opened: Event, late: Sequence[QueryKey]) -> int:
         """Returns how many queries of the tenant are open now, this one included. late: to be closed first."""

@@ -32,6 +32,7 @@ _count_open = Prepared(
     .where(queries.c.status == "open", queries.c.tenant == sa.bindparam("of"))
 )
 SALT_BYTES = 16
+INTERRUPTED = "interrupted"
 Connection = sa.Connection  # the transaction that callers hand through, named here so that they need no SQLAlchemy
 
 
@@ -99,6 +100,26 @@ def close_query(tx: sa.Connection, key: QueryKey, status: str, event: Event) -> 
     return append(tx, key, Event(event.type, event.node, body, event.payloads))
 
 
+def interrupt_query(tx: sa.Connection, key: QueryKey, event: Event) -> Sealed:
+    """Its process died. It is not open any more, and belongs to nobody until it is resumed."""
+    sealed = close_query(tx, key, INTERRUPTED, event)
+    tx.execute(sa.update(queries).where(queries.c.id == key.id).values(owner=""))
+    return sealed
+
+
+def resume_query(tx: sa.Connection, key: QueryKey, owner: str, event: Event) -> Sealed | None:
+    """Take an interrupted query; None where it is none, or another one was first."""
+    mine = sa.update(queries).where(queries.c.id == key.id, queries.c.status == INTERRUPTED)
+    taken = tx.execute(mine.values(status="open", owner=owner).returning(queries.c.id)).all()
+    return append(tx, key, event) if taken else None
+
+
+def status_of(tx: sa.Connection, query: str) -> tuple[str, str]:
+    """(open, interrupted, or how it was closed; its tenant) of a query that there is."""
+    row = tx.execute(sa.select(queries.c.status, queries.c.tenant).where(queries.c.id == query)).one()
+    return row.status, row.tenant
+
+
 def open_queries(tx: sa.Connection, tenant: str) -> int:
     """How many queries of the tenant are open."""
     return _count_open(tx, {"of": tenant})[0][0]
@@ -150,7 +171,7 @@ def _bytes(value: object) -> bytes:
 def is_closed(tx: sa.Connection, query: str) -> bool:
     """Whether the table of queries says that the query has ended."""
     status = tx.execute(sa.select(queries.c.status).where(queries.c.id == query)).scalar()
-    return status is not None and status != "open"
+    return status not in (None, "open", INTERRUPTED)
 
 
 def fault(

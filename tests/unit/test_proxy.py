@@ -37,7 +37,7 @@ from orchestrator.proxy import booking, circuit
 from orchestrator.proxy.account import Aside
 from orchestrator.proxy.booking import put_aside
 from orchestrator.proxy.prices import Prices
-from orchestrator.proxy.proxy import MESSAGE_TOKENS, RECORDED_REFUSALS, REQUEST_TOKENS, Proxy
+from orchestrator.proxy.proxy import MESSAGE_TOKENS, RECORDED, REQUEST_TOKENS, Proxy
 from orchestrator.store import journal, ledger
 from orchestrator.store.db import Database
 from tests.unit.helpers import DEFAULT, FakeLM, HangingLM, Query, database, policy, said, user
@@ -342,11 +342,11 @@ async def test_a_model_that_a_guest_names_only_selects(db: Database):
 
 async def test_refusals_do_not_fill_the_journal(db: Database):
     at = desk(db, FakeLM(said("yes")))
-    for _ in range(RECORDED_REFUSALS + 5):
+    for _ in range(RECORDED + 5):
         with pytest.raises(NotPermitted):
             await at.sub(model="nobody")
-    assert len(at.bodies("call.refused")) == RECORDED_REFUSALS
-    assert at.query.account.refused == RECORDED_REFUSALS + 5
+    assert len(at.bodies("call.refused")) == RECORDED
+    assert at.query.account.refused == RECORDED + 5
 
 
 async def test_a_model_that_the_policy_leaves_out_is_refused(db: Database):
