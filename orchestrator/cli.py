@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import anyio
 import click
+from click.core import ParameterSource
 
 from orchestrator import settings
 from orchestrator.core import limits
@@ -30,6 +31,7 @@ policy; 4 sandbox, or another part of this machine; 5 provider; 130 interrupted.
 _BACKENDS = "How the sandbox is isolated: bubblewrap, docker, gvisor; auto: the strongest usable."
 _DEPTH = "0: no sub-calls; 1: plain ones; 2 and more: child queries with a sandbox of their own."
 _POLICIES = "default, strict, development, or a file."
+_WITH_RESUME = ("resume", "base_url", "api_key_env", "prices", "backend", "as_json")
 _LOOP = {"use_uvloop": True}  # a sixth less time for a query of many calls
 
 
@@ -104,17 +106,41 @@ def app() -> None:
 
 
 @app.command()
-@click.argument("question")
-@_context_option(required=True)
+@click.argument("question", required=False, metavar="QUESTION")
+@_context_option(required=False)
 @click.option("--answer-schema", type=click.Path(path_type=Path), metavar="FILE", help="A JSON Schema for the answer.")
+@click.option("--resume", metavar="QUERY", help="Go on with a query whose process died, instead of a new one.")
 @_query_options
-def run(question: str, answer_schema: Path | None, **options: Any) -> int:
+@click.pass_context
+def run(
+    ctx: click.Context, question: str | None, answer_schema: Path | None, resume: str | None, **options: Any
+) -> int:
     """Answer QUESTION over a context."""
     from orchestrator import runs  # loaded by the commands that need it: it takes longer than `policy show` does in all
     from orchestrator.wiring import load_schema
 
+    if resume is not None:
+        _refuse_with_resume(ctx)
+        return anyio.run(runs.resume, resume, options, backend_options=_LOOP)
+    _require(ctx, "question", question)
+    _require(ctx, "context", options["context"])
+    assert question is not None
     schema = load_schema(answer_schema) if answer_schema else None
     return anyio.run(runs.run, question, options, schema, backend_options=_LOOP)
+
+
+def _refuse_with_resume(ctx: click.Context) -> None:
+    """What a query was asked is on record, and stays as it was."""
+    for param in ctx.command.params:
+        if param.name not in _WITH_RESUME and ctx.get_parameter_source(param.name or "") is ParameterSource.COMMANDLINE:
+            name = param.opts[0] if isinstance(param, click.Option) else "a question"
+            raise click.UsageError(f"{name} does not go with --resume: the journal has what the query was asked.", ctx)
+
+
+def _require(ctx: click.Context, name: str, value: object) -> None:
+    """What is needed unless --resume is given."""
+    if value is None:
+        raise click.MissingParameter(ctx=ctx, param=next(param for param in ctx.command.params if param.name == name))
 
 
 @app.command(name="exec")
@@ -265,6 +291,20 @@ def audit_show(query: str) -> int:
     for line in show_run(run_read.chain, run_read.payloads, run_read.fault):
         say(sys.stdout, line)
     return 4 if run_read.fault else 0
+
+
+@audit.command(name="replay")
+@click.argument("query", default="last")
+@click.option("--backend", metavar="NAME", help="How the sandboxes are isolated; default: as they were.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def audit_replay(query: str, backend: str | None, as_json: bool) -> int:
+    """Run a QUERY's cells again, with what they asked for answered from the journal, and show what is different.
+
+    Exit codes: 0 nothing is; 1 something is; 4 it cannot be done.
+    """
+    from orchestrator.replays import report
+
+    return anyio.run(partial(report, settings.home(), query, backend, as_json=as_json), backend_options=_LOOP)
 
 
 def main() -> None:

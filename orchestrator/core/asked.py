@@ -15,3 +15,8 @@ def fingerprint(op: str, prompt: str, model: str | None, context: Iterable[str] 
     for piece in context:
         whole.update(piece.encode("utf-8", "replace"))
     return whole.hexdigest()
+
+
+def digest(prompt: str) -> bytes:
+    """What the answer to equal prompts is kept by: prompts are large, and there are many."""
+    return hashlib.sha256(prompt.encode("utf-8", "replace")).digest()

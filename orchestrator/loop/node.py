@@ -5,14 +5,11 @@ The root and every child query run through here; `query` opens and closes the wh
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import groupby
-from operator import itemgetter
 from typing import Any, Literal
 
 import anyio
@@ -26,6 +23,7 @@ from orchestrator.core.errors import (
     CountExceeded,
     LimitError,
     NotPermitted,
+    NotRebuilt,
     StoreError,
 )
 from orchestrator.core.events import Event, EventType
@@ -35,8 +33,10 @@ from orchestrator.core.units import usd
 from orchestrator.guest.context import form
 from orchestrator.lm.base import Message, Reply
 from orchestrator.loop import prompts
+from orchestrator.loop.cells import Cells
 from orchestrator.loop.engine import Loop, Outcome, Status, schema_check
 from orchestrator.loop.handed import Handed, asked_by
+from orchestrator.loop.past import PastNode, child_stopped
 from orchestrator.loop.prompts import RootLimits
 from orchestrator.proxy.account import Aside, Node
 from orchestrator.proxy.booking import put_aside
@@ -47,16 +47,14 @@ from orchestrator.store import journal, ledger
 from orchestrator.store.ledger import Scope
 
 ContextForm = Literal["text", "jsonl"]
-DETAIL_CHARS = 1000  # of how a cell ended; what is recorded is what the loop is told, and a record is bounded
-NAMES_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
     """What nodes run on. places: for sandboxes, one gate a level: who waits for a child has a place of its own.
 
-    keep_context: stores a context that was made in a REPL; blocks, and raises ContextError, StoreError.
-    limits: what the LM behind a model's name can take.
+    keep_context: stores a context that was made in a REPL; blocks, and raises ContextError, StoreError. open_context:
+    finds one again by its id, and raises the same. limits: what the LM behind a model's name can take under a policy.
     """
 
     proxy: Proxy
@@ -64,7 +62,8 @@ class Machine:
     open_sandbox: Callable[[Callable[[Slot], SandboxSpec]], AbstractAsyncContextManager[Sandbox]]
     verify: Callable[[Context], bool]
     keep_context: Callable[[ContextForm, Sequence[str]], Context]
-    limits: Callable[[str], RootLimits]
+    open_context: Callable[[str], Context]
+    limits: Callable[[str, Policy], RootLimits]
     places: Callable[[int], Turns]
 
 
@@ -90,19 +89,20 @@ class Work:
 
 
 class NodeRun:
-    """Runs `work` as `node`. cell: the one cell of `exec`."""
+    """Runs `work` as `node`. past: what the journal has of it, when it goes on. cell: the one cell of `exec`."""
 
-    def __init__(self, machine: Machine, node: Node, work: Work) -> None:
+    def __init__(self, machine: Machine, node: Node, work: Work, past: PastNode | None = None) -> None:
         self._m = machine
         self._node = node
         self._work = work
         self._account = node.account
         self._policy: Policy = node.account.policy
-        self._limits = machine.limits(work.model)
+        self._limits = machine.limits(work.model, self._policy)
         self._aside: Aside | None = None
         self._loop: Loop | None = None
-        self._cells = 0
+        self._past = past
         self._handed = Handed(self._policy.content.child_context)
+        self._cells = Cells(node, self._handed, past.cells if past else (), self._on_call, self._resume_child)
         self._children = anyio.Semaphore(self._policy.counts.children_in_flight)
         self.cell: CellResult | None = None
 
@@ -121,6 +121,13 @@ class NodeRun:
         body = {"kind": "time-exceeded", "detail": text, "limit": f"{self._policy.time.query} ms"}
         self._record("limit.hit", body)
         return self.stopped("limit", text)
+
+    @property
+    def last_word(self) -> int:
+        """nano-USD that is set aside for it; nothing of a cell alone."""
+        if self._work.code is not None:
+            return 0
+        return self._m.proxy.bound(self._work.model, prompts.LAST_WORD_BYTES, prompts.LAST_WORD_TOKENS)
 
     def stopped(self, status: Status, reason: str) -> Outcome:
         """The end before the end, with the best answer so far."""
@@ -149,18 +156,24 @@ class NodeRun:
     async def _set_aside(self, messages: Sequence[Message]) -> None:
         """Hold the price of the last word. Raises BudgetExhausted when the money does not also pay for a turn."""
         node, proxy, model = self._node, self._m.proxy, self._work.model
-        words = proxy.bound(model, prompts.LAST_WORD_BYTES, prompts.LAST_WORD_TOKENS)
+        words = self.last_word
         size = sum(len(message["content"].encode("utf-8", "replace")) + 16 for message in messages)
         least = words + proxy.bound(model, size, self._policy.models.output_floor)
         if least > node.limit:
             raise _too_little(model, least, node.limit, child=node.parent is not None)
-        aside = Aside(ledger.set_aside(self._account.key.id, node.name), words)
+        query = self._account.key.id
+
+        def work(tx: journal.Connection) -> Aside:
+            tries = ledger.times_set_aside(tx, query, node.name)  # by those before it, in a query that goes on
+            aside = Aside(ledger.set_aside(query, node.name, tries), words, tries=tries)
+            put_aside(tx, node, aside.reservation, words)
+            return aside
+
         try:
-            await self._account.writer.write(lambda tx: put_aside(tx, node, aside.reservation, words))
+            self._aside = await self._account.writer.write(work)
         except ledger.NotEnough as short:
             raise short.error from None
         node.count(held=words)
-        self._aside = aside
 
     # In the sandbox
 
@@ -214,7 +227,7 @@ class NodeRun:
             iterations=self._policy.counts.iterations,
             ask=self._ask,
             run_cell=run_cell,
-            record=self._record,
+            record=self._limit_hit,
             accept=self._work.accept,
             most_chars=self._policy.content.answer_chars,
         )
@@ -223,37 +236,19 @@ class NodeRun:
     async def _ask(self, messages: list[Message], output_tokens: int, *, last: bool) -> Reply:
         if self._node.parent is None:
             self._account.turns = self.turns
+        if self._past and (reply := self._past.reply(last=last)):
+            return reply
+        if self._past and self._past.limit and not last:  # which was before the last word that is to come
+            raise self._past.limit
         aside = self._aside if last else None
         return await self._m.proxy.ask(self._node, "root", self._work.model, messages, output_tokens, aside)
 
+    def _limit_hit(self, kind: EventType, body: Mapping[str, str]) -> None:
+        if not (self._past and self._past.limit):  # else it is on record
+            self._record(kind, body)
+
     async def _run_cell(self, sandbox: Sandbox, code: str) -> CellResult:
-        self._cells += 1
-        started = Event("cell.started", self._node.name, {"cell": self._cells}, {"code": code})
-        # Before it runs.
-        await self._account.writer.write(lambda tx: journal.append(tx, self._account.key, started))
-        self._account.recorded(started)
-        timeout = min(self._policy.time.cell / 1000, self._node.remaining_s())
-        try:
-            result = await sandbox.run(code, timeout, self._on_call, self._work.on_output)
-        finally:
-            self._handed.clear()
-        result.detail = result.detail[:DETAIL_CHARS]
-        result.names = tuple(_some_of(result.names))
-        body = {
-            "cell": self._cells,
-            "status": result.status,
-            "detail": result.detail,
-            "names": list(result.names),
-            "dropped_bytes": result.dropped,
-            "duration_ms": int(result.duration_s * 1000),
-            "answered": result.answer is not None,
-        }
-        shown = {"stdout": result.text("out"), "stderr": result.text("err"), "order": _order(result.output)}
-        payloads = {name: text for name, text in shown.items() if text}
-        if result.answer is not None:
-            payloads["answer"] = result.answer
-        self._record("cell.ended", body, payloads)
-        return result
+        return await self._cells.run(sandbox, code, self._work.on_output)
 
     # What cells ask for
 
@@ -262,19 +257,19 @@ class NodeRun:
             return self._m.proxy.budget(self._node)
         if call.op == "llm_query" and self._levels >= 1:
             return await self._m.proxy.sub_call(self._node, call.prompt, call.model)
-        given = self._handed.peek(call.context) if call.op == "rlm_query" else None
+        asked = asked_by(call, self._handed.peek(call.context)) if call.op == "rlm_query" else ""
         try:
             if self._levels < 1:
                 raise self._not_permitted("llm_query" if call.op == "llm_query" else "rlm_query")
             if call.op == "rlm_query" and self._levels > 1:
-                return await self._rlm_query(call, asked_by(call, given))
+                return await self._rlm_query(call, asked)
             if call.op != "rlm_query":
                 return {"context": self._handed.take(call.op, call.prompt, call.context)}
             prompt = self._handed.give(call.context).as_prompt(call.prompt)
         except ChildStopped:  # on record as the end of its node
             raise
         except AirlockError as error:
-            self._m.proxy.refuse(self._node, error, call.model or "", lambda: asked_by(call, given))
+            self._m.proxy.refuse(self._node, error, call.model or "", lambda: asked or asked_by(call, None))
             raise
         return await self._m.proxy.sub_call(self._node, prompt, call.model)  # there is no level for a child
 
@@ -309,8 +304,7 @@ class NodeRun:
             question = call.prompt
         if len(question) > most:
             raise CountExceeded(f"the question has {len(question):,} characters; {most:,} are permitted")
-        below = self._work.models[1:] or self._work.models
-        models = [call.model, *below[1:]] if call.model else below
+        models = self._models_of_child(call)
         account.children += 1  # before anything is stored for it: calls come at the same time
         await self._require_money_for(models[0])
         context = self._work.context
@@ -320,7 +314,22 @@ class NodeRun:
         self._node.children += 1
         name = f"{self._node.name}.{self._node.children}"
         async with self._children:
-            return await self._child(name, asked, question, context, models)
+            mine = await self._open_child(name, asked, question, context, models[0])
+            return await self._child(Work(question, context, models, self._any), name, mine)
+
+    def _models_of_child(self, call: Call) -> Sequence[str]:
+        below = self._work.models[1:] or self._work.models
+        return [call.model, *below[1:]] if call.model else below
+
+    async def _resume_child(self, call: Call, past: PastNode) -> str:
+        """The answer of a child query that was under way when the query was interrupted."""
+        context = self._work.context
+        if past.context["id"] != context.id:
+            context = await anyio.to_thread.run_sync(self._m.open_context, past.context["id"])
+        mine = Scope(f"node:{self._account.key.id}:{past.name}", past.most)
+        work = Work(past.question, context, self._models_of_child(call), self._any)
+        async with self._children:
+            return await self._child(work, past.name, mine, past)
 
     def _share(self, tx: journal.Connection) -> int:
         """nano-USD that a child may have now."""
@@ -333,8 +342,8 @@ class NodeRun:
         if words > share:
             raise _too_little(model, words, share, child=True)
 
-    async def _child(self, name: str, asked: str, question: str, context: Context, models: Sequence[str]) -> str:
-        """Run it, and its answer. Raises ChildStopped with its best answer, StoreError."""
+    async def _open_child(self, name: str, asked: str, question: str, context: Context, model: str) -> Scope:
+        """Its purse, and its first record. Raises LimitError, StoreError."""
         parent, account = self._node, self._account
 
         def open_(tx: journal.Connection) -> tuple[Scope, Event]:
@@ -346,7 +355,7 @@ class NodeRun:
             body = {
                 "parent": parent.name,
                 "depth": parent.depth + 1,
-                "model": models[0],
+                "model": model,
                 "limit_usd": usd(mine.most("limit")),
                 "context": context.facts(),
             }
@@ -359,8 +368,13 @@ class NodeRun:
         except ledger.NotEnough as short:
             raise short.error from None
         account.recorded(event)
+        return mine
+
+    async def _child(self, work: Work, name: str, mine: Scope, past: PastNode | None = None) -> str:
+        """Run it, and its answer. Raises ChildStopped with its best answer, StoreError, NotRebuilt."""
+        parent, models = self._node, work.models
         node = Node(
-            account=account,
+            account=self._account,
             name=name,
             depth=parent.depth + 1,
             scopes=[mine, *parent.scopes],
@@ -368,13 +382,13 @@ class NodeRun:
             sub_models=list(dict.fromkeys((*(models[1:2] or models[:1]), *parent.sub_models))),
             parent=parent,
         )
-        accept = schema_check(None, self._policy.content.answer_chars)
-        inherited = context is self._work.context
-        run = NodeRun(self._m, node, Work(question, context, models, accept, inherited=inherited))
+        if past:
+            node.spent, node.calls, node.children = past.spent, past.calls, past.children
+        run = NodeRun(self._m, node, replace(work, inherited=work.context is self._work.context), past)
         outcome, started = Outcome("cancelled", None, "cancelled"), time.monotonic()
         try:
             outcome = await run.run()
-        except StoreError:
+        except (StoreError, NotRebuilt):
             raise
         except AirlockError as error:
             status: Status = "refused" if isinstance(error, LimitError) else "failed"
@@ -383,8 +397,12 @@ class NodeRun:
             await run.close(outcome, started)
         if outcome.status == "answered" and outcome.answer is not None:
             return outcome.answer
-        text = f"child query {name} ended without an answer: {outcome.reason or 'it gave none'}"
-        raise ChildStopped(text, partial=outcome.answer)
+        raise child_stopped(name, outcome.reason, outcome.answer)
+
+    @property
+    def _any(self) -> Callable[[str], Awaitable[str | None]]:
+        """What a child query's answer is held to."""
+        return schema_check(None, self._policy.content.answer_chars)
 
     async def close(self, outcome: Outcome, started: float) -> None:
         """Give back what the node still holds, check its context, and record its end."""
@@ -423,22 +441,6 @@ class NodeRun:
         event = Event(kind, self._node.name, body, payloads or {})
         self._account.writer.post(lambda tx: journal.append(tx, self._account.key, event))
         self._account.recorded(event)
-
-
-def _some_of(names: Sequence[str]) -> Iterator[str]:
-    room = NAMES_BYTES
-    for name in names:
-        room -= len(json.dumps(name))
-        if room < 0:
-            return
-        yield name
-
-
-def _order(output: Sequence[tuple[str, str]]) -> str:
-    """How the two streams were mixed, as [stream, characters] pairs; empty where what was in `err` came last."""
-    pieces = [(stream, sum(len(text) for _, text in texts)) for stream, texts in groupby(output, key=itemgetter(0))]
-    in_order = [stream for stream, _ in pieces] in ([], ["out"], ["err"], ["out", "err"])
-    return "" if in_order else json.dumps(pieces)
 
 
 def _too_little(model: str, least: int, most: int, *, child: bool) -> BudgetExhausted:

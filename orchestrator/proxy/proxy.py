@@ -6,7 +6,6 @@ Nothing reaches a provider without a committed reservation and a committed `call
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
 import time
@@ -16,7 +15,7 @@ from typing import Any
 import anyio
 import tenacity
 
-from orchestrator.core.asked import fingerprint
+from orchestrator.core.asked import digest, fingerprint
 from orchestrator.core.errors import (
     AirlockError,
     CountExceeded,
@@ -109,7 +108,7 @@ class Proxy:
     async def _ask_once(self, node: Node, name: str, prompt: str, asked: SubCall) -> str:
         """The answer to the same words in this query, if there is one or is going to be; else ask."""
         account = node.account
-        key = name, hashlib.sha256(prompt.encode("utf-8", "replace")).digest()  # prompts are large, and there are many
+        key = name, digest(prompt)
         while answered := account.answers.get(key):
             await answered.done.wait()
             if answered.text is not None:
@@ -290,7 +289,7 @@ class Proxy:
         account.told += 1
         if account.told <= RECORDED:
             self._record(account, Event("budget.told", node.name, shown))
-        return shown
+        return dict(sorted(shown.items()))  # as in the record, so that a replay prints it in the same order
 
 
 def _size(policy: Policy, messages: Sequence[Message]) -> int:
