@@ -83,15 +83,21 @@ class Airlock:
     program: Sequence[str] = (PROGRAM,)
     before: set[int] = field(default_factory=lambda: slots_left())
 
-    def __call__(self, *arguments: object, stdin: bytes | None = None, code: int | None = None) -> Done:
-        """Run it to its end. code: the exit code there has to be."""
+    def __call__(
+        self,
+        *arguments: object,
+        stdin: bytes | None = None,
+        code: int | None = None,
+        doom: dict[str, Any] | None = None,
+    ) -> Done:
+        """Run it to its end. code: the exit code there has to be. doom: how it kills itself, if it is warm."""
         with TemporaryFile() as given, TemporaryFile() as out, TemporaryFile() as err:
             given.write(stdin or b"")
             given.seek(0)
             stdio = (given, out, err)
             if self.warm and not self.prefix:
                 found = self.warm.run(
-                    list(map(str, arguments)), self.environment, self.folder, [f.fileno() for f in stdio]
+                    list(map(str, arguments)), self.environment, self.folder, [f.fileno() for f in stdio], doom
                 )
             else:
                 options = dict(zip(("stdin", "stdout", "stderr"), stdio, strict=True))

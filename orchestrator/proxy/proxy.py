@@ -135,7 +135,7 @@ class Proxy:
         account = node.account
         account.refused += 1
         if account.refused <= RECORDED:
-            body = _refusal(error, "sub", model) | {"sub_call": sub_call.number if sub_call else None}
+            body = refusal_of(error, "sub", model) | {"sub_call": sub_call.number if sub_call else None}
             self._record(account, Event("call.refused", node.name, body, {"asked": asked()}))
 
     @staticmethod
@@ -302,7 +302,8 @@ def _size(policy: Policy, messages: Sequence[Message]) -> int:
     return size
 
 
-def _refusal(error: AirlockError, role: str, model: str) -> dict[str, Any]:
+def refusal_of(error: AirlockError, role: str, model: str) -> dict[str, Any]:
+    """Body of `call.refused`, but for the number of the sub-call."""
     fields: dict[str, Any] = {"role": role, "model": model[:200], "kind": error.kind, "detail": str(error)[:1000]}
     if isinstance(error, LimitError):
         fields |= {"limit": error.limit, "asked": error.asked[:200], "left": error.left}
