@@ -15,7 +15,8 @@ import anyio
 
 from orchestrator.console import counted
 from orchestrator.core.errors import RequestError, SandboxUnusable, StoreError
-from orchestrator.loop.past import Past, read_past
+from orchestrator.loop.past import Past
+from orchestrator.loop.reader import read_past
 from orchestrator.loop.replay import Again, Replayed, Stage, replay
 from orchestrator.sandbox.base import Backend
 from orchestrator.sandbox.pool import Pool

@@ -32,10 +32,11 @@ from orchestrator.core.turns import Turns
 from orchestrator.core.units import nano
 from orchestrator.files import read_text
 from orchestrator.lm.base import LM
-from orchestrator.loop.node import Machine
-from orchestrator.loop.past import Past, read_past
+from orchestrator.loop.machine import Machine
+from orchestrator.loop.past import Past
 from orchestrator.loop.prompts import RootLimits
 from orchestrator.loop.query import Closed, Machinery, Order, run_query
+from orchestrator.loop.reader import read_past
 from orchestrator.loop.recovery import recover, sweep
 from orchestrator.named_policy import load_policy
 from orchestrator.proxy.account import Account

@@ -31,7 +31,8 @@ from orchestrator.core.events import Event
 from orchestrator.core.policy import Policy
 from orchestrator.core.units import usd
 from orchestrator.loop.engine import Outcome, Status, schema_check
-from orchestrator.loop.node import Machine, NodeRun, Work
+from orchestrator.loop.machine import Machine, Work
+from orchestrator.loop.node import NodeRun
 from orchestrator.loop.past import Past
 from orchestrator.loop.recovery import ROOT, close_abandoned, pay
 from orchestrator.loop.shelter import Shelter

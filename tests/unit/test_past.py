@@ -26,7 +26,8 @@ from orchestrator.core.events import GENESIS, Event, Recorded, seal
 from orchestrator.core.policy import Policy
 from orchestrator.loop.cells import bounded, ended, order_of
 from orchestrator.loop.handed import Given, asked_by
-from orchestrator.loop.past import Past, PastCell, PastNode, read_past
+from orchestrator.loop.past import Past, PastCell, PastNode
+from orchestrator.loop.reader import read_past
 from orchestrator.proxy.account import ModelUsage
 from orchestrator.proxy.proxy import refusal_of
 from orchestrator.sandbox.sandbox import Call, CellResult
