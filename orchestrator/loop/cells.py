@@ -16,7 +16,7 @@ from typing import Any
 
 import anyio
 
-from orchestrator.core.errors import AirlockError, NotPermitted, NotRebuilt
+from orchestrator.core.errors import AirlockError, NotPermitted, NotRebuilt, TimeExceeded
 from orchestrator.core.events import Event, EventType
 from orchestrator.core.units import usd
 from orchestrator.loop.handed import Handed
@@ -111,6 +111,9 @@ class Cells:
         differs = differences(result, before)
         body = {"cell": self._count, "status": result.status, "same": not differs, "differs": differs}
         self._record("cell.replayed", body)
+        if self._node.remaining_s() <= 0:
+            limit = f"{self._account.policy.time.query} ms"
+            raise TimeExceeded("the query's time was over before it was rebuilt", limit=limit, left="0 ms")
         if result.status != before.status:
             how = f"{result.status} ({result.detail})" if result.detail else result.status
             raise NotRebuilt(f"cell {self._count} of {self._node.name} was {before.status}, and is {how} now")

@@ -5,6 +5,7 @@ What they ask for is answered from the journal. Nothing is asked of a model, not
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict, dataclass, field
@@ -95,10 +96,15 @@ async def _replay_node(
 ) -> None:
     left = list(node.cells)
     lost = "the cells before it could not be run as they were"
+    deadline = time.monotonic() + policy.time.query / 1000
     async with stage.open_sandbox(partial(SandboxSpec.under, policy)) as sandbox:
         sandbox.attach(context)
         while left and left[0].result is not None:
-            again, alive = await _cell(sandbox, node, left.pop(0), policy)
+            timeout_s = min(policy.time.cell / 1000, deadline - time.monotonic())
+            if timeout_s <= 0:
+                lost = f"the {policy.time.query / 1000:g} s that a query may take were over"
+                break
+            again, alive = await _cell(sandbox, node, left.pop(0), policy, timeout_s)
             tell(again)
             if not alive:
                 break
@@ -107,7 +113,9 @@ async def _replay_node(
         tell(Again(node.name, cell.number, "not compared", why))
 
 
-async def _cell(sandbox: Sandbox, node: PastNode, cell: PastCell, policy: Policy) -> tuple[Again, bool]:
+async def _cell(
+    sandbox: Sandbox, node: PastNode, cell: PastCell, policy: Policy, timeout_s: float
+) -> tuple[Again, bool]:
     """And whether the sandbox can run the next one."""
     assert cell.result, "only what had ended is run again"
     handed = Handed(policy.content.child_context)
@@ -125,7 +133,7 @@ async def _cell(sandbox: Sandbox, node: PastNode, cell: PastCell, policy: Policy
         return await recall(call)
 
     try:
-        result = bounded(await sandbox.run(cell.code, policy.time.cell / 1000, on_call))
+        result = bounded(await sandbox.run(cell.code, timeout_s, on_call))
     except SandboxUnusable:
         raise
     except MachineError as error:
