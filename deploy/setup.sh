@@ -4,7 +4,7 @@
 set -euo pipefail
 
 # What only the tests need of the system, as COMMAND:PACKAGE.
-test_commands=(dockerd:docker.io docker:docker.io docker-compose:docker-compose runsc:runsc)
+test_commands=(dockerd:docker.io docker:docker.io docker-compose:docker-compose runsc:runsc openssl:openssl)
 test_files=('/usr/lib/postgresql/*/bin/initdb:postgresql') # likewise, what is on no PATH
 
 # Sandboxes run under a uid of their own: what is installed here must be readable by everyone.

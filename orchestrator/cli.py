@@ -16,12 +16,13 @@ import click
 from click.core import ParameterSource
 
 from orchestrator import settings
+from orchestrator.audit_commands import audit
 from orchestrator.core import limits
 from orchestrator.core.errors import AirlockError, RequestError
 from orchestrator.core.policy import IMAGES
 from orchestrator.files import Unreadable, read_text
 from orchestrator.named_policy import load_policy
-from orchestrator.streams import answer_lost, open_standard_streams, say
+from orchestrator.streams import answer_lost, open_standard_streams
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -275,36 +276,7 @@ def policy_show(name: str) -> None:
     click.echo(yaml.safe_dump(shown.model_dump(mode="json"), sort_keys=False), nl=False)
 
 
-@app.group()
-def audit() -> None:
-    """The journal."""
-
-
-@audit.command(name="show")
-@click.argument("query", default="last")
-def audit_show(query: str) -> int:
-    """Print a QUERY's run: code, output, sub-calls, cost. An id, its beginning, or `last`."""
-    from orchestrator.console import show_run
-    from orchestrator.wiring import read_run
-
-    run_read = read_run(settings.home(), query)
-    for line in show_run(run_read.chain, run_read.payloads, run_read.fault):
-        say(sys.stdout, line)
-    return 4 if run_read.fault else 0
-
-
-@audit.command(name="replay")
-@click.argument("query", default="last")
-@click.option("--backend", metavar="NAME", help="How the sandboxes are isolated; default: as they were.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def audit_replay(query: str, backend: str | None, as_json: bool) -> int:
-    """Run a QUERY's cells again, with what they asked for answered from the journal, and show what is different.
-
-    Exit codes: 0 nothing is; 1 something is; 4 it cannot be done.
-    """
-    from orchestrator.replays import report
-
-    return anyio.run(partial(report, settings.home(), query, backend, as_json=as_json), backend_options=_LOOP)
+app.add_command(audit)
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TextIO
 
-from orchestrator.core.events import Event
+from orchestrator.core.events import Event, Recorded, read_record
 from orchestrator.core.units import usd
 
 if TYPE_CHECKING:
@@ -123,32 +123,37 @@ def show_run(
     chain: list[tuple[bytes, str]], payloads: Mapping[tuple[int, str], str], fault: str | None
 ) -> Iterator[str]:
     """A query's journal as a person would read it, line by line: code, output, sub-calls, cost."""
-    for record, _digest in chain:
-        fields: dict[str, Any] = json.loads(record)
-        body, seq = fields["body"], fields["seq"]
-
-        def payload(name: str, fields: dict[str, Any] = fields, seq: int = seq) -> str:
-            kept = payloads.get((seq, name))
-            if kept is not None:
-                return kept
-            return f"(not kept: {fields['payloads'][name]['bytes']:,} bytes)" if name in fields["payloads"] else ""
-
-        for line in _show_record(fields, body, payload):
-            yield _joined(line)
+    texts: dict[int, dict[str, str]] = {}
+    for (seq, name), text in payloads.items():
+        texts.setdefault(seq, {})[name] = text
+    for seq, (record, _digest) in enumerate(chain):
+        yield from one_record(read_record(record, texts.get(seq, {})))
     head = chain[-1][1] if chain else "none"
     yield f"journal: {len(chain)} records, head {head}: " + (f"BROKEN: {fault}" if fault else "the chain is whole")
 
 
-def _show_record(fields: dict[str, Any], body: dict[str, Any], payload: Any) -> Iterator[str]:
-    at, whose = fields["at"][11:23], _whose(fields)
-    match fields["type"]:
+def one_record(record: Recorded) -> Iterator[str]:
+    """What it says, line by line."""
+
+    def payload(name: str) -> str:
+        if name in record.payloads:
+            return record.payloads[name]
+        return f"(not kept: {record.committed[name]['bytes']:,} bytes)" if name in record.committed else ""
+
+    for line in _show_record(record, record.body, payload):
+        yield _joined(line)
+
+
+def _show_record(record: Recorded, body: Mapping[str, Any], payload: Any) -> Iterator[str]:
+    at, whose = record.at[11:23], _whose(record)
+    match record.type:
         case "query.opened":
-            yield from _show_opening(fields, payload("question"))
+            yield from _show_opening(record, payload("question"))
         case "node.opened":
             yield f"{at} {whose}child query to {body['model']}, at most {body['limit_usd']} USD"
             yield from _indented(payload("question"), "? ")
         case "cell.started" | "cell.ended":
-            yield from _show_cell(fields, payload)
+            yield from _show_cell(record, payload)
         case "limit.hit":
             yield f"{at} {whose}limit: {body['detail']}"
         case "sandbox.started":
@@ -160,19 +165,19 @@ def _show_record(fields: dict[str, Any], body: dict[str, Any], payload: Any) -> 
         case "query.interrupted":
             yield f"{at} interrupted: {body['why']}"
         case "query.resumed" | "cell.replayed":
-            yield f"{at} {whose}{_again(fields['type'], body)}"
+            yield f"{at} {whose}{_again(record.type, body)}"
         case "query.closed" | "node.closed":
             yield f"{at} {whose}closed: {body['status']} {body['reason']}".rstrip() + f"; cost {body['cost_usd']} USD"
-            if "answer" in fields["payloads"]:
+            if "answer" in record.committed:
                 yield f"{whose}answer:"
                 yield from _indented(payload("answer"), "  ")
         case _:
-            yield from _show_call(fields, payload)
+            yield from _show_call(record, payload)
 
 
-def _show_call(fields: dict[str, Any], payload: Any) -> Iterator[str]:
-    at, body = fields["at"][11:23], fields["body"]
-    match fields["type"]:
+def _show_call(record: Recorded, payload: Any) -> Iterator[str]:
+    at, body = record.at[11:23], record.body
+    match record.type:
         case "call.intent":
             what = "turn" if body["role"] == "root" else "sub-call"
             yield f"{at} {what} {body['call']} to {body['model']}, at most {body['bound_usd']} USD"
@@ -184,43 +189,43 @@ def _show_call(fields: dict[str, Any], payload: Any) -> Iterator[str]:
             yield f"{at} {body['call']} {body['outcome']} ({body['detail']}){tokens}, {body['cost_usd']} USD"
             yield from _indented(payload("completion"), "< ")
         case "call.repeated":
-            yield f"{at} {_whose(fields)}sub-call answered as {body['of']} was"
+            yield f"{at} {_whose(record)}sub-call answered as {body['of']} was"
         case "budget.told":
             left = f"{body['usd_left']} USD, {counted(body['sub_calls_left'], 'sub-call')}, {body['seconds_left']} s"
-            yield f"{at} {_whose(fields)}budget told: {left} left"
+            yield f"{at} {_whose(record)}budget told: {left} left"
         case _:
-            yield f"{at} {_whose(fields)}sub-call refused: {body['detail']}"
+            yield f"{at} {_whose(record)}sub-call refused: {body['detail']}"
 
 
-def _show_cell(fields: dict[str, Any], payload: Any) -> Iterator[str]:
-    at, body = fields["at"][11:23], fields["body"]
-    if fields["type"] == "cell.started":
-        yield f"{at} {_whose(fields)}cell {body['cell']}"
+def _show_cell(record: Recorded, payload: Any) -> Iterator[str]:
+    at, body = record.at[11:23], record.body
+    if record.type == "cell.started":
+        yield f"{at} {_whose(record)}cell {body['cell']}"
         yield from _indented(payload("code"), "| ")
         return
     how = f"{body['status']} after {body['duration_ms']} ms {body['detail']}"
-    yield f"{at} {_whose(fields)}cell {body['cell']} {how}".rstrip()
+    yield f"{at} {_whose(record)}cell {body['cell']} {how}".rstrip()
     yield from _indented(payload("stdout"), "  ")
     yield from _indented(payload("stderr"), "! ")
 
 
-def _whose(fields: dict[str, Any]) -> str:
+def _whose(record: Recorded) -> str:
     """Which node it is of, unless it is the root's."""
-    return "" if fields["node"] == "root" else f"{fields['node']}: "
+    return "" if record.node == "root" else f"{record.node}: "
 
 
-def _show_opening(fields: dict[str, Any], question: str) -> Iterator[str]:
-    body, context = fields["body"], fields["body"]["context"]
-    yield f"query {fields['query']} of tenant {fields['tenant']}, opened {fields['at']}"
+def _show_opening(record: Recorded, question: str) -> Iterator[str]:
+    body, context = record.body, record.body["context"]
+    yield f"query {record.query} of tenant {record.tenant}, opened {record.at}"
     if body["model"]:
         yield f"  question: {question}"
     yield f"  context:  {context['kind']}, {context['chars']:,} characters, sha256 {context['sha256']}"
     yield f"  model:    {body['model'] or 'none, a single cell'}; sub-calls: {', '.join(body['sub_models']) or 'none'}"
     yield f"  sandbox:  {body['backend']} ({body['isolation']}); budget {body['limit_usd']} USD"
-    yield f"  policy:   {fields['policy']}"
+    yield f"  policy:   {record.policy}"
 
 
-def _show_usage(body: dict[str, Any]) -> str:
+def _show_usage(body: Mapping[str, Any]) -> str:
     cpu, peak = body["cpu_ms"], body["peak_memory_bytes"]
     return f"CPU {'unknown' if cpu is None else f'{cpu} ms'}, peak memory " + (
         "unknown" if peak is None else f"{peak / 2**20:.0f} MiB"

@@ -1,9 +1,12 @@
-"""Small files that a person names: policies, scripts, schemas, programs, configuration."""
+"""Files that a person names: policies, scripts, schemas, configuration, exports."""
 
 from __future__ import annotations
 
 import os
 import stat
+import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,6 +21,10 @@ class Missing(Unreadable):
     """There is no such file."""
 
 
+class Unwritable(ValueError):
+    """`str()` says why, as with Unreadable."""
+
+
 def open_regular(path: Path) -> BinaryIO:
     """The file, to be read. Raises Unreadable, for a pipe or a device at once: to open one can take for ever."""
     try:
@@ -25,7 +32,7 @@ def open_regular(path: Path) -> BinaryIO:
     except (FileNotFoundError, NotADirectoryError):
         raise Missing("no such file") from None
     except OSError as error:
-        raise Unreadable((error.strerror or str(error)).lower()) from None
+        raise Unreadable(_why(error)) from None
     except ValueError:  # a NUL in the name
         raise Unreadable("it is not the name of a file") from None
     mode = os.fstat(handle).st_mode
@@ -41,10 +48,37 @@ def read_text(path: Path) -> str:
         try:
             data = file.read(MOST_BYTES + 1)
         except OSError as error:
-            raise Unreadable((error.strerror or str(error)).lower()) from None
+            raise Unreadable(_why(error)) from None
     if len(data) > MOST_BYTES:
         raise Unreadable(f"it has more than {MOST_BYTES >> 20} MiB")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise Unreadable(f"it is not UTF-8 text (byte {error.start})") from None
+
+
+@contextmanager
+def draft(path: Path) -> Generator[BinaryIO]:
+    """A file under way, for its owner alone; it takes the place of `path` when all went well, and else is gone.
+
+    Raises Unwritable.
+    """
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    except (OSError, ValueError) as error:
+        raise Unwritable(_why(error)) from None
+    under_way = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as out:
+            yield out
+            out.flush()
+            os.fsync(out.fileno())
+        under_way.replace(path)
+    except OSError as error:
+        raise Unwritable(_why(error)) from None
+    finally:
+        under_way.unlink(missing_ok=True)
+
+
+def _why(error: OSError | ValueError) -> str:
+    return ((error.strerror if isinstance(error, OSError) else None) or str(error)).lower()

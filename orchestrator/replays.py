@@ -13,19 +13,17 @@ from pathlib import Path
 
 import anyio
 
+from orchestrator.auditing import past_of
 from orchestrator.console import counted
-from orchestrator.core.errors import RequestError, SandboxUnusable, StoreError
+from orchestrator.core.errors import RequestError, SandboxUnusable
 from orchestrator.loop.past import Past
-from orchestrator.loop.reader import read_past
 from orchestrator.loop.replay import Again, Replayed, Stage, replay
 from orchestrator.sandbox.base import Backend
 from orchestrator.sandbox.pool import Pool
 from orchestrator.sandbox.registry import make_backend
 from orchestrator.sandbox.slots import Slots
-from orchestrator.store import journal
 from orchestrator.store.contexts import ContextStore
 from orchestrator.streams import say
-from orchestrator.wiring import find_query, reading_journal
 
 
 async def report(home: Path, query: str, backend: str | None, *, as_json: bool) -> int:
@@ -57,17 +55,6 @@ def _summary(done: Replayed) -> str:
     if left := done.count("not compared"):
         parts.append(f"{left} not compared")
     return f"query {done.query_id}, {cells} again in {done.backend} ({done.isolation}): {', '.join(parts)}"
-
-
-def past_of(home: Path, text: str) -> Past:
-    """A query as a replay takes it, and as `--resume` is set up by. Raises RequestError, NotKept, StoreError."""
-    with reading_journal(home) as db:
-        query = db.read(partial(find_query, text=text))
-        links = db.read(partial(journal.chain, query=query))
-        kept = db.read(lambda tx: list(journal.kept_payloads(tx, query)))
-        if fault := journal.fault(links, kept, closed=db.read(partial(journal.is_closed, query=query))):
-            raise StoreError(f"the journal of query {query} is broken: {fault}")
-        return read_past(db.read(partial(journal.history, query=query)))
 
 
 async def replay_query(home: Path, past: Past, backend: str | None, tell: Callable[[Again], object]) -> Replayed:

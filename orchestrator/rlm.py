@@ -64,7 +64,9 @@ class Completion:
     """A finished query. status: `answered`, or `limit` with the best partial answer (or None) and the reason.
 
     cost_usd is exact, as text. execution_time in seconds. journal_head is the hash that commits the query's whole
-    journal. root_model, prompt, metadata and error are there for users of `rlms`.
+    journal. checkpoint is the signed head of the tenant's log with this query in it: keep it, and `airlock audit verify
+    --checkpoint` tells later whether anything up to it was cut or rewritten. root_model, prompt, metadata and error are
+    there for users of `rlms`.
     """
 
     response: str | None
@@ -77,6 +79,7 @@ class Completion:
     iterations: int
     sub_calls: int
     journal_head: str
+    checkpoint: str = field(repr=False)
     root_model: str
     prompt: Any = field(repr=False)
     metadata: Mapping[str, Any] = field(default_factory=dict[str, Any])
@@ -322,6 +325,7 @@ def _completion(closed: Closed, model: str, prompt: Any) -> Completion:
         iterations=closed.turns,
         sub_calls=closed.sub_calls,
         journal_head=closed.journal_head,
+        checkpoint=closed.checkpoint,
         root_model=model,
         prompt=prompt,
         error=closed.outcome.reason or None,

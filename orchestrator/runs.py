@@ -16,12 +16,12 @@ import anyio.to_thread
 import click
 
 from orchestrator import settings
+from orchestrator.auditing import past_of
 from orchestrator.console import PlainView
 from orchestrator.core.errors import MachineError, RequestError
 from orchestrator.core.units import parse_price, usd
 from orchestrator.guest.wire import MAX_LINE
 from orchestrator.interrupts import StandardInput, cancelled_by_signals
-from orchestrator.replays import past_of
 from orchestrator.streams import Printer, say
 from orchestrator.wiring import Choices, Platform, Watch, open_platform
 
@@ -48,7 +48,7 @@ async def run(question: str, options: dict[str, Any], schema: Any) -> int:
 
 async def resume(query: str, options: dict[str, Any]) -> int:
     """Go on with an interrupted query; the exit code. options: those that `run` and `exec` share."""
-    past = past_of(settings.home(), query)
+    past = past_of(settings.home(), query, to_resume=True)
     past.require_to_resume()
     backend = past.backend if options["backend"] == "auto" else options["backend"]
     choices = replace(_choices(options), policy=past.rules, backend=backend)
@@ -93,7 +93,7 @@ def _give(text: str, closed: Closed, platform: Platform) -> None:
 def _undelivered(error: OSError, closed: Closed, platform: Platform) -> Exception:
     if isinstance(error, BrokenPipeError):
         return error
-    kept = platform.policy.audit.payloads == "keep"
+    kept = "answer" in platform.policy.audit.payloads
     where = f"it is in the journal: airlock audit show {closed.query_id}" if kept else "the policy keeps no copy of it"
     return MachineError(f"standard output cannot be written ({error.strerror}), and the answer is not there; {where}")
 
@@ -121,6 +121,7 @@ def _report(closed: Closed, backend: Any) -> dict[str, Any]:
         "backend": backend.name,
         "isolation": backend.isolation.name,
         "journal_head": closed.journal_head,
+        "checkpoint": closed.checkpoint,
     }
 
 

@@ -115,6 +115,11 @@ def api_key(variable: str) -> SecretStr | None:
     return SecretStr(key) if key else None
 
 
+def master_key() -> SecretStr | None:
+    """The key that all keys of the database are sealed with, in base64, from AIRLOCK_MASTER_KEY if it is there."""
+    return api_key("AIRLOCK_MASTER_KEY")
+
+
 def database(config: Config) -> str | None:
     """The address of the PostgreSQL database for ledger and journal: AIRLOCK_DATABASE, else what the file says.
 

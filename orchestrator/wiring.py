@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -49,6 +48,8 @@ from orchestrator.sandbox.slots import Slots
 from orchestrator.store import journal
 from orchestrator.store.contexts import ContextStore
 from orchestrator.store.db import Database
+from orchestrator.store.signing import Notary
+from orchestrator.store.vault import Vault, open_vault
 
 TENANT = "default"
 NO_KEY = "none"  # the SDK insists on one; servers that need none ignore it
@@ -107,9 +108,14 @@ class Platform:
         )
         self.model = choices.model or self.config.model or ""
         self.sub_models = list(choices.sub_models) or _listed(self.config.sub_model) or _listed(self.model or None)
-        self.db = open_database(home)
-        self.interrupted: list[str] = []  # ids of queries whose process had died when this one started
-        recover(self.db, self.interrupted.append)
+        with contextlib.ExitStack() as undone:
+            self.db = open_database(home)
+            undone.callback(self.db.close)
+            self.vault = open_keys(self.db, home)
+            self.notary = Notary(self.vault.signer(), home / "heads")
+            self.interrupted: list[str] = []  # ids of queries whose process had died when this one started
+            recover(self.db, self.interrupted.append)
+            undone.pop_all()
         self.slots = Slots(home)
         self.slots.clear_dead()
         self.pool = Pool(self.slots, int(self.config.pool.memory_share * machine_memory()))
@@ -129,7 +135,7 @@ class Platform:
             limits=self._root_limits,
             places=places.__getitem__,
         )
-        self._machinery = Machinery(self.db, machine)
+        self._machinery = Machinery(self.db, self.vault, self.notary, machine)
 
     async def run(
         self,
@@ -197,12 +203,10 @@ class Platform:
         """What there is of it. Raises RequestError, NotKept."""
         if self.db.read(partial(standing, query=query_id, tenant=tenant)) == "open":
             recover(self.db)  # its process may have died since
-        status = self.db.read(partial(standing, query=query_id, tenant=tenant))
-        if status == "open":
+        if self.db.read(partial(standing, query=query_id, tenant=tenant)) == "open":
             raise RequestError(f"query {query_id} is running: the process that runs it lives")
-        if status != journal.INTERRUPTED:
-            raise RequestError(f"query {query_id} is closed ({status}): there is nothing to resume")
-        return read_past(self.db.read(partial(journal.history, query=query_id)))
+        keeper = self.vault.opener(tenant, query_id)
+        return read_past(self.db.read(partial(journal.history, query=query_id, keeper=keeper)))
 
     def _stored(self, past: Past) -> Context:
         """Its context. Raises NotKept."""
@@ -329,10 +333,16 @@ def _config(home: Path) -> settings.Config:
 
 def open_database(home: Path) -> Database:
     """Ledger and journal, where the configuration says that they are. Raises RequestError, StoreError."""
-    return Database(home, _address(home))
+    return Database(home, database_address(home))
 
 
-def _address(home: Path) -> str | None:
+def open_keys(db: Database, home: Path) -> Vault:
+    """The keys of this database. Raises RequestError, StoreError."""
+    given = settings.master_key()
+    return open_vault(db, home, given.get_secret_value() if given else None, journal.key_created)
+
+
+def database_address(home: Path) -> str | None:
     try:
         return settings.database(_config(home))
     except ValueError as error:
@@ -393,53 +403,14 @@ def check_schema(name: str, schema: Any) -> Mapping[str, Any]:
     return cast("Mapping[str, Any]", schema)
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
-    """A query as the journal has it. payloads: (seq, name) -> text. fault: what is wrong with the chain, or None."""
-
-    chain: list[tuple[bytes, str]]
-    payloads: Mapping[tuple[int, str], str]
-    fault: str | None
-
-
-def read_run(home: Path, text: str) -> Run:
-    """The query whose id begins with `text`, or the newest for `last`. Raises RequestError, StoreError."""
-    with reading_journal(home) as db:
-        query = db.read(partial(find_query, text=text))
-        kept = db.read(lambda tx: list(journal.kept_payloads(tx, query)))
-        chain = db.read(lambda tx: journal.chain(tx, query))
-        payloads = {(seq, name): data.decode("utf-8", "replace") for seq, name, _salt, data in kept}
-        closed = db.read(lambda tx: journal.is_closed(tx, query))
-        return Run(chain, payloads, journal.fault(chain, kept, closed=closed))
-
-
-def find_query(tx: journal.Connection, text: str) -> str:
-    """The id of the query whose id begins with `text`, or of the newest for `last`. Raises RequestError."""
-    found = journal.find_query(tx, text)
-    if len(found) != 1:
-        several = f"several queries begin with {text!r}, the newest of them: {', '.join(found[:3])}"
-        raise RequestError(several if found else f"there is no query {text!r} in the journal")
-    return found[0]
-
-
 def standing(tx: journal.Connection, query: str, tenant: str) -> str:
-    """open, interrupted, or how it was closed. Raises RequestError: of another tenant's, there is nothing to know."""
+    """open or interrupted. Raises RequestError when it is closed; of another tenant's, there is nothing to know."""
     status, owner = journal.status_of(tx, query) if query in journal.find_query(tx, query) else ("", "")
     if owner != tenant:
         raise RequestError(f"there is no query {query!r} in the journal")
+    if status not in ("open", journal.INTERRUPTED):
+        raise RequestError(f"query {query} is closed ({status}): there is nothing to resume")
     return status
-
-
-@contextlib.contextmanager
-def reading_journal(home: Path) -> Generator[Database]:
-    """The database, where there is one. Raises RequestError, StoreError."""
-    if not _address(home) and not os.path.lexists(home / "airlock.db"):  # nor where we may not look
-        raise RequestError(f"there is no journal in {home}: nothing has been run with this data folder")
-    db = open_database(home)
-    try:
-        yield db
-    finally:
-        db.close()
 
 
 def require_isolation(backend: Backend, policy: Policy) -> None:

@@ -18,12 +18,12 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
+from orchestrator.auditing import histories, open_books
 from orchestrator.core.events import Recorded, chain_fault
 from orchestrator.core.units import usd
 from orchestrator.sandbox.cgroup import own_hierarchy
 from orchestrator.sandbox.slots import UID_BASE
-from orchestrator.store import journal
-from orchestrator.store.db import Database
+from tests.records import read
 from tests.warm import Warm
 
 PROGRAM = str(Path(sys.executable).with_name("airlock"))
@@ -152,18 +152,15 @@ class Airlock:
             return db.execute(query, values).fetchall()
 
     def records(self, query: str = "") -> list[dict[str, Any]]:
-        """The journal of a query; of the newest when none is named."""
+        """The journal of a query, held to the schema of records; of the newest when none is named."""
         query = query or self.rows("SELECT id FROM queries ORDER BY opened_at DESC LIMIT 1")[0][0]
-        return [json.loads(row[0]) for row in self.rows("SELECT record FROM records WHERE query=? ORDER BY seq", query)]
+        return [read(row[0]) for row in self.rows("SELECT record FROM records WHERE query=? ORDER BY seq", query)]
 
     def history(self, query: str = "") -> list[Recorded]:
         """The same, with the payloads."""
         query = query or self.records()[0]["query"]
-        db = Database(self.home)
-        try:
-            return db.read(lambda tx: journal.history(tx, query))
-        finally:
-            db.close()
+        with open_books(self.home) as books:
+            return next(histories(books, query))
 
     def closing(self) -> dict[str, Any]:
         """The closing record's body of the newest query."""

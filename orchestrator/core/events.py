@@ -1,7 +1,8 @@
 """Records of the journal: what happened, as canonical JSON in a hash chain. Pure; the store keeps them.
 
 A record holds no payload. Prompts, completions, code, output and answers are kept apart; the record has a salted
-commitment to each (SHA-256 of salt and bytes), so a payload can be erased while the chain still verifies.
+commitment to each (SHA-256 of salt and bytes), so a payload can be erased while the chain still verifies. The hash of a
+record is that of an entry in a log of RFC 6962 (`merkle.leaf_hash`), so chains and logs are over the same hashes.
 """
 
 from __future__ import annotations
@@ -12,8 +13,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
+from orchestrator.core.merkle import leaf_hash
+
 VERSION = 1
 GENESIS = "0" * 64
+MOST_BYTES = 16 * 1024  # of a record
 
 EventType = Literal[
     "query.opened",
@@ -35,13 +39,21 @@ EventType = Literal[
     "query.resumed",
     "query.closed",
 ]
+LogEventType = Literal[  # in a chain of a log's own, of no query
+    "key.created",
+    "tenant.head",
+    "payload.erased",
+    "query.scored",
+    "log.anchored",
+    "admin.action",
+]
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
     """What the loop or the proxy wants recorded. body: JSON without floats, money as text. payloads: name -> text."""
 
-    type: EventType
+    type: EventType | LogEventType
     node: str
     body: Mapping[str, Any]
     payloads: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -49,7 +61,7 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Sealed:
-    """An event with its place in the chain. record: the canonical bytes. hash: SHA-256 (hex) of them."""
+    """An event with its place in the chain. record: the canonical bytes. hash: of them, hex."""
 
     seq: int
     record: bytes
@@ -58,7 +70,7 @@ class Sealed:
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """A record read back. payloads: name -> text of those that are kept. committed: name -> {"commitment", "bytes"}."""
+    """A record read back. payloads: name -> text of those that are kept. committed: name -> what it says of them."""
 
     query: str
     seq: int
@@ -68,12 +80,14 @@ class Recorded:
     body: Mapping[str, Any]
     payloads: Mapping[str, str]
     committed: Mapping[str, Mapping[str, Any]]
+    tenant: str = ""
+    policy: str = ""
 
 
 def read_record(record: bytes, payloads: Mapping[str, str]) -> Recorded:
     """Of a chain that was found to be whole."""
     fields = json.loads(record)
-    names = ("query", "seq", "at", "type", "node", "body")
+    names = ("query", "seq", "at", "type", "node", "body", "tenant", "policy")
     return Recorded(**{name: fields[name] for name in names}, payloads=payloads, committed=fields["payloads"])
 
 
@@ -86,8 +100,9 @@ def seal(
 ) -> Sealed:
     """Give `event` its place after the record with hash `prev`.
 
-    at: RFC 3339 time in UTC. policy: SHA-256 of the effective policy. payloads: name -> {"commitment", "bytes"}.
-    Raises ValueError on what canonical JSON without floats cannot hold.
+    at: RFC 3339 time in UTC. policy: SHA-256 of the effective policy. payloads: name -> {"commitment", "bytes",
+    "kept"}, and "redacted" where secrets were taken out: how many. Raises ValueError on what canonical JSON without
+    floats cannot hold, and on more than MOST_BYTES.
     """
     fields = {
         "v": VERSION,
@@ -105,7 +120,9 @@ def seal(
     if _unfit(fields["body"]):
         raise ValueError(f"{event.type}: records hold no floats, and no integers of more than 53 bits")
     record = canonical(fields)
-    return Sealed(seq, record, hashlib.sha256(record).hexdigest())
+    if len(record) > MOST_BYTES:
+        raise ValueError(f"{event.type}: a record has at most {MOST_BYTES:,} bytes, not {len(record):,}")
+    return Sealed(seq, record, leaf_hash(record).hex())
 
 
 def canonical(fields: Mapping[str, Any]) -> bytes:
@@ -137,7 +154,7 @@ def chain_fault(records: list[tuple[bytes, str]]) -> str | None:
     """
     prev = GENESIS
     for number, (record, digest) in enumerate(records):
-        if hashlib.sha256(record).hexdigest() != digest:
+        if leaf_hash(record).hex() != digest:
             return f"record {number} does not match its hash"
         try:
             fields = json.loads(record)

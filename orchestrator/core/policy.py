@@ -18,7 +18,7 @@ from orchestrator.core.units import cores, parse_bytes, parse_millicores, parse_
 
 ISOLATION = ("namespace", "container", "gvisor", "microvm")  # weakest first
 IMAGES = ("python", "data")  # what has fewer programs first
-PAYLOADS = ("hash", "keep")  # what keeps least first
+PAYLOADS = ("question", "policy", "schema", "code", "prompt", "completion", "stdout", "stderr", "answer")
 MOST_DEPTH = 8
 
 
@@ -47,6 +47,27 @@ def _one_list(value: object) -> object:
     return cast("object", value)
 
 
+def _payloads(value: object) -> object:
+    """In one order, each once, so that equal policies have one hash."""
+    if isinstance(value, str):
+        if value not in ("keep", "hash"):
+            raise ValueError(f"has to be keep, hash, or a list of {', '.join(PAYLOADS)}")
+        return PAYLOADS if value == "keep" else ()
+    if isinstance(value, list | tuple):
+        named = cast("list[object]", value)
+        return tuple(name for name in PAYLOADS if name in named) + tuple(name for name in named if name not in PAYLOADS)
+    return value
+
+
+def _shown_payloads(value: tuple[str, ...]) -> str | list[str]:
+    return list(value) if 0 < len(value) < len(PAYLOADS) else "keep" if value else "hash"
+
+
+Kept = Annotated[
+    tuple[Literal["question", "policy", "schema", "code", "prompt", "completion", "stdout", "stderr", "answer"], ...],
+    BeforeValidator(_payloads),
+    PlainSerializer(_shown_payloads),
+]
 Patterns = Annotated[tuple[str, ...], Field(min_length=1)]
 Allowed = Annotated[tuple[Patterns, ...], BeforeValidator(_one_list)]
 
@@ -71,7 +92,7 @@ def _stricter(name: str, mine: Any, theirs: Any) -> Any:
     if name == "image":
         return min(mine, theirs, key=IMAGES.index)
     if name == "payloads":
-        return min(mine, theirs, key=PAYLOADS.index)
+        return tuple(kind for kind in mine if kind in theirs)
     if name == "verify_context":
         return mine or theirs
     if name == "dedupe":
@@ -158,9 +179,9 @@ class Tenant(_Section):
 
 
 class Audit(_Section):
-    """payloads: keep prompts, code and outputs, or only hashes of them. verify_context: hash it again at the end."""
+    """payloads: which are kept; of the others only hashes are. verify_context: hash it again at the end."""
 
-    payloads: Literal["hash", "keep"]
+    payloads: Kept
     verify_context: Annotated[bool, Field(strict=True)]
 
 

@@ -14,6 +14,7 @@ _SIZES = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "kB": 10**3, "
 _TIMES = {"ms": 1, "s": 1000, "min": 60_000, "h": 3_600_000}
 _CORES = {"core": 1000, "cores": 1000}
 _MONEY = {"USD": NANO}
+_MONEY_TEXT = re.compile(r"(?:0|[1-9][0-9]{0,12})\.[0-9]{2,9}", re.ASCII)
 _QUANTITY = re.compile(r"^\s*(\d{1,19}(?:\.\d{1,9})?)\s*([A-Za-z]+)\s*$", re.ASCII)
 
 
@@ -90,3 +91,11 @@ def usd(amount: int) -> str:
     whole, rest = divmod(amount, NANO)
     decimals = f"{rest:09d}".rstrip("0").ljust(2, "0")
     return f"{sign}{whole}.{decimals}"
+
+
+def read_usd(text: object) -> int:
+    """What `usd` writes, as nano-USD. Raises ValueError."""
+    if not isinstance(text, str) or not _MONEY_TEXT.fullmatch(text):
+        raise ValueError(f"{str(text)[:40]!r} is no amount of money")
+    whole, rest = text.split(".")
+    return int(whole) * NANO + int(rest.ljust(9, "0"))

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import anyio
+import anyio.to_thread
 
 from orchestrator.core.asked import digest
 from orchestrator.core.context import Context
@@ -42,6 +43,8 @@ from orchestrator.store import journal, ledger
 from orchestrator.store.db import Database
 from orchestrator.store.journal import QueryKey
 from orchestrator.store.ledger import Scope
+from orchestrator.store.signing import Notary, Signed
+from orchestrator.store.vault import Vault
 from orchestrator.store.writer import Writer
 
 
@@ -73,7 +76,11 @@ class Order:
 
 @dataclass(slots=True)
 class Closed:
-    """How a query ended, for whoever asked. cost in nano-USD; cell is the one cell of `exec`."""
+    """How a query ended, for whoever asked. cost in nano-USD; cell is the one cell of `exec`.
+
+    journal_head: hash of the record that closed it. checkpoint: the signed head of its tenant's log, with that record
+    in it: who holds it can tell later whether the log was cut or rewritten.
+    """
 
     query_id: str
     outcome: Outcome
@@ -84,6 +91,7 @@ class Closed:
     sub_calls: int = 0
     duration_s: float = 0.0
     journal_head: str = ""
+    checkpoint: str = ""
     cell: CellResult | None = None
 
 
@@ -92,6 +100,8 @@ class Machinery:
     """What queries run on; the parts that `wiring` chose. unclosed: queries whose end could not be recorded."""
 
     db: Database
+    vault: Vault
+    notary: Notary
     nodes: Machine
     shelter: Shelter = field(default_factory=Shelter)
     unclosed: list[QueryKey] = field(default_factory=list[QueryKey])
@@ -105,17 +115,29 @@ async def run_query(order: Order, machinery: Machinery) -> Closed:
 
     When it is cancelled, it closes the query as `cancelled`, tells `on_closed`, and lets the cancellation go on.
     """
-    return await machinery.shelter.run(_Query(order, machinery).run)
+    query_id = order.past.query if order.past else _new_id()
+    keeper = await anyio.to_thread.run_sync(machinery.vault.keeper, order.tenant, query_id, _kept(order.policy))
+    key = QueryKey(query_id, order.tenant, order.policy.sha256(), keeper)
+    return await machinery.shelter.run(_Query(order, machinery, key).run)
+
+
+def _new_id() -> str:
+    return datetime.now(UTC).strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(5)
+
+
+def _kept(policy: Policy) -> frozenset[str]:
+    """Names of payloads. With prompts, the hashes of what cells asked for; with both streams, how they were mixed."""
+    names = set(policy.audit.payloads)
+    more = {"asked": {"prompt"}, "order": {"stdout", "stderr"}}
+    return frozenset(names | {name for name, of in more.items() if of <= names})
 
 
 class _Query:
-    def __init__(self, order: Order, machinery: Machinery) -> None:
+    def __init__(self, order: Order, machinery: Machinery, key: QueryKey) -> None:
         self._order = order
         self._m = machinery
-        policy = order.policy
-        past, now = order.past, datetime.now(UTC)
-        query_id = past.query if past else now.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(5)
-        self._key = QueryKey(query_id, order.tenant, policy.sha256(), keep=policy.audit.payloads == "keep")
+        self._key = key
+        policy, query_id, past, now = order.policy, key.id, order.past, datetime.now(UTC)
         self._scopes = [
             Scope(f"query:{query_id}", policy.money.query, children=policy.counts.children),
             Scope(f"tenant-day:{order.tenant}:{now:%Y-%m-%d}", policy.money.tenant_day),
@@ -179,6 +201,7 @@ class _Query:
 
     def _opened(self) -> Event:
         order, context = self._order, self._order.context
+        policy = order.policy.model_dump(mode="json")
         body = {
             "model": order.model if order.code is None else None,
             "sub_models": list(order.sub_models),
@@ -187,9 +210,9 @@ class _Query:
             "isolation": self._m.nodes.backend.isolation.name,
             "context": context.facts(),
             "limit_usd": usd(order.policy.money.query),
-            "payloads": order.policy.audit.payloads,
+            "payloads": policy["audit"]["payloads"],
         }
-        payloads = {"question": order.question, "policy": json.dumps(order.policy.model_dump(mode="json"))}
+        payloads = {"question": order.question, "policy": json.dumps(policy)}
         if order.schema is not None:
             payloads["schema"] = json.dumps(order.schema)
         if order.code is not None:
@@ -206,6 +229,7 @@ class _Query:
         """Returns how many queries of the tenant are open now, this one included. late: to be closed first."""
         for key in late:
             close_abandoned(tx, key, "the end of this query could not be recorded when it came")
+        self._m.notary.require_whole(tx, self._order.tenant)
         ledger.open_scopes(tx, self._scopes)
         if not self._order.past:
             journal.open_query(tx, self._key, self._m.db.owner, opened)
@@ -268,7 +292,7 @@ class _Query:
         }
         answer = {} if outcome.answer is None else {"answer": outcome.answer}
 
-        def work(tx: journal.Connection) -> tuple[str, int, Event]:
+        def work(tx: journal.Connection) -> tuple[str, int, Event, Signed]:
             for reservation, node, amount in ledger.open_reservations(tx, self._key.id):
                 if reservation in self._account.sent:  # its result could not be recorded
                     pay(tx, self._key, reservation, node, amount, "the result was lost")
@@ -280,9 +304,11 @@ class _Query:
             # The ledger's word, not the account's: it also has what a call cost that was cancelled in between.
             spent, _held = ledger.balance(tx, self._scopes[0].id)
             event = Event("query.closed", ROOT, {**how, "cost_usd": usd(spent)}, answer)
-            return journal.close_query(tx, self._key, how["status"], event).hash, spent, event
+            head = journal.close_query(tx, self._key, how["status"], event).hash
+            return head, spent, event, self._m.notary.sign(tx, self._order.tenant)
 
-        head, spent, event = await self._writer.write(work)
+        head, spent, event, signed = await self._writer.write(work)
+        self._m.notary.remember(signed)
         self._order.observe(event)
         return Closed(
             query_id=self._key.id,
@@ -293,6 +319,7 @@ class _Query:
             sub_calls=self._account.sub_calls,
             duration_s=duration,
             journal_head=head,
+            checkpoint=signed.note,
             cell=self._root.cell,
         )
 

@@ -44,7 +44,7 @@ class _Reader:
             body["model"],
             body["sub_models"],
             body["may_ask"],
-            body["payloads"] == "keep",
+            body["payloads"] != "hash",
         )
         self._models: dict[str, str] = {}  # call -> model
         self._roles: dict[str, str] = {}  # call -> root, last or sub

@@ -203,9 +203,20 @@ class Database:
             reached = threading.Event()
             self.post(lambda _tx: None, reached.set)
             reached.wait()
+        return self.look(work)
+
+    def look(self, work: Callable[[sa.Connection], T]) -> T:
+        """Run `work` on a snapshot of what is committed. Blocks. Raises StoreError."""
         try:
             with self._engine.connect().execution_options(**self._place.reading) as connection:
                 return work(connection)
+        except SQLAlchemyError as error:
+            raise store_error(error) from None
+
+    def scrub(self) -> bool:
+        """See `Place.scrub`. Blocks. Raises StoreError."""
+        try:
+            return self._place.scrub()
         except SQLAlchemyError as error:
             raise store_error(error) from None
 

@@ -14,9 +14,11 @@ from typing import Any
 import sqlalchemy as sa
 
 from orchestrator.core.events import GENESIS, Event, Recorded, Sealed, chain_fault, commitment, read_record, seal
+from orchestrator.store import logs
 from orchestrator.store.db import now
 from orchestrator.store.prepared import Prepared
 from orchestrator.store.schema import payloads, queries, records
+from orchestrator.store.vault import SALT_BYTES, Keeper, sealed_payload
 
 _head = Prepared(
     sa.select(records.c.seq, records.c.hash)
@@ -31,31 +33,49 @@ _count_open = Prepared(
     .select_from(queries)
     .where(queries.c.status == "open", queries.c.tenant == sa.bindparam("of"))
 )
-SALT_BYTES = 16
 INTERRUPTED = "interrupted"
 Connection = sa.Connection  # the transaction that callers hand through, named here so that they need no SQLAlchemy
 
 
 @dataclass(frozen=True, slots=True)
 class QueryKey:
-    """Whose record it is: what every record of a query repeats. keep: store payloads, or only their commitments."""
+    """Whose record it is: what every record of a chain repeats. keeper: of payloads; None: only commitments are kept.
+
+    A log has a chain of its own, for what is of no query; its id is that of the log.
+    """
 
     id: str
     tenant: str
     policy: str
-    keep: bool
+    keeper: Keeper | None = None
+
+    @property
+    def log(self) -> str:
+        return logs.tenants_log(self.tenant) if self.tenant else logs.PLATFORM
+
+
+PLATFORM = QueryKey(logs.PLATFORM, "", "")
+
+
+def own_chain(tenant: str) -> QueryKey:
+    """Of the tenant's log."""
+    return QueryKey(logs.tenants_log(tenant), tenant, "")
 
 
 def append(tx: sa.Connection, key: QueryKey, event: Event) -> Sealed:
-    """Add `event` to the query's chain."""
+    """Add `event` to the chain, and to its log."""
     seq, prev = _next(tx, key.id)
     commitments: dict[str, Any] = {}
-    rows: list[dict[str, Any]] = []
     for name, text in event.payloads.items():
-        data, salt = text.encode("utf-8", "replace"), secrets.token_bytes(SALT_BYTES)
-        commitments[name] = {"commitment": commitment(salt, data), "bytes": len(data)}
-        rows.append({"query": key.id, "seq": seq, "name": name, "salt": salt, "data": data})
-    sealed = seal(
+        data = text.encode("utf-8", "replace")
+        kept = key.keeper is not None and name in key.keeper.names
+        if key.keeper and kept:
+            committed, sealed = sealed_payload(key.keeper, seq, name, data)
+            _add_payload(tx, {"query": key.id, "seq": seq, "name": name, "sealed": sealed})
+        else:
+            committed = commitment(secrets.token_bytes(SALT_BYTES), data)
+        commitments[name] = {"commitment": committed, "bytes": len(data), "kept": kept}
+    sealed_event = seal(
         event,
         query=key.id,
         tenant=key.tenant,
@@ -65,15 +85,20 @@ def append(tx: sa.Connection, key: QueryKey, event: Event) -> Sealed:
         prev=prev,
         payloads=commitments,
     )
-    _add_record(tx, {"query": key.id, "seq": seq, "record": sealed.record, "hash": sealed.hash})
-    if key.keep:
-        for row in rows:
-            _add_payload(tx, row)
-    return sealed
+    leaf = logs.size(tx, key.log)
+    row = {"query": key.id, "seq": seq, "record": sealed_event.record, "hash": sealed_event.hash}
+    _add_record(tx, {**row, "log": key.log, "leaf": leaf})
+    logs.complete(tx, key.log, leaf)
+    return sealed_event
+
+
+def key_created(tx: sa.Connection, name: str) -> None:
+    """Put a new key of the vault on record."""
+    append(tx, PLATFORM, Event("key.created", "root", {"key": name}))
 
 
 def _next(tx: sa.Connection, query: str) -> tuple[int, str]:
-    """The place of the query's next record, and the hash of the record before it."""
+    """The place of the chain's next record, and the hash of the record before it."""
     head = _head(tx, {"q": query})
     return (head[0][0] + 1, head[0][1]) if head else (0, GENESIS)
 
@@ -126,9 +151,9 @@ def open_queries(tx: sa.Connection, tenant: str) -> int:
 
 
 def abandoned(tx: sa.Connection, owners: list[str]) -> list[QueryKey]:
-    """The open queries of these owners."""
+    """The open queries of these owners; no payload of what is added to them is kept."""
     rows = tx.execute(sa.select(queries).where(queries.c.status == "open", queries.c.owner.in_(owners)))
-    return [QueryKey(row.id, row.tenant, row.policy, keep=True) for row in rows]
+    return [QueryKey(row.id, row.tenant, row.policy) for row in rows]
 
 
 def find_query(tx: sa.Connection, text: str) -> list[str]:
@@ -139,6 +164,10 @@ def find_query(tx: sa.Connection, text: str) -> list[str]:
     return list(tx.execute(find.limit(1) if text == "last" else find).scalars())
 
 
+def tenant_of(tx: sa.Connection, query: str) -> str:
+    return tx.execute(sa.select(queries.c.tenant).where(queries.c.id == query)).scalar_one()
+
+
 def chain(tx: sa.Connection, query: str) -> list[tuple[bytes, str]]:
     """(canonical record, its hash) in order."""
     rows = tx.execute(
@@ -147,25 +176,71 @@ def chain(tx: sa.Connection, query: str) -> list[tuple[bytes, str]]:
     return [(_bytes(row.record), row.hash) for row in rows]
 
 
-def kept_payloads(tx: sa.Connection, query: str) -> Iterator[tuple[int, str, bytes, bytes]]:
-    """(seq, name, salt, data) of the query's payloads that are kept."""
+def kept_payloads(tx: sa.Connection, query: str) -> Iterator[tuple[int, str, bytes]]:
+    """(seq, name, what is stored) of the query's payloads that are kept."""
     for row in tx.execute(
         sa.select(payloads).where(payloads.c.query == query).order_by(payloads.c.seq, payloads.c.name)
     ):
-        yield row.seq, row.name, _bytes(row.salt), _bytes(row.data)
+        yield row.seq, row.name, _bytes(row.sealed)
 
 
-def history(tx: sa.Connection, query: str) -> list[Recorded]:
+def history(tx: sa.Connection, query: str, keeper: Keeper | None) -> list[Recorded]:
     """The query's records in order, with what is kept of their payloads. Its chain has to be whole."""
     texts: dict[int, dict[str, str]] = {}
-    for seq, name, _salt, data in kept_payloads(tx, query):
-        texts.setdefault(seq, {})[name] = data.decode("utf-8", "replace")
+    for seq, name, sealed in kept_payloads(tx, query):
+        if opened := keeper.open(seq, name, sealed) if keeper else None:
+            texts.setdefault(seq, {})[name] = opened[1].decode("utf-8", "replace")
     return [read_record(record, texts.get(seq, {})) for seq, (record, _hash) in enumerate(chain(tx, query))]
 
 
 def _bytes(value: object) -> bytes:
     """SQLite gives back whatever a file was edited to hold, also in a column of bytes."""
     return value if isinstance(value, bytes) else str(value).encode("utf-8", "replace")
+
+
+def after(
+    tx: sa.Connection, query: str, seq: int, most: int, keeper: Keeper | None
+) -> list[tuple[bytes, dict[str, str]]]:
+    """(record, name -> text of the payloads that are kept) of at most `most` records after number `seq`."""
+    find = sa.select(records.c.seq, records.c.record).where(records.c.query == query, records.c.seq > seq)
+    rows = tx.execute(find.order_by(records.c.seq).limit(most)).all()
+    texts: dict[int, dict[str, str]] = {}
+    if rows and keeper:
+        kept = sa.select(payloads).where(payloads.c.query == query, payloads.c.seq.between(rows[0].seq, rows[-1].seq))
+        for row in tx.execute(kept):
+            if opened := keeper.open(row.seq, row.name, _bytes(row.sealed)):
+                texts.setdefault(row.seq, {})[row.name] = opened[1].decode("utf-8", "replace")
+    return [(_bytes(row.record), texts.get(row.seq, {})) for row in rows]
+
+
+def tenants(tx: sa.Connection) -> list[str]:
+    """Those that have queries."""
+    return sorted(tx.execute(sa.select(queries.c.tenant).distinct()).scalars())
+
+
+def all_queries(tx: sa.Connection) -> list[str]:
+    """Their ids, the oldest first."""
+    return list(tx.execute(sa.select(queries.c.id).order_by(queries.c.opened_at, queries.c.id)).scalars())
+
+
+def leaf_of(tx: sa.Connection, query: str, seq: int) -> tuple[int, bytes] | None:
+    """(index in its log, record); None where there is none."""
+    find = sa.select(records.c.leaf, records.c.record).where(records.c.query == query, records.c.seq == seq)
+    row = tx.execute(find).one_or_none()
+    return None if row is None else (row.leaf, _bytes(row.record))
+
+
+def erase(tx: sa.Connection, query: str, seq: int | None, name: str | None, why: str) -> int:
+    """Remove a query's payloads, those of record `seq`, or one of them, and put that on record. How many there were."""
+    gone = sa.delete(payloads).where(payloads.c.query == query)
+    if seq is not None:
+        gone = gone.where(payloads.c.seq == seq)
+    if name is not None:
+        gone = gone.where(payloads.c.name == name)
+    count = tx.execute(gone).rowcount
+    body = {"query": query, "seq": seq, "name": name, "payloads": count, "why": why}
+    append(tx, own_chain(tenant_of(tx, query)), Event("payload.erased", "root", body))
+    return count
 
 
 def is_closed(tx: sa.Connection, query: str) -> bool:
@@ -175,7 +250,11 @@ def is_closed(tx: sa.Connection, query: str) -> bool:
 
 
 def fault(
-    links: list[tuple[bytes, str]], kept: list[tuple[int, str, bytes, bytes]], *, closed: bool = False
+    links: list[tuple[bytes, str]],
+    kept: list[tuple[int, str, bytes]] = [],  # noqa: B006  read only
+    keeper: Keeper | None = None,
+    *,
+    closed: bool = False,
 ) -> str | None:
     """What is wrong with a chain, or with the payloads that are kept of it; None when all is well.
 
@@ -185,8 +264,9 @@ def fault(
         return broken
     if closed and (not links or json.loads(links[-1][0])["type"] != "query.closed"):
         return "the query is closed, and the record of that is missing: the chain was cut"
-    for seq, name, salt, data in kept:
+    for seq, name, sealed in kept:
         committed = json.loads(links[seq][0])["payloads"].get(name) if seq < len(links) else None
-        if committed is None or committed["commitment"] != commitment(salt, data):
+        opened = keeper.open(seq, name, sealed) if keeper else None
+        if committed is None or opened is None or committed["commitment"] != commitment(*opened):
             return f"payload {name} of record {seq} is not what was recorded"
     return None

@@ -45,6 +45,10 @@ class Place(ABC):
         del owner
 
     @abstractmethod
+    def scrub(self) -> bool:
+        """Overwrite what was deleted. False where others hold on to it: it goes when they end, or by itself later."""
+
+    @abstractmethod
     def leave(self) -> None:
         """Close; the owner lives no more. Idempotent."""
 

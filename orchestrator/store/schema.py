@@ -22,10 +22,13 @@ queries = sa.Table(
 records = sa.Table(
     "records",
     metadata,
-    sa.Column("query", sa.String(40), primary_key=True),
+    sa.Column("query", sa.String(80), primary_key=True),  # the chain: a query's id, or for a log's own the log's
     sa.Column("seq", sa.Integer, primary_key=True),
     sa.Column("record", sa.LargeBinary, nullable=False),
     sa.Column("hash", sa.String(64), nullable=False),
+    sa.Column("log", sa.String(80), nullable=False),
+    sa.Column("leaf", sa.BigInteger, nullable=False),  # which entry of its log it is, from 0 on
+    sa.Index("records_by_leaf", "log", "leaf", unique=True),
 )
 payloads = sa.Table(
     "payloads",
@@ -33,8 +36,30 @@ payloads = sa.Table(
     sa.Column("query", sa.String(40), primary_key=True),
     sa.Column("seq", sa.Integer, primary_key=True),
     sa.Column("name", sa.String(32), primary_key=True),
-    sa.Column("salt", sa.LargeBinary, nullable=False),
-    sa.Column("data", sa.LargeBinary, nullable=False),
+    sa.Column("sealed", sa.LargeBinary, nullable=False),  # see store/vault.py
+)
+tiles = sa.Table(  # whole ones
+    "tiles",
+    metadata,
+    sa.Column("log", sa.String(80), primary_key=True),
+    sa.Column("level", sa.Integer, primary_key=True),
+    sa.Column("n", sa.BigInteger, primary_key=True),
+    sa.Column("root", sa.LargeBinary, nullable=False),
+    sa.Column("hashes", sa.LargeBinary, nullable=False),
+)
+checkpoints = sa.Table(
+    "checkpoints",
+    metadata,
+    sa.Column("log", sa.String(80), primary_key=True),
+    sa.Column("size", sa.BigInteger, primary_key=True),
+    sa.Column("note", sa.Text, nullable=False),
+)
+keys = sa.Table(
+    "keys",
+    metadata,
+    sa.Column("id", sa.String(80), primary_key=True),  # signer, or a tenant's log
+    sa.Column("sealed", sa.LargeBinary, nullable=False),  # under the master key
+    sa.Column("public", sa.Text),  # the verifier's key, of the signer
 )
 
 

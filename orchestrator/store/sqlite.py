@@ -75,6 +75,13 @@ class SQLiteFile(Place):
     def forget(self, owner: str) -> None:
         (self._owners / owner).unlink(missing_ok=True)
 
+    def scrub(self) -> bool:
+        """Deleted content is zeros (secure_delete); older pages are in the write-ahead log until that is emptied."""
+        with self.engine.connect().execution_options(**self.reading) as connection:
+            driver = connection.connection.cursor()
+            busy, *_rest = driver.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            return not busy
+
     def leave(self) -> None:
         self.engine.dispose()
         if self._lock >= 0:
@@ -113,7 +120,7 @@ def _engine(path: Path) -> sa.Engine:
     @event.listens_for(engine, "connect")
     def configure(connection: Any, _record: object) -> None:  # pyright: ignore[reportUnusedFunction]
         connection.isolation_level = None  # transactions begin below, and nowhere else
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "wal_autocheckpoint=1000"):
+        for pragma in ("journal_mode=WAL", "synchronous=FULL", "secure_delete=ON", "wal_autocheckpoint=1000"):
             connection.execute(f"PRAGMA {pragma}")
 
     @event.listens_for(engine, "begin")

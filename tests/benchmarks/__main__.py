@@ -16,10 +16,12 @@ from tests.benchmarks.calls import calls
 from tests.benchmarks.containers import containers
 from tests.benchmarks.crowd import crowd, idle
 from tests.benchmarks.figures import Figure, missed
+from tests.benchmarks.journal import journals
 from tests.benchmarks.large import large
 from tests.benchmarks.ledger import ledgers
 from tests.benchmarks.peers import peer_python
 from tests.benchmarks.queries import queries
+from tests.benchmarks.redaction import redaction
 from tests.benchmarks.sandboxes import cells, start
 
 LOOP = {"use_uvloop": True}  # as the command line and `RLM` have it
@@ -33,7 +35,7 @@ def main() -> int:
         "--only",
         default="",
         metavar="WORD",
-        help="one group: cells, start, queries, calls, containers, crowd, large, ledger",
+        help="one group: cells, start, queries, calls, containers, crowd, large, ledger, journal, redaction",
     )
     chosen = parser.parse_args()
     console = Console()
@@ -59,6 +61,8 @@ def groups(home: Path, peer: Path | None, quick: bool) -> Iterator[tuple[str, Ca
     yield "crowd", lambda: [*anyio.run(idle, home, backend_options=LOOP), *anyio.run(crowd, home, backend_options=LOOP)]
     yield "large", lambda: large(home, quick)
     yield "ledger", lambda: ledgers(home, quick)
+    yield "journal", lambda: journals(home, quick)
+    yield "redaction", lambda: redaction(quick)
 
 
 def table(figures: list[Figure]) -> Table:

@@ -190,9 +190,9 @@ def test_a_changed_journal_does_not_pass(airlock: Airlock) -> None:
     run(airlock)
     whole = (airlock.home / "airlock.db").read_bytes()
     changes = [
-        "UPDATE records SET record=replace(record, 'default', 'another') WHERE seq=2",
-        "DELETE FROM records WHERE seq=3",
-        "UPDATE payloads SET data='another answer' WHERE name='answer'",
+        "UPDATE records SET record=replace(record, 'default', 'another') WHERE log LIKE 'tenants/%' AND seq=2",
+        "DELETE FROM records WHERE log LIKE 'tenants/%' AND seq=3",
+        "UPDATE payloads SET sealed=x'00112233' WHERE name='answer'",
     ]
     for change in changes:
         with closing(sqlite3.connect(airlock.home / "airlock.db")) as db, db:

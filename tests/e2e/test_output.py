@@ -14,7 +14,7 @@ from tests.fakes.provider import Provider, Say
 PRICED = ("--price", "mine=1,2")
 FIELDS = [
     *("query_id", "status", "answer", "reason", "cost_usd", "usage", "iterations", "sub_calls"),
-    *("duration_s", "backend", "isolation", "journal_head"),
+    *("duration_s", "backend", "isolation", "journal_head", "checkpoint"),
 ]
 
 SCRIPT = r"""
@@ -43,7 +43,8 @@ def test_run_prints_one_json_object(airlock: Airlock) -> None:
     done = airlock("run", "What is the magic number?", *scripted(airlock), "--json", code=0)
     report = done.json
     assert list(report) == FIELDS
-    fixed = {name: report[name] for name in FIELDS if name not in ("query_id", "duration_s", "journal_head", "usage")}
+    varies = ("query_id", "duration_s", "journal_head", "checkpoint", "usage")
+    fixed = {name: report[name] for name in FIELDS if name not in varies}
     assert fixed == {
         "status": "answered",
         "answer": "4711",
@@ -61,6 +62,9 @@ def test_run_prints_one_json_object(airlock: Airlock) -> None:
     assert 0 < report["duration_s"] < 60
     head = airlock.rows("SELECT hash FROM records WHERE query=? ORDER BY seq DESC LIMIT 1", report["query_id"])
     assert report["journal_head"] == head[0][0]
+    origin, size, _root = report["checkpoint"].splitlines()[:3]
+    assert origin.endswith("/tenants/default")
+    assert int(size) == airlock.rows("SELECT count(*) FROM records WHERE log = 'tenants/default'")[0][0]
 
 
 def test_a_refused_query_has_the_same_fields(airlock: Airlock) -> None:

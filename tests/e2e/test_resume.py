@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from orchestrator.store.db import Database
-from orchestrator.store.schema import payloads
 from tests.command import Airlock, Done, until
 from tests.fakes.provider import Behaviour, Hang, Provider, Say
 
@@ -170,18 +169,11 @@ def test_a_replay_that_cannot_be_made(airlock: Airlock, query: Query) -> None:
     for manifest in airlock.home.glob("contexts/manifests/*"):
         manifest.unlink()
     assert airlock("audit", "replay", code=4).said.startswith("the context of root is gone: no context ")
-    erase(airlock, query.id, "code")
     seq = [record["type"] for record in airlock.records(query.id)].index("cell.started")
+    airlock("audit", "erase", query.id, "--record", seq, "--payload", "code", code=0)
     said = airlock("audit", "replay", code=4).said
     assert said == f"query {query.id} takes a payload that is not kept any more: record {seq}, code"
     assert airlock("audit", "replay", "nothing", code=2).said == "there is no query 'nothing' in the journal"
-
-
-def erase(airlock: Airlock, query: str, name: str) -> None:
-    db = Database(airlock.home)
-    gone = payloads.delete().where(payloads.c.query == query, payloads.c.name == name)
-    db.write_sync(lambda tx: tx.execute(gone))
-    db.close()
 
 
 def test_hostile_output_reaches_nothing_but_a_file_unescaped(airlock: Airlock, query: Query) -> None:

@@ -164,7 +164,7 @@ async def test_a_query_that_could_not_be_closed_is_not_forgotten_by_those_that_b
         unclosed = platform._machinery.unclosed  # pyright: ignore[reportPrivateUsage]
         context = platform.contexts.ingest_value("text")
         ended = (await platform.run("q", context)).query_id
-        earlier, later = (QueryKey(ended, tenant, "", keep=True) for tenant in ("earlier", "later"))
+        earlier, later = (QueryKey(ended, tenant, "") for tenant in ("earlier", "later"))
         unclosed.append(earlier)
 
         def observe(event: Event) -> None:  # another one's end gets lost just then

@@ -32,10 +32,10 @@ from orchestrator.proxy.prices import Prices
 from orchestrator.proxy.proxy import Proxy
 from orchestrator.store import journal, ledger
 from orchestrator.store.db import Database
-from orchestrator.store.schema import payloads, queries, records, reservations, scopes
+from orchestrator.store.schema import queries, records, reservations, scopes
 from tests.fakes.provider import Provider, Say, Seen
 from tests.postgres import Postgres
-from tests.unit.helpers import Query, Store, fill, policy, user
+from tests.unit.helpers import Query, Store, fill, keeper, policy, user
 
 PROCESSES, CALLS, AT_ONCE, OUTPUT = 8, 64, 8, 20
 KILLED = 0.02  # of all steps; a call has four
@@ -130,10 +130,9 @@ class Witness:
     def _held(self, tx: journal.Connection, text: str) -> bool:
         """An intent with this very prompt, and its reservation open."""
         query = text.partition("/")[0]
-        prompts = sa.select(payloads.c.seq, payloads.c.data).where(
-            payloads.c.query == query, payloads.c.name == "prompt"
-        )
-        found = [row.seq for row in tx.execute(prompts) if text.encode() in row.data]
+        prompts = [row for row in journal.kept_payloads(tx, query) if row[1] == "prompt"]
+        opened = [(seq, keeper(query).open(seq, name, sealed)) for seq, name, sealed in prompts]
+        found = [seq for seq, both in opened if both and text.encode() in both[1]]
         intent = sa.select(records.c.record).where(records.c.query == query, records.c.seq.in_(found))
         bodies = [json.loads(record)["body"] for record in tx.execute(intent).scalars()]
         intents = {f"{query}:{body['call']}:{body['attempt']}" for body in bodies}

@@ -67,7 +67,8 @@ def check(done: Completion, context: Any) -> None:
 
 
 def test_a_completion_has_the_promised_fields() -> None:
-    promised = "response status reason cost_usd usage_summary execution_time query_id iterations sub_calls journal_head"
+    promised = "response status reason cost_usd usage_summary execution_time query_id iterations sub_calls"
+    promised += " journal_head checkpoint"
     as_in_rlms = "root_model prompt response usage_summary execution_time metadata error"
     assert {*promised.split(), *as_in_rlms.split()} == {field.name for field in fields(Completion)}
 

@@ -9,6 +9,7 @@ import pytest
 
 from orchestrator.store.db import Database
 from tests.postgres import Postgres
+from tests.unit.exported import Ran, ran
 from tests.unit.helpers import Store, fill
 
 
@@ -18,6 +19,12 @@ def template(postgres: Postgres, tmp_path_factory: pytest.TempPathFactory) -> st
     name = postgres.fresh()
     Database(tmp_path_factory.mktemp("home"), postgres.url(name)).close()
     return name
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Ran]]:
+    """Queries that ran, to be exported."""
+    yield from ran(tmp_path_factory.mktemp("exported"))
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ from orchestrator.store import journal, ledger
 from orchestrator.store.db import Database
 from orchestrator.store.journal import QueryKey
 from orchestrator.store.ledger import Scope
+from orchestrator.store.vault import Keeper
 from orchestrator.store.writer import Writer
 from tests.postgres import Postgres
 
@@ -116,6 +117,18 @@ def cell(text: str = "", status: Any = "ok", **fields: Any) -> CellResult:
     return CellResult(status, fields.pop("detail", ""), [("out", text)] if text else [], **fields)
 
 
+class Everything:
+    """Of payloads: each of them is kept."""
+
+    def __contains__(self, _name: object) -> bool:
+        return True
+
+
+def keeper(query: str) -> Keeper:
+    """Keeps all payloads of a query, under a key of no tenant."""
+    return Keeper(bytes(32), query, Everything())
+
+
 class Query:
     """An open query in a real store, with an account to ask from."""
 
@@ -128,7 +141,7 @@ class Query:
         tenant: str = "default",
     ) -> None:
         self.db = db
-        self.key = QueryKey(f"q{number}", tenant, rules.sha256(), keep=True)
+        self.key = QueryKey(f"q{number}", tenant, rules.sha256(), keeper(f"q{number}"))
         self.scopes = [Scope(f"query:{self.key.id}", rules.money.query), Scope("tenant-day:d", rules.money.tenant_day)]
         self.seen: list[Event] = []
         self.account = Account(
@@ -161,4 +174,8 @@ class Query:
         return [found for found in fields if found["type"].startswith(kind)]
 
     def payloads(self) -> list[tuple[int, str, bytes, bytes]]:
-        return self.db.read(lambda tx: list(journal.kept_payloads(tx, self.key.id)))
+        """(seq, name, salt, data)"""
+        assert self.key.keeper is not None
+        kept = self.db.read(lambda tx: list(journal.kept_payloads(tx, self.key.id)))
+        opened = [(seq, name, self.key.keeper.open(seq, name, sealed)) for seq, name, sealed in kept]
+        return [(seq, name, *both) for seq, name, both in opened if both]

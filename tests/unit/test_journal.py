@@ -20,9 +20,9 @@ from orchestrator.store.db import Database
 from orchestrator.store.journal import QueryKey
 from orchestrator.store.ledger import Scope
 from orchestrator.store.schema import payloads, queries, records
-from tests.unit.helpers import Store, quick
+from tests.unit.helpers import Store, keeper, quick
 
-KEY = QueryKey("q1", "tenant", "policy", keep=True)
+KEY = QueryKey("q1", "tenant", "policy", keeper("q1"))
 PURSE = Scope("query:q1", 1000)
 
 
@@ -42,8 +42,14 @@ def close(db: Database, key: QueryKey = KEY) -> None:
     db.write_sync(lambda tx: journal.close_query(tx, key, "answered", event))
 
 
-def read(db: Database, key: QueryKey = KEY) -> tuple[list[tuple[bytes, str]], list[tuple[int, str, bytes, bytes]]]:
+def read(db: Database, key: QueryKey = KEY) -> tuple[list[tuple[bytes, str]], list[tuple[int, str, bytes]]]:
     return db.read(lambda tx: journal.chain(tx, key.id)), db.read(lambda tx: list(journal.kept_payloads(tx, key.id)))
+
+
+def opened_text(seq: int, name: str, sealed: bytes) -> bytes:
+    both = keeper("q1").open(seq, name, sealed)
+    assert both
+    return both[1]
 
 
 def status(db: Database, key: QueryKey = KEY) -> str:
@@ -59,12 +65,12 @@ def test_a_query_from_opening_to_closing(db: Database):
     assert [field["type"] for field in fields] == ["query.opened", "cell.started", "query.closed"]
     assert fields[-1]["body"] == {"status": "answered", "records": 3}
     assert {(field["query"], field["tenant"], field["policy"]) for field in fields} == {("q1", "tenant", "policy")}
-    assert [(seq, name, data) for seq, name, _salt, data in kept] == [
+    assert [(seq, name, opened_text(seq, name, sealed)) for seq, name, sealed in kept] == [
         (0, "question", b"Who?"),
         (1, "code", b"print(1)"),
         (2, "answer", b"42"),
     ]
-    assert journal.fault(links, kept) is None
+    assert journal.fault(links, kept, KEY.keeper) is None
     assert status(db) == "answered"
 
 
@@ -75,11 +81,11 @@ def test_queries_have_chains_of_their_own(db: Database):
     for key in (KEY, other, KEY):
         append(db, key, code="x")
     assert [len(read(db, key)[0]) for key in (KEY, other)] == [3, 2]
-    assert all(journal.fault(*read(db, key)) is None for key in (KEY, other))
+    assert all(journal.fault(*read(db, key), KEY.keeper) is None for key in (KEY, other))
 
 
 def test_without_keeping_only_the_commitments_are_there(db: Database):
-    key = opened(db, replace(KEY, keep=False))
+    key = opened(db, replace(KEY, keeper=None))
     append(db, key, code="secret")
     links, kept = read(db, key)
     assert kept == []
@@ -91,15 +97,17 @@ def test_a_payload_that_is_erased_leaves_the_chain_whole(db: Database):
     opened(db)
     append(db, code="secret")
     db.write_sync(lambda tx: tx.execute(sa.delete(payloads).where(payloads.c.name == "code")))
-    assert journal.fault(*read(db)) is None
+    assert journal.fault(*read(db), KEY.keeper) is None
 
 
-@pytest.mark.parametrize("change", [{"data": b"other"}, {"salt": b"other"}, {"name": "other"}, {"seq": 0}, {"seq": 9}])
+@pytest.mark.parametrize(
+    "change", [{"sealed": b"other"}, {"sealed": b""}, {"sealed": bytes(60)}, {"name": "other"}, {"seq": 0}, {"seq": 9}]
+)
 def test_a_payload_that_was_changed_or_moved_shows(db: Database, change: dict[str, Any]):
     opened(db)
     append(db, code="print(1)")
     db.write_sync(lambda tx: tx.execute(sa.update(payloads).where(payloads.c.name == "code").values(change)))
-    assert "is not what was recorded" in str(journal.fault(*read(db)))
+    assert "is not what was recorded" in str(journal.fault(*read(db), KEY.keeper))
 
 
 def test_a_record_that_was_changed_shows(db: Database):
@@ -107,7 +115,7 @@ def test_a_record_that_was_changed_shows(db: Database):
     append(db, body={"cell": 1})
     edited = read(db)[0][1][0].replace(b'"cell":1', b'"cell":2')
     db.write_sync(lambda tx: tx.execute(sa.update(records).where(records.c.seq == 1).values(record=edited)))
-    assert journal.fault(*read(db)) == "record 1 does not match its hash"
+    assert journal.fault(*read(db), KEY.keeper) == "record 1 does not match its hash"
 
 
 def test_equal_payloads_have_unequal_commitments(db: Database):
@@ -126,9 +134,10 @@ def test_any_text_is_a_payload(db: Database):
     def check(texts: dict[str, str]) -> None:
         append(db, **texts)
         links, kept = read(db)
-        latest = {name: data.decode() for seq, name, _salt, data in kept if seq == len(links) - 1}
+        newest = [row for row in kept if row[0] == len(links) - 1]
+        latest = {name: opened_text(seq, name, sealed).decode() for seq, name, sealed in newest}
         assert latest == {name: text.encode("utf-8", "replace").decode() for name, text in texts.items()}
-        assert journal.fault(links, kept) is None
+        assert journal.fault(links, kept, KEY.keeper) is None
 
     check()
 
@@ -154,8 +163,8 @@ def test_queries_are_found_by_how_they_begin(db: Database):
 
 def test_open_queries_are_counted_for_each_tenant(db: Database):
     for number, tenant in enumerate(["a", "a", "b"]):
-        opened(db, QueryKey(f"q{number}", tenant, "p", keep=True))
-    close(db, QueryKey("q0", "a", "p", keep=True))
+        opened(db, QueryKey(f"q{number}", tenant, "p", keeper("q1")))
+    close(db, QueryKey("q0", "a", "p", keeper("q1")))
     assert [db.read(lambda tx, who=who: journal.open_queries(tx, who)) for who in "abc"] == [1, 1, 0]
 
 
@@ -168,7 +177,7 @@ async def test_records_of_concurrent_tasks_make_one_chain(db: Database):
             tasks.start_soon(db.write, lambda tx, event=event: journal.append(tx, KEY, event))
     links, kept = read(db)
     assert len(links) == len(kept) == 41
-    assert journal.fault(links, kept) is None
+    assert journal.fault(links, kept, KEY.keeper) is None
 
 
 def die_with_money_held(store: Store, body: Any = None) -> None:
@@ -200,7 +209,7 @@ def test_a_query_whose_process_died_is_closed_and_charged(store: Store):
     assert db.read(lambda tx: ledger.balance(tx, PURSE.id)) == (70, 0)
     assert db.read(lambda tx: ledger.open_reservations(tx, "q1")) == []
     links, kept = read(db)
-    assert journal.fault(links, kept) is None
+    assert journal.fault(links, kept, KEY.keeper) is None
     result, closing = (json.loads(record) for record, _ in links[-2:])
     assert (result["body"]["call"], result["body"]["outcome"]) == ("root.c2", "unknown")
     assert (closing["body"]["status"], closing["body"]["cost_usd"]) == ("failed", "0.00000007")
@@ -251,7 +260,7 @@ def test_one_alone_resumes_a_query(store: Store):
     close(second)
     assert not resume(second)
     links, kept = read(second)
-    assert journal.fault(links, kept, closed=True) is None
+    assert journal.fault(links, kept, KEY.keeper, closed=True) is None
     kinds = [json.loads(record)["type"] for record, _ in links]
     assert kinds[-5:] == [*["query.interrupted", "query.resumed"] * 2, "query.closed"]
     second.close()

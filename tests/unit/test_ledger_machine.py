@@ -170,7 +170,7 @@ class Ledger(RuleBasedStateMachine):
 
     def _query(self, tenant: str, process: int) -> Node:
         self.count += 1
-        key = QueryKey(f"q{self.count}", tenant, "p", keep=True)
+        key = QueryKey(f"q{self.count}", tenant, "p")
         limits = TENANTS[tenant]
         purses = (
             Scope(f"query:{key.id}", 100_000, calls=limits.get("calls"), children=2),
@@ -368,7 +368,7 @@ class Ledger(RuleBasedStateMachine):
         assert rows == self.books
         for name, row in rows.items():
             scope = self.limits[name]
-            assert row.room(scope, Call("", Node(QueryKey("", "", "", keep=True), "", (), 0), (), 0)), (scope, row)
+            assert row.room(scope, Call("", Node(QueryKey("", "", ""), "", (), 0), (), 0)), (scope, row)
             assert min(vars(row).values()) >= 0
         others = {name for name in self.rows_before if name != PLATFORM.id and self._tenant(name) not in self.acting}
         assert {name: rows[name] for name in others} == {name: self.rows_before[name] for name in others}

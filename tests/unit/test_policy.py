@@ -20,7 +20,6 @@ MODELS = ("gpt-5", "gpt-4", "local:x", "o3")
 RANK = {
     "least_isolation": lambda value: -ISOLATION.index(value),
     "image": IMAGES.index,
-    "payloads": PAYLOADS.index,
 }
 
 
@@ -42,7 +41,7 @@ def values(key: str) -> st.SearchStrategy[Any]:
         case "sandbox.image":
             return st.sampled_from(IMAGES)
         case "audit.payloads":
-            return st.sampled_from(PAYLOADS)
+            return st.sets(st.sampled_from(PAYLOADS)).map(lambda names: tuple(n for n in PAYLOADS if n in names))
         case "models.fallbacks":
             return st.permutations(MODELS).map(lambda names: tuple(names[:2]))
         case "audit.verify_context" | "models.dedupe":
@@ -86,9 +85,10 @@ def permitted(rules: Policy) -> set[tuple[str, str]]:
 def test_narrowing_never_widens(mine: Policy, theirs: Policy):
     both = mine.narrowed(theirs)
     for key in leaves():
-        if key not in ("models.root", "models.sub", "models.fallbacks"):
+        if key not in ("models.root", "models.sub", "models.fallbacks", "audit.payloads"):
             assert loosest(both, key) == min(loosest(mine, key), loosest(theirs, key)), key
     assert permitted(both) == permitted(mine) & permitted(theirs)
+    assert set(both.audit.payloads) == set(mine.audit.payloads) & set(theirs.audit.payloads)
     assert both.models.fallbacks == tuple(name for name in mine.models.fallbacks if name in theirs.models.fallbacks)
 
 
@@ -119,10 +119,12 @@ def test_policies_have_one_hash_only_when_they_are_equal(mine: Policy, theirs: P
 def test_every_field_is_in_the_hash(key: str):
     section, name = key.split(".")
     value = leaf(DEFAULT, key)
-    others = {"least_isolation": "gvisor", "payloads": "hash", "verify_context": False, "dedupe": True}
+    others = {"least_isolation": "gvisor", "verify_context": False, "dedupe": True}
     other = (
-        ("x",)
-        if name == "fallbacks"
+        PAYLOADS[:1]
+        if name == "payloads"
+        else ("x",)
+        if name in ("fallbacks", "payloads")
         else (("x",),)
         if isinstance(value, tuple)
         else others.get(name, value + 1 if type(value) is int else None)

@@ -53,7 +53,7 @@ def test_the_shipped_policies_are_policies(name: str):
         ("iterations", "  iterations: 0", "counts.iterations: Input should be greater than or equal to 1"),
         ("iterations", "  iterations: 99999999999999999999", "counts.iterations: Input should be less than"),
         ("depth", "  depth: 9", "counts.depth: Input should be less than or equal to 8"),
-        ("payloads", "  payloads: some", "audit.payloads: Input should be 'hash' or 'keep'"),
+        ("payloads", "  payloads: some", "audit.payloads: has to be keep, hash, or a list of question, policy"),
         ("verify_context", "  verify_context: 1", "audit.verify_context: Input should be a valid boolean"),
         ("pids", "  pidz: 64", "sandbox.pidz: is not a key of policies; policies/README.md lists them"),
         ("pids", "  64: 64", "sandbox.64: is not a key of policies; policies/README.md lists them"),

@@ -29,7 +29,7 @@ from tests.postgres import PASSWORD, ROLE, Postgres
 from tests.unit.helpers import Store
 
 pytestmark = pytest.mark.anyio
-KEY = QueryKey("q", "tenant", "policy", keep=True)
+KEY = QueryKey("q", "tenant", "policy")
 PURSE = Scope("query:q", 100)
 BROKE = "the connection to the database broke"
 

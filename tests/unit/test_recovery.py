@@ -32,7 +32,7 @@ def scope(name: str) -> Scope:
 
 def begin(tx: Any, db: Database, name: str) -> None:
     """A query with a call in flight, and last words set aside for itself and for a child."""
-    journal.open_query(tx, QueryKey(name, "t", "p", keep=True), db.owner, Event("query.opened", "root", {}))
+    journal.open_query(tx, QueryKey(name, "t", "p"), db.owner, Event("query.opened", "root", {}))
     purses = [scope(name), DAY]
     ledger.open_scopes(tx, purses)
     for node in ("root", "root.1"):

@@ -36,7 +36,7 @@ def names(db: Database) -> list[str]:
 async def test_a_full_disk_is_said_and_undone_and_then_mended(db: Database):
     pages = db.read(lambda tx: tx.exec_driver_sql("PRAGMA page_count").scalar())
     await db.write(lambda tx: tx.exec_driver_sql(f"PRAGMA max_page_count={pages}").scalar())
-    big = sa.text("INSERT INTO payloads VALUES ('q', 1, 'x', x'', zeroblob(1000000))")
+    big = sa.text("INSERT INTO payloads VALUES ('q', 1, 'x', zeroblob(1000000))")
     with pytest.raises(StoreError, match="full"):
         await db.write(lambda tx: tx.execute(big))
     await db.write(lambda tx: tx.exec_driver_sql("PRAGMA max_page_count=100000").scalar())

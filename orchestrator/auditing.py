@@ -1,0 +1,264 @@
+"""The journal of a data folder, opened for those who read, check, hand out and erase."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from decimal import Decimal
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
+
+import anyio
+import anyio.to_thread
+
+from orchestrator.audit.archive import Archive, write_archive
+from orchestrator.audit.evidence import LiveEvidence, QueryEvidence
+from orchestrator.audit.verify import Report, verify
+from orchestrator.core.errors import RequestError, StoreError
+from orchestrator.core.events import Event, Recorded, read_record
+from orchestrator.core.merkle import includes, leaf_hash
+from orchestrator.core.notes import NoteError, Proof, Verifier, open_checkpoint
+from orchestrator.files import Unreadable, Unwritable, draft, read_text
+from orchestrator.loop.past import Past
+from orchestrator.loop.reader import read_past
+from orchestrator.store import journal, logs, vault
+from orchestrator.store.db import Database
+from orchestrator.store.signing import Notary
+from orchestrator.store.vault import Vault
+from orchestrator.wiring import TENANT, database_address, open_database, open_keys, standing
+
+POLL_S = 0.1  # between two looks at a journal that others write
+AT_ONCE = 500  # records of one look
+
+
+@dataclass(frozen=True, slots=True)
+class Books:
+    """A data folder's database and the keys to it."""
+
+    home: Path
+    db: Database
+    vault: Vault
+
+    def find(self, text: str) -> str:
+        """The query whose id begins with `text`, or the newest for `last`. Raises RequestError, StoreError."""
+        found = self.db.read(lambda tx: journal.find_query(tx, text))
+        if len(found) != 1:
+            several = f"several queries begin with {text!r}, the newest of them: {', '.join(found[:3])}"
+            raise RequestError(several if found else f"there is no query {text!r} in the journal")
+        return found[0]
+
+    def notary(self) -> Notary:
+        return Notary(self.vault.signer(), self.home / "heads")
+
+    def sign(self, tenant: str) -> str:
+        """The note of the tenant's log as it is now."""
+        notary = self.notary()
+        signed = self.db.write_sync(lambda tx: notary.sign(tx, tenant))
+        notary.remember(signed)
+        return signed.note
+
+    def tenant_of(self, query: str) -> str:
+        return self.db.read(lambda tx: journal.tenant_of(tx, query))
+
+
+@contextmanager
+def open_books(home: Path) -> Generator[Books]:
+    """Raises RequestError where there is no journal, StoreError."""
+    if not database_address(home) and not os.path.lexists(home / "airlock.db"):  # nor where we may not look
+        raise RequestError(f"there is no journal in {home}: nothing has been run with this data folder")
+    db = open_database(home)
+    try:
+        yield Books(home, db, open_keys(db, home))
+    finally:
+        db.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A query as the journal has it. payloads: (seq, name) -> text. fault: what is wrong with the chain, or None."""
+
+    chain: list[tuple[bytes, str]]
+    payloads: Mapping[tuple[int, str], str]
+    fault: str | None
+
+
+def read_run(home: Path, text: str) -> Run:
+    """For people to read. text: see `Books.find`. Raises RequestError, StoreError."""
+    with open_books(home) as books:
+        query = books.find(text)
+        keeper = books.vault.keeper(books.tenant_of(query), query)
+        kept = books.db.read(lambda tx: list(journal.kept_payloads(tx, query)))
+        chain = books.db.read(lambda tx: journal.chain(tx, query))
+        opened = {(seq, name): keeper.open(seq, name, sealed) for seq, name, sealed in kept}
+        payloads = {place: text[1].decode("utf-8", "replace") for place, text in opened.items() if text}
+        closed = books.db.read(lambda tx: journal.is_closed(tx, query))
+        return Run(chain, payloads, journal.fault(chain, kept, keeper, closed=closed))
+
+
+def read_notes(files: Sequence[Path]) -> list[str]:
+    """Checkpoints that somebody holds. Raises RequestError."""
+    try:
+        return [read_text(file) for file in files]
+    except Unreadable as why:
+        raise RequestError(f"cannot read a checkpoint: {why}") from None
+
+
+def read_verifier(text: str | None) -> Verifier | None:
+    """Raises RequestError."""
+    try:
+        return None if text is None else Verifier.read(text)
+    except NoteError as error:
+        raise RequestError(f"--key: {error}") from None
+
+
+def verify_home(home: Path, held: Sequence[str], trusted: Verifier | None) -> Report:
+    """Raises RequestError, StoreError."""
+    with open_books(home) as books:
+        return books.db.read(lambda tx: verify(LiveEvidence(tx, books.vault), held, trusted))
+
+
+def verify_archive(file: Path, held: Sequence[str], trusted: Verifier | None) -> Report:
+    """Raises RequestError where it is no export."""
+    try:
+        with Archive(file) as archive:
+            return verify(archive, held, trusted)
+    except OSError as error:
+        raise RequestError(f"cannot read {file}: {error.strerror}") from None
+    except ValueError as error:
+        raise RequestError(str(error)) from None
+
+
+def export_archive(home: Path, text: str | None, out: Path) -> None:
+    """All of the journal, or a query (see `Books.find`), in one tar at `out`. Raises RequestError, StoreError."""
+    with open_books(home) as books:
+        query = None if text is None else books.find(text)
+        for tenant in [books.tenant_of(query)] if query else books.db.read(journal.tenants):
+            books.sign(tenant)
+
+        def write(tx: journal.Connection, file: BinaryIO) -> None:
+            evidence = QueryEvidence(tx, books.vault, query) if query else LiveEvidence(tx, books.vault)
+            try:
+                write_archive(evidence, file)
+            except ValueError as error:
+                raise StoreError(f"the journal cannot be exported, what is stored of it is damaged: {error}") from None
+
+        try:
+            with draft(out) as file:
+                books.db.read(partial(write, file=file))
+        except Unwritable as why:
+            raise RequestError(f"cannot write {out}: {why}") from None
+
+
+def histories(books: Books, text: str | None) -> Generator[list[Recorded]]:
+    """The records of all queries, or of one (see `Books.find`), each with its payloads' texts. Raises StoreError."""
+    named = books.db.read(journal.all_queries) if text is None else [books.find(text)]
+    for query in named:
+        keeper = books.vault.opener(books.tenant_of(query), query)
+        if fault := books.db.read(partial(_fault, query=query)):
+            raise StoreError(f"query {query} is not whole: {fault}; see `airlock audit verify`")
+        yield books.db.read(partial(journal.history, query=query, keeper=keeper))
+
+
+def _fault(tx: journal.Connection, query: str) -> str | None:
+    return journal.fault(journal.chain(tx, query))
+
+
+def scores(books: Books) -> dict[str, Decimal]:
+    """Query -> the score that was given last."""
+    found: dict[str, Decimal] = {}
+    for tenant in books.db.read(journal.tenants):
+        for record, _hash in books.db.read(partial(journal.chain, query=journal.own_chain(tenant).id)):
+            fields = json.loads(record)
+            if fields["type"] == "query.scored":
+                found[fields["body"]["query"]] = Decimal(fields["body"]["score"])
+    return found
+
+
+def prove(home: Path, text: str, seq: int) -> str:
+    """That a record, which is in the proof, is in its log (C2SP tlog-proof). Raises RequestError, StoreError."""
+    with open_books(home) as books:
+        query = books.find(text)
+        found = books.db.read(lambda tx: journal.leaf_of(tx, query, seq))
+        if found is None:
+            raise RequestError(f"query {query} has no record {seq}")
+        tenant = books.tenant_of(query)
+        note = books.sign(tenant)
+        head = open_checkpoint(note, books.notary().verifier)
+        path = books.db.read(lambda tx: logs.tree(tx, logs.tenants_log(tenant)).inclusion(found[0], head.size))
+        return Proof(found[0], path, note, found[1]).text()
+
+
+def check_proof(text: str, trusted: Verifier) -> bytes:
+    """The record that the proof shows to be in a log. Raises RequestError where it does not."""
+    try:
+        proof = Proof.read(text)
+        head = open_checkpoint(proof.note, trusted)
+    except NoteError as error:
+        raise RequestError(f"this proves nothing: {error}") from None
+    if not includes(leaf_hash(proof.extra), proof.index, head.size, proof.path, head.root):
+        raise RequestError("this proves nothing: the record in it is not in the log that was signed")
+    return proof.extra
+
+
+def erase(home: Path, text: str, seq: int | None, name: str | None, why: str) -> tuple[int, bool]:
+    """How many payloads were removed, and whether nothing of them is left on disk. Raises RequestError, StoreError."""
+    with open_books(home) as books:
+        query = books.find(text)
+        if books.db.read(lambda tx: journal.status_of(tx, query))[0] == "open":
+            raise RequestError(f"query {query} is not closed: its payloads are still needed")
+        count = books.db.write_sync(lambda tx: journal.erase(tx, query, seq, name, why))
+        books.sign(books.tenant_of(query))
+        return count, books.db.scrub()
+
+
+def score(home: Path, text: str, value: Decimal, by: str) -> str:
+    """Put on record how good an answer was, from 0 to 1; its query. Raises RequestError, StoreError."""
+    with open_books(home) as books:
+        query = books.find(text)
+        body = {"query": query, "score": f"{value:f}", "by": by}
+        own = journal.own_chain(books.tenant_of(query))
+        books.db.write_sync(lambda tx: journal.append(tx, own, Event("query.scored", "root", body)))
+        books.sign(own.tenant)
+        return query
+
+
+def verifier_of(home: Path) -> Verifier:
+    """Whose signatures the logs of this data folder have. Raises RequestError, StoreError."""
+    with open_books(home) as books:
+        found = books.db.read(vault.verifier)
+        if found is None:
+            raise RequestError("nothing has been signed with this data folder yet")
+        return found
+
+
+def past_of(home: Path, text: str, *, to_resume: bool = False) -> Past:
+    """A query as a replay takes it, and as `--resume` is set up by. text: see `Books.find`.
+
+    Raises RequestError where it is not there, or not to be resumed; NotKept, StoreError.
+    """
+    with open_books(home) as books:
+        query = books.find(text)
+        if to_resume:
+            books.db.read(partial(standing, query=query, tenant=TENANT))
+        (records,) = histories(books, query)
+        return read_past(records)
+
+
+async def follow(books: Books, query: str, after: int = -1) -> AsyncGenerator[Recorded]:
+    """The query's records after number `after`, as they are written, to the one that closes it. Raises StoreError."""
+    keeper = await anyio.to_thread.run_sync(books.vault.opener, books.tenant_of(query), query)
+    while True:
+        read = partial(journal.after, query=query, seq=after, most=AT_ONCE, keeper=keeper)
+        rows = await anyio.to_thread.run_sync(books.db.look, read)
+        for record, texts in rows:
+            recorded = read_record(record, texts)
+            after = recorded.seq
+            yield recorded
+            if recorded.type == "query.closed":
+                return
+        if len(rows) < AT_ONCE:
+            await anyio.sleep(POLL_S)
