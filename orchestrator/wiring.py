@@ -24,6 +24,7 @@ from orchestrator.core.errors import (
     NotPermitted,
     PolicyError,
     RequestError,
+    StoreError,
 )
 from orchestrator.core.events import Event
 from orchestrator.core.policy import MOST_DEPTH, Policy
@@ -200,11 +201,13 @@ class Platform:
         return await run_query(order, self._machinery)
 
     def _interrupted(self, query_id: str, tenant: str) -> Past:
-        """What there is of it. Raises RequestError, NotKept."""
+        """What there is of it. Raises RequestError, NotKept, StoreError where its records are not whole."""
         if self.db.read(partial(standing, query=query_id, tenant=tenant)) == "open":
             recover(self.db)  # its process may have died since
         if self.db.read(partial(standing, query=query_id, tenant=tenant)) == "open":
             raise RequestError(f"query {query_id} is running: the process that runs it lives")
+        if fault := journal.fault(self.db.read(partial(journal.chain, query=query_id))):
+            raise StoreError(f"query {query_id} is not whole: {fault}; see `airlock audit verify`")
         keeper = self.vault.opener(tenant, query_id)
         return read_past(self.db.read(partial(journal.history, query=query_id, keeper=keeper)))
 

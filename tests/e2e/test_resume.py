@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from orchestrator.store.db import Database
+from orchestrator.store.schema import scopes
 from tests.command import Airlock, Done, until
 from tests.fakes.provider import Behaviour, Hang, Provider, Say
 
@@ -308,6 +309,32 @@ def test_limits_hold_across_an_interruption(airlock: Airlock, query: Query) -> N
     assert asides == [(f"{query.id}:root:last-word", "void"), (f"{query.id}:root:last-word:1", "void")]
 
 
+def test_without_money_or_room_it_waits(airlock: Airlock, query: Query) -> None:
+    policy = airlock.policy(tenant_queries_at_once="1")
+    query.killed("--policy", policy, root=[cell("print(1)"), Hang()], turns=2)
+
+    def spend(nano_usd: int) -> None:  # by others
+        db = Database(airlock.home)
+        day = scopes.update().where(scopes.c.id.startswith("tenant-day:")).values(spent=scopes.c.spent + nano_usd)
+        db.write_sync(lambda tx: tx.execute(day))
+        db.close()
+
+    all_of_it = 20 * 10**9
+    spend(all_of_it)
+    said = query.resume(root=[], code=3).said
+    assert said == "0.00 USD are left, which do not pay for a last word: resume it later"
+    spend(-all_of_it)
+    other = query.id
+    query.provider.behaviours = {"root": [Hang()], "sub": []}
+    given = ("--context", "context.txt", "--model", "m", *query.options(), "--policy", policy)
+    with airlock.started("run", "What?", *given) as running:
+        query.provider.wait("root")
+        assert query.resume(root=[], code=3).said.startswith("1 queries of this tenant are running already")
+        assert running.interrupt().code == 130
+    assert airlock.rows("SELECT status FROM queries WHERE id=?", other) == [("interrupted",)]
+    assert query.resume(root=[Say("FINAL(42)", usage=USED)]).out == "42\n"
+
+
 def test_a_limit_that_was_hit_is_not_hit_twice(airlock: Airlock, query: Query) -> None:
     policy = airlock.policy(counts_iterations="1")
     query.killed("--policy", policy, root=[cell("print(1)"), Hang()], turns=2)
@@ -388,6 +415,7 @@ def test_a_query_of_another_tenant_is_not_there(airlock: Airlock, query: Query) 
     db.write_sync(lambda tx: tx.exec_driver_sql("UPDATE queries SET tenant='other'"))
     db.close()
     assert query.resume(root=[], code=2).said == f"there is no query '{query.id}' in the journal"
+    query.run(root=[Say("FINAL(42)", usage=USED)])  # which clears up after the one that was killed
 
 
 def test_two_that_resume_at_once(airlock: Airlock, query: Query) -> None:
