@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from decimal import Decimal, InvalidOperation
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -144,6 +145,22 @@ def export(query: str | None, out: Path | None, name: Any, endpoint: str | None,
             done = writing.write(cast("writing.Format", name), histories, file, chosen)
     lacking = f"; {done.left_out:,} left out, for their texts are not all kept" if done.left_out else ""
     click.echo(f"{out} is written: {done.lines:,} lines of {done.queries:,} queries{lacking}", err=True)
+
+
+@audit.command(name="replay")
+@click.argument("query", default="last")
+@click.option("--backend", metavar="NAME", help="How the sandboxes are isolated; default: as they were.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def replay(query: str, backend: str | None, as_json: bool) -> int:
+    """Run a QUERY's cells again, with what they asked for answered from the journal, and show what is different.
+
+    Exit codes: 0 nothing is; 1 something is; 4 it cannot be done.
+    """
+    from orchestrator.replays import report
+
+    return anyio.run(
+        partial(report, settings.home(), query, backend, as_json=as_json), backend_options={"use_uvloop": True}
+    )
 
 
 @audit.command(name="prove")

@@ -25,12 +25,14 @@ from orchestrator.core.events import Event, Recorded, read_record
 from orchestrator.core.merkle import includes, leaf_hash
 from orchestrator.core.notes import Checkpoint, NoteError, Proof, Verifier, open_checkpoint
 from orchestrator.files import Unreadable, Unwritable, draft, read_text
+from orchestrator.loop.past import Past
+from orchestrator.loop.reader import read_past
 from orchestrator.store import journal, logs, vault
 from orchestrator.store.anchors import Anchor, Receipt, anchor
 from orchestrator.store.db import Database
 from orchestrator.store.signing import Notary
 from orchestrator.store.vault import Vault
-from orchestrator.wiring import database_address, load_config, open_database, open_keys
+from orchestrator.wiring import TENANT, database_address, load_config, open_database, open_keys, standing
 
 POLL_S = 0.1  # between two looks at a journal that others write
 AT_ONCE = 500  # records of one look
@@ -223,7 +225,7 @@ def erase(home: Path, text: str, seq: int | None, name: str | None, why: str) ->
     """How many payloads were removed, and whether nothing of them is left on disk. Raises RequestError, StoreError."""
     with open_books(home) as books:
         query = books.find(text)
-        if not books.db.read(lambda tx: journal.is_closed(tx, query)):
+        if books.db.read(lambda tx: journal.status_of(tx, query))[0] == "open":
             raise RequestError(f"query {query} is not closed: its payloads are still needed")
         count = books.db.write_sync(lambda tx: journal.erase(tx, query, seq, name, why))
         books.sign(books.tenant_of(query))
@@ -294,6 +296,19 @@ def verifier_of(home: Path) -> Verifier:
         if found is None:
             raise RequestError("nothing has been signed with this data folder yet")
         return found
+
+
+def past_of(home: Path, text: str, *, to_resume: bool = False) -> Past:
+    """A query as a replay takes it, and as `--resume` is set up by. text: see `Books.find`.
+
+    Raises RequestError where it is not there, or not to be resumed; NotKept, StoreError.
+    """
+    with open_books(home) as books:
+        query = books.find(text)
+        if to_resume:
+            books.db.read(partial(standing, query=query, tenant=TENANT))
+        (records,) = histories(books, query)
+        return read_past(records)
 
 
 async def follow(books: Books, query: str, after: int = -1) -> AsyncGenerator[Recorded]:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import anyio
 import click
+from click.core import ParameterSource
 
 from orchestrator import settings
 from orchestrator.audit_commands import audit
@@ -31,6 +32,7 @@ policy; 4 sandbox, or another part of this machine; 5 provider; 130 interrupted.
 _BACKENDS = "How the sandbox is isolated: bubblewrap, docker, gvisor; auto: the strongest usable."
 _DEPTH = "0: no sub-calls; 1: plain ones; 2 and more: child queries with a sandbox of their own."
 _POLICIES = "default, strict, development, or a file."
+_WITH_RESUME = ("resume", "base_url", "api_key_env", "prices", "backend", "as_json")
 _LOOP = {"use_uvloop": True}  # a sixth less time for a query of many calls
 
 
@@ -105,17 +107,41 @@ def app() -> None:
 
 
 @app.command()
-@click.argument("question")
-@_context_option(required=True)
+@click.argument("question", required=False, metavar="QUESTION")
+@_context_option(required=False)
 @click.option("--answer-schema", type=click.Path(path_type=Path), metavar="FILE", help="A JSON Schema for the answer.")
+@click.option("--resume", metavar="QUERY", help="Go on with a query whose process died, instead of a new one.")
 @_query_options
-def run(question: str, answer_schema: Path | None, **options: Any) -> int:
+@click.pass_context
+def run(
+    ctx: click.Context, question: str | None, answer_schema: Path | None, resume: str | None, **options: Any
+) -> int:
     """Answer QUESTION over a context."""
     from orchestrator import runs  # loaded by the commands that need it: it takes longer than `policy show` does in all
     from orchestrator.wiring import load_schema
 
+    if resume is not None:
+        _refuse_with_resume(ctx)
+        return anyio.run(runs.resume, resume, options, backend_options=_LOOP)
+    _require(ctx, "question", question)
+    _require(ctx, "context", options["context"])
+    assert question is not None
     schema = load_schema(answer_schema) if answer_schema else None
     return anyio.run(runs.run, question, options, schema, backend_options=_LOOP)
+
+
+def _refuse_with_resume(ctx: click.Context) -> None:
+    """What a query was asked is on record, and stays as it was."""
+    for param in ctx.command.params:
+        if param.name not in _WITH_RESUME and ctx.get_parameter_source(param.name or "") is ParameterSource.COMMANDLINE:
+            name = param.opts[0] if isinstance(param, click.Option) else "a question"
+            raise click.UsageError(f"{name} does not go with --resume: the journal has what the query was asked.", ctx)
+
+
+def _require(ctx: click.Context, name: str, value: object) -> None:
+    """What is needed unless --resume is given."""
+    if value is None:
+        raise click.MissingParameter(ctx=ctx, param=next(param for param in ctx.command.params if param.name == name))
 
 
 @app.command(name="exec")

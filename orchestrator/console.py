@@ -84,11 +84,22 @@ def one_line(event: Event) -> str:
             return f"cell {body['cell']} {body['status']} after {body['duration_ms']} ms{detail}"
         case "limit.hit":
             return f"limit: {body['detail']}"
+        case "query.resumed" | "cell.replayed":
+            return _again(event.type, body)
         case "query.closed":
             turns, calls = counted(body["turns"], "turn"), counted(body["sub_calls"], "sub-call")
             return f"{body['status']}: {turns}, {calls}, {body['cost_usd']} USD"
         case _:
             return _line_of_call(event)
+
+
+def _again(kind: str, body: Mapping[str, Any]) -> str:
+    """Of a query that goes on after an interruption."""
+    if kind == "cell.replayed":
+        how = "as before" if body["same"] else f"with other {', '.join(body['differs'])} than before"
+        return f"cell {body['cell']} was run again: {body['status']}, {how}"
+    known = f"{counted(body['cells'], 'cell')} and {counted(body['calls'], 'answer')}"
+    return f"resumed in {body['backend']} ({body['isolation']}): {known} are on record"
 
 
 def _line_of_call(event: Event) -> str:
@@ -151,6 +162,10 @@ def _show_record(record: Recorded, body: Mapping[str, Any], payload: Any) -> Ite
             yield f"{at} {whose}sandbox ended: {_show_usage(body)}"
         case "context.verified":
             yield f"{at} {whose}context {'unchanged' if body['unchanged'] else 'CHANGED'}"
+        case "query.interrupted":
+            yield f"{at} interrupted: {body['why']}"
+        case "query.resumed" | "cell.replayed":
+            yield f"{at} {whose}{_again(record.type, body)}"
         case "query.closed" | "node.closed":
             yield f"{at} {whose}closed: {body['status']} {body['reason']}".rstrip() + f"; cost {body['cost_usd']} USD"
             if "answer" in record.committed:
@@ -175,6 +190,9 @@ def _show_call(record: Recorded, payload: Any) -> Iterator[str]:
             yield from _indented(payload("completion"), "< ")
         case "call.repeated":
             yield f"{at} {_whose(record)}sub-call answered as {body['of']} was"
+        case "budget.told":
+            left = f"{body['usd_left']} USD, {counted(body['sub_calls_left'], 'sub-call')}, {body['seconds_left']} s"
+            yield f"{at} {_whose(record)}budget told: {left} left"
         case _:
             yield f"{at} {_whose(record)}sub-call refused: {body['detail']}"
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,8 @@ import anyio
 import anyio.to_thread
 import click
 
+from orchestrator import settings
+from orchestrator.auditing import past_of
 from orchestrator.console import PlainView
 from orchestrator.core.errors import MachineError, RequestError
 from orchestrator.core.units import parse_price, usd
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
     from orchestrator.live import LiveView
     from orchestrator.loop.query import Closed
 
+Start = Callable[..., Awaitable[Any]]  # of a query: given `watch`
+
 INTERRUPTED = 130
 _STATUS_EXIT = {"answered": 0, "limit": 3, "refused": 3, "cancelled": INTERRUPTED}
 _CELL_EXIT = {"ok": 0, "error": 1, "timeout": 3, "killed": 4}
@@ -33,15 +38,39 @@ _CELL_EXIT = {"ok": 0, "error": 1, "timeout": 3, "killed": 4}
 
 async def run(question: str, options: dict[str, Any], schema: Any) -> int:
     """One query with a root LM; the exit code. options: those that `run` and `exec` share, by their names."""
-    view = _make_view()
-    watch = Watch(event=view.event, output=view.output, account=view.account)
     async with open_platform(_choices(options, schema)) as platform:
         platform.require(question)
-        with view:
-            closed = await _watched(platform, options, partial(platform.run, question), watch)
-        if closed is None:
-            click.echo("airlock: interrupted before the query began", err=True)
-            return INTERRUPTED
+        for query in platform.interrupted:
+            click.echo(f"query {query} was interrupted when its process died: airlock run --resume {query}", err=True)
+        closed = await _viewed(_with_context(platform, options, partial(platform.run, question)))
+    return _answer(closed, platform, options)
+
+
+async def resume(query: str, options: dict[str, Any]) -> int:
+    """Go on with an interrupted query; the exit code. options: those that `run` and `exec` share."""
+    past = past_of(settings.home(), query, to_resume=True)
+    past.require_to_resume()
+    backend = past.backend if options["backend"] == "auto" else options["backend"]
+    choices = replace(_choices(options), policy=past.rules, backend=backend)
+    printed = _Printed(options)
+    async with open_platform(choices) as platform:
+        start = partial(platform.resume, past.query)
+        closed = await (_viewed(start) if past.code is None else printed.run(start))
+    return _answer(closed, platform, options) if past.code is None else printed.end(closed, platform)
+
+
+async def _viewed(start: Start) -> Closed | None:
+    view = _make_view()
+    watch = Watch(event=view.event, output=view.output, account=view.account)
+    with view:
+        return await _watched(start, watch)
+
+
+def _answer(closed: Closed | None, platform: Platform, options: dict[str, Any]) -> int:
+    """Print what came of a query with a root LM; the exit code."""
+    if closed is None:
+        click.echo("airlock: interrupted before the query began", err=True)
+        return INTERRUPTED
     outcome = closed.outcome
     if options["as_json"]:
         _give(json.dumps(_report(closed, platform.backend)), closed, platform)
@@ -110,47 +139,60 @@ async def run_cell(code: str, options: dict[str, Any]) -> int:
         raise RequestError(
             f"the program is larger than a sandbox takes ({MAX_LINE >> 20} MiB, as JSON): give its data as --context"
         )
-    seen: dict[str, list[str]] = {"out": [], "err": []}
-    printer = Printer()
-
-    def output(stream: str, text: str) -> None:
-        seen[stream].append(text)
-        if not options["as_json"]:
-            printer.put(stream, text)
-
+    printed = _Printed(options)
     async with open_platform(_choices(options)) as platform:
         platform.require(None)
+        closed = await printed.run(_with_context(platform, options, partial(platform.run, "", code=code)))
+    return printed.end(closed, platform)
 
-        async def start(**given: Any) -> None:
-            async with printer:
-                await platform.run("", code=code, **given)
 
-        closed = await _watched(platform, options, start, Watch(output=output))
-    if closed is None:
-        return INTERRUPTED
-    if printer.broken:
-        raise _undelivered(printer.broken, closed, platform)
-    cell = closed.cell
-    status = cell.status if cell else "timeout" if closed.outcome.status == "limit" else "killed"
-    reason = closed.outcome.reason
-    if options["as_json"]:
-        report = {
-            "status": status,
-            "reason": reason,
-            "stdout": "".join(seen["out"]),
-            "stderr": "".join(seen["err"]),
-            "answer": closed.outcome.answer,
-            "duration_s": round(cell.duration_s if cell else closed.duration_s, 3),
-        }
-        _give(json.dumps(report), closed, platform)
-    elif closed.outcome.answer is not None and printer.whole:
-        _give(closed.outcome.answer, closed, platform)
-    if status in ("timeout", "killed"):
-        say(sys.stderr, f"airlock: {status}: {reason}")
-    if closed.error:
-        return closed.error.exit_code
-    interrupted = closed.outcome.status == "cancelled" or not printer.whole
-    return INTERRUPTED if interrupted else _CELL_EXIT[status]
+class _Printed:
+    """A query that is one cell: what the cell prints is printed as it comes, and its answer after it."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self._as_json = options["as_json"]
+        self._seen: dict[str, list[str]] = {"out": [], "err": []}
+        self._printer = Printer()
+
+    def _output(self, stream: str, text: str) -> None:
+        self._seen[stream].append(text)
+        if not self._as_json:
+            self._printer.put(stream, text)
+
+    async def run(self, start: Start) -> Closed | None:
+        async def printed(**given: Any) -> None:
+            async with self._printer:
+                await start(**given)
+
+        return await _watched(printed, Watch(output=self._output))
+
+    def end(self, closed: Closed | None, platform: Platform) -> int:
+        """The exit code."""
+        if closed is None:
+            return INTERRUPTED
+        if self._printer.broken:
+            raise _undelivered(self._printer.broken, closed, platform)
+        cell = closed.cell
+        status = cell.status if cell else "timeout" if closed.outcome.status == "limit" else "killed"
+        reason = closed.outcome.reason
+        if self._as_json:
+            report = {
+                "status": status,
+                "reason": reason,
+                "stdout": "".join(self._seen["out"]),
+                "stderr": "".join(self._seen["err"]),
+                "answer": closed.outcome.answer,
+                "duration_s": round(cell.duration_s if cell else closed.duration_s, 3),
+            }
+            _give(json.dumps(report), closed, platform)
+        elif closed.outcome.answer is not None and self._printer.whole:
+            _give(closed.outcome.answer, closed, platform)
+        if status in ("timeout", "killed"):
+            say(sys.stderr, f"airlock: {status}: {reason}")
+        if closed.error:
+            return closed.error.exit_code
+        interrupted = closed.outcome.status == "cancelled" or not self._printer.whole
+        return INTERRUPTED if interrupted else _CELL_EXIT[status]
 
 
 def _choices(options: dict[str, Any], schema: Any = None) -> Choices:
@@ -177,16 +219,24 @@ def _price(text: str) -> tuple[str, tuple[Decimal, Decimal]]:
         raise RequestError(f"--price {error}") from None
 
 
-async def _watched(
-    platform: Platform, options: dict[str, Any], start: Callable[..., Any], watch: Watch
-) -> Closed | None:
-    """Ingest the context and run the query; signals end it in good order. None if it never began."""
+def _with_context(platform: Platform, options: dict[str, Any], start: Start) -> Start:
+    """Ingest the context first."""
+
+    async def begin(**given: Any) -> None:
+        with StandardInput() as stdin:
+            ingest = partial(_ingest, platform, options["context"], options["encoding"], stdin)
+            context = await anyio.to_thread.run_sync(ingest, abandon_on_cancel=True)
+        await start(context=context, **given)
+
+    return begin
+
+
+async def _watched(start: Start, watch: Watch) -> Closed | None:
+    """Run the query; signals end it in good order. None if it never began."""
     result: list[Closed] = []
     watch.closed = result.append
-    with anyio.CancelScope() as scope, cancelled_by_signals(scope), StandardInput() as stdin:
-        ingest = partial(_ingest, platform, options["context"], options["encoding"], stdin)
-        context = await anyio.to_thread.run_sync(ingest, abandon_on_cancel=True)
-        await start(context=context, watch=watch)
+    with anyio.CancelScope() as scope, cancelled_by_signals(scope):
+        await start(watch=watch)
     return result[0] if result else None
 
 

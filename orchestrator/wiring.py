@@ -17,23 +17,32 @@ import anyio.from_thread
 
 from orchestrator import settings
 from orchestrator.core.context import Context
-from orchestrator.core.errors import ModelError, PolicyError, RequestError
+from orchestrator.core.errors import (
+    ContextError,
+    ModelError,
+    NotKept,
+    NotPermitted,
+    PolicyError,
+    RequestError,
+    StoreError,
+)
 from orchestrator.core.events import Event
 from orchestrator.core.policy import MOST_DEPTH, Policy
 from orchestrator.core.turns import Turns
 from orchestrator.core.units import nano
 from orchestrator.files import read_text
 from orchestrator.lm.base import LM
-from orchestrator.loop.engine import schema_check
-from orchestrator.loop.node import Machine
+from orchestrator.loop.machine import Machine
+from orchestrator.loop.past import Past
 from orchestrator.loop.prompts import RootLimits
 from orchestrator.loop.query import Closed, Machinery, Order, run_query
+from orchestrator.loop.reader import read_past
 from orchestrator.loop.recovery import recover, sweep
 from orchestrator.named_policy import load_policy
 from orchestrator.proxy.account import Account
 from orchestrator.proxy.prices import Prices
 from orchestrator.proxy.proxy import Proxy
-from orchestrator.sandbox.base import Backend, SandboxSpec
+from orchestrator.sandbox.base import Backend, Isolation, SandboxSpec
 from orchestrator.sandbox.pool import Pool, machine_memory
 from orchestrator.sandbox.registry import make_backend, pool_size
 from orchestrator.sandbox.slots import Slots
@@ -54,7 +63,8 @@ LOCAL_SHOWN_CHARS = 1500
 class Choices:
     """What a user chose, on the command line or in `RLM(...)`; None where nothing was said. Narrows the policy only.
 
-    sub_models: by depth, the last one for all further down. pool: how many sandboxes are kept ready; None for what
+    policy: a name, a file, or the very policy of an interrupted query. sub_models: by depth, the last one for all
+    further down. pool: how many sandboxes are kept ready; None for what
     `airlock.toml` says.
     """
 
@@ -65,7 +75,7 @@ class Choices:
     api_key_env: str | None = None
     prices: Mapping[str, tuple[Decimal, Decimal]] = field(default_factory=dict[str, tuple[Decimal, Decimal]])
     backend: str = "auto"
-    policy: str = "default"
+    policy: str | Policy = "default"
     budget: int | None = None
     timeout_ms: int | None = None
     depth: int | None = None
@@ -104,7 +114,8 @@ class Platform:
             undone.callback(self.db.close)
             self.vault = open_keys(self.db, home, self._secrets())
             self.notary = Notary(self.vault.signer(), home / "heads")
-            recover(self.db)
+            self.interrupted: list[str] = []  # ids of queries whose process had died when this one started
+            recover(self.db, self.interrupted.append)
             undone.pop_all()
         self.slots = Slots(home)
         self.slots.clear_dead()
@@ -121,6 +132,7 @@ class Platform:
             open_sandbox=partial(self.pool.open, self.backend),
             verify=self.contexts.verify,
             keep_context=self.contexts.ingest_pieces,
+            open_context=self.contexts.open,
             limits=self._root_limits,
             places=places.__getitem__,
         )
@@ -157,7 +169,7 @@ class Platform:
             sub_models=self.sub_models,
             policy=self.policy,
             platform_month=None if month is None else nano(month),
-            accept=schema_check(self.choices.answer_schema, self.policy.content.answer_chars),
+            schema=self.choices.answer_schema,
             code=code,
             observe=watch.event,
             on_output=watch.output,
@@ -165,6 +177,59 @@ class Platform:
             on_closed=watch.closed,
         )
         return await run_query(order, self._machinery)
+
+    async def resume(self, query_id: str, *, watch: Watch | None = None, tenant: str = TENANT) -> Closed:
+        """Go on with a query that was interrupted: its REPL is rebuilt, and no call that had a result is asked again.
+
+        All that was asked for comes from the journal. Raises RequestError where it is not there to be resumed, NotKept
+        where the journal or the store has not all that it takes, LimitError, SandboxUnusable, and as `run` does.
+        """
+        watch = watch or Watch()
+        past = await anyio.to_thread.run_sync(self._interrupted, query_id, tenant)
+        past.require_to_resume()
+        policy = past.rules
+        require_isolation(self.backend, policy)
+        self._require_models({past.model or "", *past.may_ask, *policy.models.fallbacks}, priced=past.model is not None)
+        context = await anyio.to_thread.run_sync(self._stored, past, abandon_on_cancel=True)
+        month = self.config.platform.month_usd
+        order = Order(
+            tenant=tenant,
+            question=past.root.question,
+            context=context,
+            model=past.model or "",
+            sub_models=past.sub_models,
+            policy=policy,
+            schema=past.schema,
+            platform_month=None if month is None else nano(month),
+            code=past.code,
+            past=past,
+            observe=watch.event,
+            on_output=watch.output,
+            on_account=watch.account,
+            on_closed=watch.closed,
+        )
+        return await run_query(order, self._machinery)
+
+    def _interrupted(self, query_id: str, tenant: str) -> Past:
+        """What there is of it. Raises RequestError, NotKept, StoreError where its records are not whole."""
+        if self.db.read(partial(standing, query=query_id, tenant=tenant)) == "open":
+            recover(self.db)  # its process may have died since
+        if self.db.read(partial(standing, query=query_id, tenant=tenant)) == "open":
+            raise RequestError(f"query {query_id} is running: the process that runs it lives")
+        if fault := journal.fault(self.db.read(partial(journal.chain, query=query_id))):
+            raise StoreError(f"query {query_id} is not whole: {fault}; see `airlock audit verify`")
+        keeper = self.vault.opener(tenant, query_id)
+        return read_past(self.db.read(partial(journal.history, query=query_id, keeper=keeper)))
+
+    def _stored(self, past: Past) -> Context:
+        """Its context. Raises NotKept."""
+        try:
+            context = self.contexts.open(past.root.context["id"])
+        except ContextError as error:
+            raise NotKept(f"the context of query {past.query} is gone: {error}") from None
+        if past.rules.audit.verify_context and not self.contexts.verify(context):
+            raise NotKept(f"the context of query {past.query} is not what it was: its hash is another one")
+        return context
 
     def require(self, question: str | None) -> None:
         """What can be told before a context is read and a query is opened. question: None for a cell alone.
@@ -177,11 +242,15 @@ class Platform:
                 raise RequestError("the question is empty: say what you want to know of the context")
             if not self.model:
                 raise ModelError(NO_MODEL)
-        for name in {self.model, *self.sub_models, *self.policy.models.fallbacks} - {""}:
+        names = {self.model, *self.sub_models, *self.policy.models.fallbacks}
+        self._require_models(names, priced=question is not None)
+
+    def _require_models(self, names: set[str], *, priced: bool) -> None:
+        for name in names - {""}:
             if not name.isprintable():
                 raise ModelError(f"{name!r} is not the name of a model")
             self.find_model(name)
-            if question is not None:
+            if priced:
                 self._proxy.bound(name, 0, 0)
 
     def find_model(self, name: str) -> tuple[LM, str]:
@@ -221,9 +290,8 @@ class Platform:
             raise ModelError(f"the API key for {name} has characters that no key has: look at {variable} again")
         return OpenAILM(base_url, key, own.extra)
 
-    def _root_limits(self, model: str) -> RootLimits:
+    def _root_limits(self, model: str, policy: Policy) -> RootLimits:
         own = self.config.models.get(model, settings.ModelSettings())
-        policy = self.policy
         local = model.startswith("local:")
         prompt = own.prompt_bytes or (LOCAL_PROMPT_BYTES if local else policy.models.prompt)
         output = own.output_tokens or (LOCAL_OUTPUT_TOKENS if local else policy.models.output_tokens)
@@ -296,6 +364,8 @@ def database_address(home: Path) -> str | None:
 
 def effective_policy(choices: Choices) -> Policy:
     """The policy as narrowed by the request."""
+    if isinstance(choices.policy, Policy):
+        return choices.policy
     policy = load_policy(choices.policy)
     money, time, counts = policy.money, policy.time, policy.counts
     if choices.depth is not None and choices.depth > counts.depth:
@@ -344,6 +414,24 @@ def check_schema(name: str, schema: Any) -> Mapping[str, Any]:
     except SchemaError as error:
         raise RequestError(f"{name} is not a JSON Schema: {error.message}") from None
     return cast("Mapping[str, Any]", schema)
+
+
+def standing(tx: journal.Connection, query: str, tenant: str) -> str:
+    """open or interrupted. Raises RequestError when it is closed; of another tenant's, there is nothing to know."""
+    status, owner = journal.status_of(tx, query) if query in journal.find_query(tx, query) else ("", "")
+    if owner != tenant:
+        raise RequestError(f"there is no query {query!r} in the journal")
+    if status not in ("open", journal.INTERRUPTED):
+        raise RequestError(f"query {query} is closed ({status}): there is nothing to resume")
+    return status
+
+
+def require_isolation(backend: Backend, policy: Policy) -> None:
+    """Raises NotPermitted where the policy asks for more than the backend gives."""
+    least = policy.sandbox.least_isolation
+    if backend.isolation < Isolation[least]:
+        text = f"the query's policy asks for isolation of at least {least!r}, and backend {backend.name} gives"
+        raise NotPermitted(f"{text} {backend.isolation.name!r}", limit=least, asked=backend.isolation.name)
 
 
 NO_MODEL = """no model is configured. The choices are:

@@ -18,7 +18,8 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-from orchestrator.core.events import chain_fault
+from orchestrator.auditing import histories, open_books
+from orchestrator.core.events import Recorded, chain_fault
 from orchestrator.core.units import usd
 from orchestrator.sandbox.cgroup import own_hierarchy
 from orchestrator.sandbox.slots import UID_BASE
@@ -82,15 +83,21 @@ class Airlock:
     program: Sequence[str] = (PROGRAM,)
     before: set[int] = field(default_factory=lambda: slots_left())
 
-    def __call__(self, *arguments: object, stdin: bytes | None = None, code: int | None = None) -> Done:
-        """Run it to its end. code: the exit code there has to be."""
+    def __call__(
+        self,
+        *arguments: object,
+        stdin: bytes | None = None,
+        code: int | None = None,
+        doom: dict[str, Any] | None = None,
+    ) -> Done:
+        """Run it to its end. code: the exit code there has to be. doom: how it kills itself, if it is warm."""
         with TemporaryFile() as given, TemporaryFile() as out, TemporaryFile() as err:
             given.write(stdin or b"")
             given.seek(0)
             stdio = (given, out, err)
             if self.warm and not self.prefix:
                 found = self.warm.run(
-                    list(map(str, arguments)), self.environment, self.folder, [f.fileno() for f in stdio]
+                    list(map(str, arguments)), self.environment, self.folder, [f.fileno() for f in stdio], doom
                 )
             else:
                 options = dict(zip(("stdin", "stdout", "stderr"), stdio, strict=True))
@@ -149,6 +156,12 @@ class Airlock:
         query = query or self.rows("SELECT id FROM queries ORDER BY opened_at DESC LIMIT 1")[0][0]
         return [read(row[0]) for row in self.rows("SELECT record FROM records WHERE query=? ORDER BY seq", query)]
 
+    def history(self, query: str = "") -> list[Recorded]:
+        """The same, with the payloads."""
+        query = query or self.records()[0]["query"]
+        with open_books(self.home) as books:
+            return next(histories(books, query))
+
     def closing(self) -> dict[str, Any]:
         """The closing record's body of the newest query."""
         record = self.records()[-1]
@@ -158,7 +171,8 @@ class Airlock:
     def nothing_left(self) -> None:
         """The common check after every test.
 
-        No process, control group or folder of a sandbox is left; all money is settled; all journals are closed.
+        No process, control group or folder of a sandbox is left; all money is settled; all journals are closed, or
+        end with an interruption.
         """
         until(lambda: slots_left() <= self.before, 5.0)
         assert not list(self.home.glob("slots/slot-*"))
@@ -173,6 +187,9 @@ class Airlock:
             chain = [(record, digest) for record, digest in rows]
             assert chain_fault(chain) is None
             closed = json.loads(chain[-1][0])
+            if status == "interrupted":
+                assert (closed["type"], closed["body"]["records"]) == ("query.interrupted", len(chain))
+                continue
             assert (closed["type"], closed["body"]["status"]) == ("query.closed", status)
             ((spent,),) = self.rows("SELECT spent FROM scopes WHERE id=?", f"query:{query}")
             assert closed["body"]["cost_usd"] == usd(spent)

@@ -16,7 +16,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 _LOADED = (
     "alembic.command",
@@ -45,9 +45,16 @@ class Warm:
         self._socket.close()
         assert self._process.wait(timeout=10) == 0
 
-    def run(self, arguments: Sequence[str], env: Mapping[str, str], folder: Path, stdio: Sequence[int]) -> int:
-        """Run `airlock` with these arguments to its end; the exit code."""
-        order = json.dumps([list(arguments), dict(env), str(folder)]).encode()
+    def run(
+        self,
+        arguments: Sequence[str],
+        env: Mapping[str, str],
+        folder: Path,
+        stdio: Sequence[int],
+        doom: Mapping[str, Any] | None = None,
+    ) -> int:
+        """Run `airlock` with these arguments to its end; the exit code. doom: see `tests.doom`."""
+        order = json.dumps([list(arguments), dict(env), str(folder), doom]).encode()
         socket.send_fds(self._socket, [order], list(stdio))
         return int(self._socket.recv(16))
 
@@ -56,6 +63,7 @@ def _serve() -> None:
     for name in _LOADED:
         __import__(name)
     from orchestrator.cli import main
+    from tests.doom import doom
 
     gc.freeze()
     orders = socket.socket(fileno=0)
@@ -65,7 +73,7 @@ def _serve() -> None:
             return
         child = os.fork()
         if not child:
-            arguments, env, folder = json.loads(order)
+            arguments, env, folder, doomed = json.loads(order)
             orders.detach()
             for number, descriptor in enumerate(stdio):
                 os.dup2(descriptor, number)
@@ -75,6 +83,8 @@ def _serve() -> None:
             os.chdir(folder)
             sys.argv = ["airlock", *arguments]
             signal.alarm(LONGEST_S)  # which ends it: nothing handles this signal
+            if doomed:
+                doom(**doomed)
             main()
         for descriptor in stdio:
             os.close(descriptor)

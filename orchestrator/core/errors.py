@@ -18,6 +18,8 @@
     │   ├── SandboxUnusable       the isolation asked for is not to be had here
     │   ├── SandboxDied           the guest ended, or was killed
     │   ├── ProtocolViolation     the guest broke the channel's rules, and was killed
+    │   ├── NotKept               what a replay takes is gone: payloads, or the context
+    │   ├── NotRebuilt            an interrupted query's REPL cannot be had again by running its cells again
     │   └── StoreError            ledger, journal or context store cannot be written
     └── ProviderError           try later, or fix the key               exit 5
         ├── ProviderRefused       the provider refused the request (401, 400, 404 ...)
@@ -131,6 +133,17 @@ class SandboxDied(MachineError):
 
 class ProtocolViolation(SandboxDied):
     kind = "protocol-violation"
+
+
+class NotKept(MachineError):
+    kind = "not-kept"
+
+
+class NotRebuilt(MachineError):
+    kind = "not-rebuilt"
+
+    def __init__(self, why: str) -> None:
+        super().__init__(f"the REPL cannot be rebuilt: {why}")
 
 
 class StoreError(MachineError):

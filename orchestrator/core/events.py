@@ -29,10 +29,14 @@ EventType = Literal[
     "call.result",
     "call.refused",
     "call.repeated",
+    "budget.told",
     "cell.started",
     "cell.ended",
+    "cell.replayed",
     "limit.hit",
     "context.verified",
+    "query.interrupted",
+    "query.resumed",
     "query.closed",
 ]
 LogEventType = Literal[  # in a chain of a log's own, of no query
@@ -155,12 +159,13 @@ def chain_fault(records: list[tuple[bytes, str]]) -> str | None:
         try:
             fields = json.loads(record)
             follows = fields["seq"] == number and fields["prev"] == prev
-            length = fields["body"]["records"] if fields["type"] == "query.closed" else None
+            ends = fields["type"] == "query.closed"
+            length = fields["body"]["records"] if ends or fields["type"] == "query.interrupted" else None
         except (ValueError, TypeError, LookupError, RecursionError):
             return f"record {number} is not a record"
         if not follows:
             return f"record {number} does not follow the one before it"
-        if length is not None and not length == number + 1 == len(records):
+        if length is not None and (length != number + 1 or (ends and length != len(records))):
             return "the closing record does not match the number of records"
         prev = digest
     return None

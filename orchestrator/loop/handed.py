@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from orchestrator.core.asked import fingerprint
 from orchestrator.core.errors import CountExceeded, NotPermitted
+from orchestrator.sandbox.sandbox import Call
 
 LEAST = 4096  # bytes that a piece counts for: else a cell could send empty ones without end
 _FORMS: dict[str, Literal["text", "jsonl"]] = {"context_text": "text", "context_list": "jsonl"}
@@ -49,6 +51,10 @@ class Handed:
         self._given[number].pieces.append(piece)
         return number
 
+    def peek(self, number: int | None) -> Given | None:
+        """What `give` would; None for what it refuses."""
+        return Given(None) if number is None else self._given.get(number)
+
     def give(self, number: int | None) -> Given:
         """The context, once; the parent's for None. Raises NotPermitted."""
         if number is None:
@@ -67,6 +73,14 @@ class Handed:
     def _drop(self, number: int) -> None:
         pieces = self._given.pop(number).pieces
         self._size -= sum(map(_size, pieces))
+
+
+def asked_by(call: Call, given: Given | None) -> str:
+    """The fingerprint of a cell's call. given: the context of a child query, if it is one with a context to be had."""
+    if call.op == "rlm_query" and given is None:
+        return fingerprint(call.op, call.prompt, call.model, [f"number {call.context}"])
+    pieces = [given.form, *given.pieces] if given and given.form else []
+    return fingerprint(call.op, call.prompt, call.model, pieces)
 
 
 def _size(piece: str) -> int:

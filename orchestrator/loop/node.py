@@ -1,4 +1,4 @@
-"""One node of a query's tree: its last word set aside, its sandbox, its loop, and the child queries of its cells.
+"""One node of a query's tree: its last word set aside, its sandbox, its loop, and what its cells ask for.
 
 The root and every child query run through here; `query` opens and closes the whole.
 """
@@ -6,99 +6,49 @@ The root and every child query run through here; `query` opens and closes the wh
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import anyio
 import anyio.to_thread
 
-from orchestrator.core.context import Context
-from orchestrator.core.errors import (
-    AirlockError,
-    BudgetExhausted,
-    ChildStopped,
-    CountExceeded,
-    LimitError,
-    NotPermitted,
-    StoreError,
-)
+from orchestrator.core.errors import AirlockError, ChildStopped, NotPermitted
 from orchestrator.core.events import Event, EventType
 from orchestrator.core.policy import Policy
-from orchestrator.core.turns import Turns
 from orchestrator.core.units import usd
 from orchestrator.guest.context import form
 from orchestrator.lm.base import Message, Reply
 from orchestrator.loop import prompts
-from orchestrator.loop.engine import Loop, Outcome, Status, schema_check
-from orchestrator.loop.handed import Handed
-from orchestrator.loop.prompts import RootLimits
+from orchestrator.loop.cells import Cells
+from orchestrator.loop.children import Children, too_little
+from orchestrator.loop.engine import Loop, Outcome, Status
+from orchestrator.loop.handed import Handed, asked_by
+from orchestrator.loop.machine import Machine, Work
+from orchestrator.loop.past import PastNode
 from orchestrator.proxy.account import Aside, Node
 from orchestrator.proxy.booking import put_aside
-from orchestrator.proxy.proxy import Proxy
-from orchestrator.sandbox.base import Backend, SandboxSpec, Slot
+from orchestrator.sandbox.base import SandboxSpec
 from orchestrator.sandbox.sandbox import Call, CellResult, Sandbox
 from orchestrator.store import journal, ledger
-from orchestrator.store.ledger import Scope
-
-ContextForm = Literal["text", "jsonl"]
-
-
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """What nodes run on. places: for sandboxes, one gate a level: who waits for a child has a place of its own.
-
-    keep_context: stores a context that was made in a REPL; blocks, and raises ContextError, StoreError.
-    limits: what the LM behind a model's name can take.
-    """
-
-    proxy: Proxy
-    backend: Backend
-    open_sandbox: Callable[[Callable[[Slot], SandboxSpec]], AbstractAsyncContextManager[Sandbox]]
-    verify: Callable[[Context], bool]
-    keep_context: Callable[[ContextForm, Sequence[str]], Context]
-    limits: Callable[[str], RootLimits]
-    places: Callable[[int], Turns]
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """What one node is to do. code: run as one cell instead of an LM's loop (`airlock exec`); model is empty then.
-
-    models: what is asked at each depth, the last one at all further down; the first is this node's own. inherited: the
-    context is that of the parent, who looks after it.
-    """
-
-    question: str
-    context: Context
-    models: Sequence[str]
-    accept: Callable[[str], Awaitable[str | None]]
-    code: str | None = None
-    on_output: Callable[[str, str], None] | None = None
-    inherited: bool = False
-
-    @property
-    def model(self) -> str:
-        return self.models[0]
 
 
 class NodeRun:
-    """Runs `work` as `node`. cell: the one cell of `exec`."""
+    """Runs `work` as `node`. past: what the journal has of it, when it goes on. cell: the one cell of `exec`."""
 
-    def __init__(self, machine: Machine, node: Node, work: Work) -> None:
+    def __init__(self, machine: Machine, node: Node, work: Work, past: PastNode | None = None) -> None:
         self._m = machine
         self._node = node
         self._work = work
         self._account = node.account
         self._policy: Policy = node.account.policy
-        self._limits = machine.limits(work.model)
+        self._limits = machine.limits(work.model, self._policy)
         self._aside: Aside | None = None
         self._loop: Loop | None = None
-        self._cells = 0
+        self._past = past
         self._handed = Handed(self._policy.content.child_context)
-        self._children = anyio.Semaphore(self._policy.counts.children_in_flight)
+        self._children = Children(machine, node, work, self._handed, partial(NodeRun, machine))
+        self._cells = Cells(node, self._handed, past.cells if past else (), self._on_call, self._children.go_on)
         self.cell: CellResult | None = None
 
     @property
@@ -116,6 +66,13 @@ class NodeRun:
         body = {"kind": "time-exceeded", "detail": text, "limit": f"{self._policy.time.query} ms"}
         self._record("limit.hit", body)
         return self.stopped("limit", text)
+
+    @property
+    def last_word(self) -> int:
+        """nano-USD that is set aside for it; nothing of a cell alone."""
+        if self._work.code is not None:
+            return 0
+        return self._m.proxy.bound(self._work.model, prompts.LAST_WORD_BYTES, prompts.LAST_WORD_TOKENS)
 
     def stopped(self, status: Status, reason: str) -> Outcome:
         """The end before the end, with the best answer so far."""
@@ -144,18 +101,24 @@ class NodeRun:
     async def _set_aside(self, messages: Sequence[Message]) -> None:
         """Hold the price of the last word. Raises BudgetExhausted when the money does not also pay for a turn."""
         node, proxy, model = self._node, self._m.proxy, self._work.model
-        words = proxy.bound(model, prompts.LAST_WORD_BYTES, prompts.LAST_WORD_TOKENS)
+        words = self.last_word
         size = sum(len(message["content"].encode("utf-8", "replace")) + 16 for message in messages)
         least = words + proxy.bound(model, size, self._policy.models.output_floor)
         if least > node.limit:
-            raise _too_little(model, least, node.limit, child=node.parent is not None)
-        aside = Aside(ledger.set_aside(self._account.key.id, node.name), words)
+            raise too_little(model, least, node.limit, child=node.parent is not None)
+        query = self._account.key.id
+
+        def work(tx: journal.Connection) -> Aside:
+            tries = ledger.times_set_aside(tx, query, node.name)  # by those before it, in a query that goes on
+            aside = Aside(ledger.set_aside(query, node.name, tries), words, tries=tries)
+            put_aside(tx, node, aside.reservation, words)
+            return aside
+
         try:
-            await self._account.writer.write(lambda tx: put_aside(tx, node, aside.reservation, words))
+            self._aside = await self._account.writer.write(work)
         except ledger.NotEnough as short:
             raise short.error from None
         node.count(held=words)
-        self._aside = aside
 
     # In the sandbox
 
@@ -209,7 +172,7 @@ class NodeRun:
             iterations=self._policy.counts.iterations,
             ask=self._ask,
             run_cell=run_cell,
-            record=self._record,
+            record=self._limit_hit,
             accept=self._work.accept,
             most_chars=self._policy.content.answer_chars,
         )
@@ -218,32 +181,19 @@ class NodeRun:
     async def _ask(self, messages: list[Message], output_tokens: int, *, last: bool) -> Reply:
         if self._node.parent is None:
             self._account.turns = self.turns
+        if self._past and (reply := self._past.reply(last=last)):
+            return reply
+        if self._past and self._past.limit and not last:  # which was before the last word that is to come
+            raise self._past.limit
         aside = self._aside if last else None
         return await self._m.proxy.ask(self._node, "root", self._work.model, messages, output_tokens, aside)
 
+    def _limit_hit(self, kind: EventType, body: Mapping[str, str]) -> None:
+        if not (self._past and self._past.limit):  # else it is on record
+            self._record(kind, body)
+
     async def _run_cell(self, sandbox: Sandbox, code: str) -> CellResult:
-        self._cells += 1
-        started = Event("cell.started", self._node.name, {"cell": self._cells}, {"code": code})
-        # Before it runs.
-        await self._account.writer.write(lambda tx: journal.append(tx, self._account.key, started))
-        self._account.recorded(started)
-        timeout = min(self._policy.time.cell / 1000, self._node.remaining_s())
-        try:
-            result = await sandbox.run(code, timeout, self._on_call, self._work.on_output)
-        finally:
-            self._handed.clear()
-        body = {
-            "cell": self._cells,
-            "status": result.status,
-            "detail": result.detail[:500],
-            "names": list(result.names),
-            "dropped_bytes": result.dropped,
-            "duration_ms": int(result.duration_s * 1000),
-            "answered": result.answer is not None,
-        }
-        shown = {"stdout": result.text("out"), "stderr": result.text("err")}
-        self._record("cell.ended", body, {name: text for name, text in shown.items() if text})
-        return result
+        return await self._cells.run(sandbox, code, self._work.on_output)
 
     # What cells ask for
 
@@ -252,18 +202,19 @@ class NodeRun:
             return self._m.proxy.budget(self._node)
         if call.op == "llm_query" and self._levels >= 1:
             return await self._m.proxy.sub_call(self._node, call.prompt, call.model)
+        asked = asked_by(call, self._handed.peek(call.context)) if call.op == "rlm_query" else ""
         try:
             if self._levels < 1:
                 raise self._not_permitted("llm_query" if call.op == "llm_query" else "rlm_query")
             if call.op == "rlm_query" and self._levels > 1:
-                return await self._rlm_query(call)
+                return await self._children.ask(call, asked)
             if call.op != "rlm_query":
                 return {"context": self._handed.take(call.op, call.prompt, call.context)}
             prompt = self._handed.give(call.context).as_prompt(call.prompt)
         except ChildStopped:  # on record as the end of its node
             raise
         except AirlockError as error:
-            self._m.proxy.refuse(self._node, error, call.model or "")
+            self._m.proxy.refuse(self._node, error, call.model or "", lambda: asked or asked_by(call, None))
             raise
         return await self._m.proxy.sub_call(self._node, prompt, call.model)  # there is no level for a child
 
@@ -278,102 +229,6 @@ class NodeRun:
         if not self._node.sub_models:
             text = "there is no model for sub-calls: name one with --model or --sub-model"
         return NotPermitted(text, limit=f"depth {depth}", asked=op)
-
-    async def _rlm_query(self, call: Call) -> str:
-        """A child query's answer."""
-        handed = self._handed.give(call.context)
-        counts, account = self._policy.counts, self._account
-        if call.model and call.model not in self._node.sub_models:
-            names = ", ".join(self._node.sub_models)
-            raise NotPermitted(f"child queries can ask {names}; not {call.model[:200]!r}", limit=names)
-        if account.children >= counts.children:
-            text = f"the query's {counts.children} child queries are used up"
-            raise CountExceeded(text, limit=str(counts.children), asked="1", left="0")
-        most = self._policy.content.question_chars
-        if handed.form is None and len(call.prompt) > most:
-            # A question with its material, as the reference library's users write them: its text is the context.
-            handed = self._handed.give(self._handed.take("context_text", call.prompt, None))
-            question = prompts.PROMPT_ALONE
-        else:
-            question = call.prompt
-        if len(question) > most:
-            raise CountExceeded(f"the question has {len(question):,} characters; {most:,} are permitted")
-        below = self._work.models[1:] or self._work.models
-        models = [call.model, *below[1:]] if call.model else below
-        account.children += 1  # before anything is stored for it: calls come at the same time
-        await self._require_money_for(models[0])
-        context = self._work.context
-        if handed.form:
-            context = await anyio.to_thread.run_sync(self._m.keep_context, handed.form, handed.pieces)
-        del handed  # the store has it: the child may run for long, and others wait for their turn
-        self._node.children += 1
-        name = f"{self._node.name}.{self._node.children}"
-        async with self._children:
-            return await self._child(name, question, context, models)
-
-    def _share(self, tx: journal.Connection) -> int:
-        """nano-USD that a child may have now."""
-        return ledger.left(tx, self._node.scopes) * self._policy.money.child_share // 100
-
-    async def _require_money_for(self, model: str) -> None:
-        """Before its context is stored: a child that cannot even have a last word begins in vain. Raises LimitError."""
-        share = await self._account.writer.write(self._share)
-        words = self._m.proxy.bound(model, prompts.LAST_WORD_BYTES, prompts.LAST_WORD_TOKENS)
-        if words > share:
-            raise _too_little(model, words, share, child=True)
-
-    async def _child(self, name: str, question: str, context: Context, models: Sequence[str]) -> str:
-        """Run it, and its answer. Raises ChildStopped with its best answer, StoreError."""
-        parent, account = self._node, self._account
-
-        def open_(tx: journal.Connection) -> tuple[Scope, Event]:
-            mine = Scope(f"node:{account.key.id}:{name}", self._share(tx))
-            ledger.open_scopes(tx, [mine])
-            child = f"{account.key.id}:{name}:child"
-            ledger.reserve(tx, child, account.key.id, name, 0, [mine, *parent.scopes], calls=0, children=1)
-            ledger.settle(tx, child, 0)
-            body = {
-                "parent": parent.name,
-                "depth": parent.depth + 1,
-                "model": models[0],
-                "limit_usd": usd(mine.most("limit")),
-                "context": context.facts(),
-            }
-            event = Event("node.opened", name, body, {"question": question})
-            journal.append(tx, account.key, event)
-            return mine, event
-
-        try:
-            mine, event = await account.writer.write(open_)
-        except ledger.NotEnough as short:
-            raise short.error from None
-        account.recorded(event)
-        node = Node(
-            account=account,
-            name=name,
-            depth=parent.depth + 1,
-            scopes=[mine, *parent.scopes],
-            deadline=parent.deadline,
-            sub_models=list(dict.fromkeys((*(models[1:2] or models[:1]), *parent.sub_models))),
-            parent=parent,
-        )
-        accept = schema_check(None, self._policy.content.answer_chars)
-        inherited = context is self._work.context
-        run = NodeRun(self._m, node, Work(question, context, models, accept, inherited=inherited))
-        outcome, started = Outcome("cancelled", None, "cancelled"), time.monotonic()
-        try:
-            outcome = await run.run()
-        except StoreError:
-            raise
-        except AirlockError as error:
-            status: Status = "refused" if isinstance(error, LimitError) else "failed"
-            outcome = run.stopped(status, f"{error.kind}: {error}")
-        finally:
-            await run.close(outcome, started)
-        if outcome.status == "answered" and outcome.answer is not None:
-            return outcome.answer
-        text = f"child query {name} ended without an answer: {outcome.reason or 'it gave none'}"
-        raise ChildStopped(text, partial=outcome.answer)
 
     async def close(self, outcome: Outcome, started: float) -> None:
         """Give back what the node still holds, check its context, and record its end."""
@@ -412,16 +267,3 @@ class NodeRun:
         event = Event(kind, self._node.name, body, payloads or {})
         self._account.writer.post(lambda tx: journal.append(tx, self._account.key, event))
         self._account.recorded(event)
-
-
-def _too_little(model: str, least: int, most: int, *, child: bool) -> BudgetExhausted:
-    """most: nano-USD that a node may spend, `least` being what it takes to get anywhere."""
-    whose, remedy, what = "budget", "raise --budget, or take a cheaper model", "one turn and a last word"
-    if child:
-        whose, remedy, what = "child query's share", "ask llm_query, or less at once", "what a child query takes"
-    return BudgetExhausted(
-        f"the {whose} of {usd(most)} USD is smaller than {what} of {model} can cost ({usd(least)} USD): {remedy}",
-        limit=f"{usd(most)} USD",
-        asked=f"{usd(least)} USD",
-        left=f"{usd(most)} USD",
-    )

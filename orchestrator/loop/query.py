@@ -6,9 +6,10 @@ chain is closed when `run_query` returns or raises.
 
 from __future__ import annotations
 
+import json
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -16,16 +17,27 @@ from typing import Any
 import anyio
 import anyio.to_thread
 
+from orchestrator.core.asked import digest
 from orchestrator.core.context import Context
-from orchestrator.core.errors import AirlockError, CountExceeded, LimitError, NotPermitted, StoreError
+from orchestrator.core.errors import (
+    AirlockError,
+    BudgetExhausted,
+    CountExceeded,
+    LimitError,
+    NotPermitted,
+    RequestError,
+    StoreError,
+)
 from orchestrator.core.events import Event
 from orchestrator.core.policy import Policy
 from orchestrator.core.units import usd
-from orchestrator.loop.engine import Outcome, Status
-from orchestrator.loop.node import Machine, NodeRun, Work
+from orchestrator.loop.engine import Outcome, Status, schema_check
+from orchestrator.loop.machine import Machine, Work
+from orchestrator.loop.node import NodeRun
+from orchestrator.loop.past import Past
 from orchestrator.loop.recovery import ROOT, close_abandoned, pay
 from orchestrator.loop.shelter import Shelter
-from orchestrator.proxy.account import Account, ModelUsage, Node
+from orchestrator.proxy.account import Account, Answered, ModelUsage, Node
 from orchestrator.sandbox.sandbox import CellResult
 from orchestrator.store import journal, ledger
 from orchestrator.store.db import Database
@@ -39,9 +51,11 @@ from orchestrator.store.writer import Writer
 @dataclass(frozen=True, slots=True)
 class Order:
     """What is asked. code: run as one cell instead of a root LM's loop (`airlock exec`). policy: the effective one.
+    past: of an interrupted query, which this one goes on with; all that the journal has of its order is from there.
 
-    sub_models: the first is asked at depth 1, the next at depth 2, and so on, the last one at all further down; empty
-    when there is nobody to ask. platform_month: what all tenants together may spend in a month, in nano-USD.
+    schema: a JSON Schema, for the answer. sub_models: the first is asked at depth 1, the next at depth 2, and so on,
+    the last one at all further down; empty when there is nobody to ask. platform_month: what all tenants together may
+    spend in a month, in nano-USD.
     """
 
     tenant: str
@@ -50,9 +64,10 @@ class Order:
     model: str
     sub_models: Sequence[str]
     policy: Policy
-    accept: Callable[[str], Awaitable[str | None]]
+    schema: Mapping[str, Any] | None = None
     platform_month: int | None = None
     code: str | None = None
+    past: Past | None = None
     observe: Callable[[Event], None] = lambda _event: None
     on_output: Callable[[str, str], None] | None = None
     on_account: Callable[[Account], None] = lambda _account: None
@@ -95,13 +110,26 @@ class Machinery:
 async def run_query(order: Order, machinery: Machinery) -> Closed:
     """Run it. Raises only StoreError, when the end cannot be recorded; every other end is in the result.
 
+    One that goes on is not touched, and an error is raised, where it cannot be taken: RequestError when it is not
+    interrupted any more, LimitError when the tenant has no room or no money for it.
+
     When it is cancelled, it closes the query as `cancelled`, tells `on_closed`, and lets the cancellation go on.
     """
-    query_id = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(5)
-    names = frozenset(order.policy.audit.payloads)
-    keeper = await anyio.to_thread.run_sync(machinery.vault.keeper, order.tenant, query_id, names)
+    query_id = order.past.query if order.past else _new_id()
+    keeper = await anyio.to_thread.run_sync(machinery.vault.keeper, order.tenant, query_id, _kept(order.policy))
     key = QueryKey(query_id, order.tenant, order.policy.sha256(), keeper)
     return await machinery.shelter.run(_Query(order, machinery, key).run)
+
+
+def _new_id() -> str:
+    return datetime.now(UTC).strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(5)
+
+
+def _kept(policy: Policy) -> frozenset[str]:
+    """Names of payloads. With prompts, the hashes of what cells asked for; with both streams, how they were mixed."""
+    names = set(policy.audit.payloads)
+    more = {"asked": {"prompt"}, "order": {"stdout", "stderr"}}
+    return frozenset(names | {name for name, of in more.items() if of <= names})
 
 
 class _Query:
@@ -109,7 +137,7 @@ class _Query:
         self._order = order
         self._m = machinery
         self._key = key
-        policy, query_id, now = order.policy, key.id, datetime.now(UTC)
+        policy, query_id, past, now = order.policy, key.id, order.past, datetime.now(UTC)
         self._scopes = [
             Scope(f"query:{query_id}", policy.money.query, children=policy.counts.children),
             Scope(f"tenant-day:{order.tenant}:{now:%Y-%m-%d}", policy.money.tenant_day),
@@ -120,7 +148,7 @@ class _Query:
             ),
             Scope(f"platform:{now:%Y-%m}", order.platform_month),
         ]
-        self._started = time.monotonic()
+        self._started = time.monotonic() - (past.ran_s if past else 0)
         self._writer = Writer(machinery.db)
         self._account = Account(
             key=self._key,
@@ -129,7 +157,7 @@ class _Query:
             recorded=order.observe,
             in_flight=anyio.Semaphore(policy.counts.in_flight),
         )
-        named = dict.fromkeys((*order.sub_models, order.model))
+        named = past.may_ask if past else dict.fromkeys((*order.sub_models, order.model))
         root = Node(
             account=self._account,
             name=ROOT,
@@ -139,11 +167,15 @@ class _Query:
             sub_models=[name for name in named if name and policy.models.permits("sub", name)],
         )
         models = [order.model if order.code is None else "", *order.sub_models]
-        work = Work(order.question, order.context, models, order.accept, order.code, order.on_output)
-        self._root = NodeRun(machinery.nodes, root, work)
+        accept = schema_check(order.schema, policy.content.answer_chars)
+        work = Work(order.question, order.context, models, accept, order.code, order.on_output)
+        self._may_ask = root.sub_models
+        if past:
+            _go_on(self._account, root, past)
+        self._root = NodeRun(machinery.nodes, root, work, past.root if past else None)
 
     async def run(self) -> Closed:
-        opened = self._opened()
+        opened = self._resumed(self._order.past) if self._order.past else self._opened()
         late = list(self._m.unclosed)
         running = await self._writer.write(lambda tx: self._open(tx, opened, late))
         # Others that began at the same time closed the same ones; a new one may have come since.
@@ -169,16 +201,29 @@ class _Query:
 
     def _opened(self) -> Event:
         order, context = self._order, self._order.context
+        policy = order.policy.model_dump(mode="json")
         body = {
             "model": order.model if order.code is None else None,
             "sub_models": list(order.sub_models),
+            "may_ask": list(self._may_ask),  # what cells may name
             "backend": self._m.nodes.backend.name,
             "isolation": self._m.nodes.backend.isolation.name,
             "context": context.facts(),
             "limit_usd": usd(order.policy.money.query),
-            "policy": order.policy.model_dump(mode="json"),
+            "payloads": policy["audit"]["payloads"],
         }
-        return Event("query.opened", ROOT, body, {"question": order.question})
+        payloads = {"question": order.question, "policy": json.dumps(policy)}
+        if order.schema is not None:
+            payloads["schema"] = json.dumps(order.schema)
+        if order.code is not None:
+            payloads["code"] = order.code
+        return Event("query.opened", ROOT, body, payloads)
+
+    def _resumed(self, past: Past) -> Event:
+        backend = self._m.nodes.backend
+        cells = sum(cell.result is not None for node in past.under_way for cell in node.cells)
+        body = {"backend": backend.name, "isolation": backend.isolation.name, "cells": cells, "calls": past.answered}
+        return Event("query.resumed", ROOT, body)
 
     def _open(self, tx: journal.Connection, opened: Event, late: Sequence[QueryKey]) -> int:
         """Returns how many queries of the tenant are open now, this one included. late: to be closed first."""
@@ -186,25 +231,38 @@ class _Query:
             close_abandoned(tx, key, "the end of this query could not be recorded when it came")
         self._m.notary.require_whole(tx, self._order.tenant)
         ledger.open_scopes(tx, self._scopes)
-        journal.open_query(tx, self._key, self._m.db.owner, opened)
-        return journal.open_queries(tx, self._order.tenant)
+        if not self._order.past:
+            journal.open_query(tx, self._key, self._m.db.owner, opened)
+            return journal.open_queries(tx, self._order.tenant)
+        if not journal.resume_query(tx, self._key, self._m.db.owner, opened):
+            raise RequestError(f"query {self._key.id} is not interrupted any more: another process goes on with it")
+        running = journal.open_queries(tx, self._order.tenant)
+        self._admit_one_more(running)
+        if (left := ledger.left(tx, self._scopes)) < self._root.last_word:  # it can wait until there is money again
+            raise BudgetExhausted(f"{usd(left)} USD are left, which do not pay for a last word: resume it later")
+        return running
 
     def _admit(self, running: int) -> None:
         """Refuse what cannot come to a good end, before anything is started. Raises LimitError, RequestError."""
+        if self._order.past:
+            return
         order, policy = self._order, self._order.policy
         if len(order.question) > policy.content.question_chars:
             most = policy.content.question_chars
             raise CountExceeded(f"the question has {len(order.question):,} characters; {most:,} are permitted")
-        most = policy.tenant.queries_at_once
-        if running > most:
-            raise CountExceeded(
-                f"{most} queries of this tenant are running already; wait for one to end", limit=str(most)
-            )
+        self._admit_one_more(running)
         if order.code is None and not policy.models.permits("root", order.model):
             raise NotPermitted(f"the policy does not permit model {order.model!r} for root calls")
         for name in order.sub_models:
             if not policy.models.permits("sub", name):
                 raise NotPermitted(f"the policy does not permit model {name!r} for sub calls")
+
+    def _admit_one_more(self, running: int) -> None:
+        most = self._order.policy.tenant.queries_at_once
+        if running > most:
+            raise CountExceeded(
+                f"{most} queries of this tenant are running already; wait for one to end", limit=str(most)
+            )
 
     # Closing
 
@@ -264,3 +322,14 @@ class _Query:
             checkpoint=signed.note,
             cell=self._root.cell,
         )
+
+
+def _go_on(account: Account, root: Node, past: Past) -> None:
+    """Count on from where it was, so that no name is used twice and every limit holds across the interruption."""
+    account.sub_calls, account.children = past.sub_calls, past.children
+    account.refused, account.told = past.refused, past.told
+    account.usage.update(past.usage)
+    root.spent, root.calls, root.children = past.root.spent, past.root.calls, past.root.children
+    for model, prompt, call, text in past.answers:
+        answered = account.answers[model, digest(prompt)] = Answered(call, text=text)
+        answered.done.set()

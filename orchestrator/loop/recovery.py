@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
@@ -16,31 +18,49 @@ from orchestrator.store.db import Database
 from orchestrator.store.journal import QueryKey
 
 ROOT = "root"  # the node of a query's own loop
+LOST = "the process that ran this query ended without closing it"
 SWEEP_S = 5.0  # between two sweeps: who asks for one is being refused, and may be refused again and again
 
 
-def recover(db: Database) -> int:
-    """Close the queries whose orchestrator died: what was held for calls is charged in full, for they may have been
-    answered. Returns how many there were."""
+def recover(db: Database, tell: Callable[[str], object] = lambda _query: None) -> int:
+    """Interrupt the queries whose orchestrator died: what was held for calls is charged in full, for they may have been
+    answered. One whose payloads are not kept cannot be resumed, and is closed.
+
+    Returns how many there were; tells the ids of those that can be resumed.
+    """
     dead = db.dead_owners()
     if not dead:
         return 0
 
-    def work(tx: journal.Connection) -> int:
+    def work(tx: journal.Connection) -> tuple[int, list[str]]:
         keys = journal.abandoned(tx, dead)
-        for key in keys:
-            close_abandoned(tx, key, "the process that ran this query ended without closing it")
-        return len(keys)
+        return len(keys), [key.id for key in keys if _interrupt(tx, key)]
 
-    closed = db.write_sync(work)
+    found, interrupted = db.write_sync(work)
     for owner in dead:
         db.forget_owner(owner)
-    return closed
+    for query in interrupted:
+        tell(query)
+    return found
+
+
+def _interrupt(tx: journal.Connection, key: QueryKey) -> bool:
+    """Whether it can be resumed."""
+    records = journal.chain(tx, key.id)
+    opened, last = (json.loads(records[number][0]) for number in (0, -1))
+    if opened["body"].get("payloads") != "keep":
+        close_abandoned(tx, key, LOST)
+        return False
+    _settle_open(tx, key, LOST)
+    # until: how far it is known to have run, for the time that it took counts.
+    body = {"why": f"orchestrator-died: {LOST}", "until": last["at"]}
+    journal.interrupt_query(tx, key, Event("query.interrupted", ROOT, body))
+    return True
 
 
 @dataclass(slots=True)
 class _Sweeps:
-    """Of one Database. count: how many have ended. closed: queries that the last one closed."""
+    """Of one Database. count: how many have ended. closed: queries that the last one closed or interrupted."""
 
     turn: anyio.Lock = field(default_factory=anyio.Lock)
     count: int = 0
@@ -54,8 +74,8 @@ _sweeps: WeakKeyDictionary[Database, _Sweeps] = WeakKeyDictionary()
 async def sweep(db: Database) -> int:
     """`recover` while queries run, for a call that is about to be refused because of what others hold.
 
-    Returns how many queries were closed: with some, the call may be tried again. Whoever comes while a sweep is under
-    way waits for its result; for SWEEP_S after one there is none. Raises StoreError.
+    Returns how many queries were closed or interrupted: with some, the call may be tried again. Whoever comes while a
+    sweep is under way waits for its result; for SWEEP_S after one there is none. Raises StoreError.
     """
     mine = _sweeps.setdefault(db, _Sweeps())
     seen = mine.count
@@ -77,18 +97,22 @@ def close_abandoned(tx: journal.Connection, key: QueryKey, why: str) -> None:
     """Close a query that nobody runs any more, if it is open. What was held for calls may have been billed."""
     if journal.is_closed(tx, key.id):
         return
-    for reservation, node, amount in ledger.open_reservations(tx, key.id):
-        if ledger.is_set_aside(reservation):
-            ledger.void(tx, reservation)
-            continue
-        pay(tx, key, reservation, node, amount, why)
+    _settle_open(tx, key, why)
     spent, _held = ledger.balance(tx, f"query:{key.id}")
     body = {"status": "failed", "reason": f"orchestrator-died: {why}", "cost_usd": usd(spent)}
     journal.close_query(tx, key, "failed", Event("query.closed", ROOT, body))
+
+
+def _settle_open(tx: journal.Connection, key: QueryKey, why: str) -> None:
+    for reservation, node, amount in ledger.open_reservations(tx, key.id):
+        if ledger.is_set_aside(reservation):
+            ledger.void(tx, reservation)
+        else:
+            pay(tx, key, reservation, node, amount, why)
 
 
 def pay(tx: journal.Connection, key: QueryKey, reservation: str, node: str, amount: int, why: str) -> None:
     """Settle in full a call of which nobody knows whether it was answered."""
     ledger.settle(tx, reservation, amount)
     body = {"call": reservation.split(":")[1], "outcome": "unknown", "detail": why, "cost_usd": usd(amount)}
-    journal.append(tx, key, Event("call.result", node, {**body, "usage": None}))
+    journal.append(tx, key, Event("call.result", node, {**body, "usage": None, "finish": None}))

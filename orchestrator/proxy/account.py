@@ -51,6 +51,7 @@ class Account:
     """What all nodes of a query's tree have in common.
 
     sent: what was asked for real, and is to be paid whatever happens to its record. running: requests under way.
+    refused, told: how many refusals there were, and how often a cell was told its budget: some of each are recorded.
     turns: how far the root's loop has come. answers: (model, SHA-256 of the prompt) -> where calls are answered once.
     """
 
@@ -65,6 +66,7 @@ class Account:
     children: int = 0
     running: int = 0
     refused: int = 0
+    told: int = 0
     usage: dict[str, ModelUsage] = field(default_factory=dict[str, ModelUsage])
     answers: dict[tuple[str, bytes], Answered] = field(default_factory=dict[tuple[str, bytes], Answered])
 

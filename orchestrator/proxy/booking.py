@@ -22,6 +22,14 @@ Role = Literal["root", "sub"]
 
 
 @dataclass(frozen=True, slots=True)
+class SubCall:
+    """What a cell asked for, which may take several calls. number: among its query's. model: as the cell named it."""
+
+    number: int
+    model: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """One call, authorised and bounded. name: the model as users name it. input_tokens: an upper bound."""
 
@@ -32,6 +40,7 @@ class Plan:
     provider_model: str
     messages: Sequence[Message]
     input_tokens: int
+    sub_call: SubCall | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +79,7 @@ class Booking:
         reservation = f"{account.key.id}:{plan.call}:{number}"
         bound = self._prices.bound(plan.name, plan.input_tokens, output_tokens)
         shared = _shared(node.conversation, plan.messages) if plan.role == "root" else 0
-        body = {
+        body: dict[str, Any] = {
             "call": plan.call,
             "attempt": number,
             "role": plan.role,
@@ -80,6 +89,10 @@ class Booking:
             "messages": len(plan.messages),
             "shared": shared,  # how many leading messages are those of the last root call
         }
+        if plan.role == "root":
+            body["last"] = aside is not None
+        if plan.sub_call:
+            body |= {"sub_call": plan.sub_call.number, "asked": plan.sub_call.model}
         prompt = json.dumps(list(plan.messages[shared:]), ensure_ascii=False)
         event = Event("call.intent", node.name, body, {"prompt": prompt})
         minute = _minute(account)
@@ -139,6 +152,7 @@ class Booking:
             "detail": detail[:500],
             "cost_usd": usd(cost),
             "usage": None,
+            "finish": reply.finish_reason[:64] if reply else None,
         }
         if usage:
             body["usage"] = {"input_tokens": usage.input_tokens, "output_tokens": usage.output_tokens}

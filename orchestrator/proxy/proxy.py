@@ -6,15 +6,16 @@ Nothing reaches a provider without a committed reservation and a committed `call
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
 import anyio
 import tenacity
 
+from orchestrator.core.asked import digest, fingerprint
 from orchestrator.core.errors import (
     AirlockError,
     CountExceeded,
@@ -31,7 +32,7 @@ from orchestrator.core.turns import Turns
 from orchestrator.core.units import usd
 from orchestrator.lm.base import LM, Message, Reply, Request
 from orchestrator.proxy.account import Account, Answered, Aside, Node
-from orchestrator.proxy.booking import Booking, Hold, Plan, Role
+from orchestrator.proxy.booking import Booking, Hold, Plan, Role, SubCall
 from orchestrator.proxy.circuit import Circuit
 from orchestrator.proxy.prices import Prices
 from orchestrator.store import journal
@@ -41,7 +42,7 @@ REQUEST_TOKENS = 64  # and to a request
 LONGEST_WAIT_S = 30.0
 MOST_PATIENCE_S = 2.0
 SLOW_S = 30.0  # an answer that has not come by then is the provider's fault
-RECORDED_REFUSALS = 100  # of a query, one by one: a refusal costs a guest nothing, and must not fill the disk
+RECORDED = 100  # refusals of a query, and budgets told: they cost a guest nothing, and must not fill the disk
 AT_ONCE = 256  # LM requests of one process, of all its tenants
 
 
@@ -77,6 +78,7 @@ class Proxy:
         """A cell's `llm_query`. Raises LimitError, RequestError or ProviderError; records refusals."""
         account = node.account
         name = model or node.sub_models[0]
+        asked: SubCall | None = None
         try:
             # A name from a guest only ever selects among names from the host: it must not reach a path or a key.
             if name not in node.sub_models:
@@ -87,43 +89,54 @@ class Proxy:
                 text = f"the query's {most} sub-calls are used up"
                 raise CountExceeded(text, limit=str(most), asked="1", left="0")
             account.sub_calls += 1
+            asked = SubCall(account.sub_calls, model)
             if account.policy.models.dedupe:
-                return await self._ask_once(node, name, prompt)
-            return await self._ask_sub(node, name, prompt)
+                return await self._ask_once(node, name, prompt, asked)
+            return await self._ask_sub(node, name, prompt, asked)
         except AirlockError as error:
-            self.refuse(node, error, name)
+            self.refuse(node, error, name, lambda: fingerprint("llm_query", prompt, model), asked)
             raise
 
-    async def _ask_sub(self, node: Node, name: str, prompt: str, answered: Answered | None = None) -> str:
+    async def _ask_sub(
+        self, node: Node, name: str, prompt: str, asked: SubCall, answered: Answered | None = None
+    ) -> str:
         message: Message = {"role": "user", "content": prompt}
         _size(node.account.policy, [message])  # before it waits: what is too large is not held
         most = node.account.policy.models.output_tokens
-        return (await self.ask(node, "sub", name, [message], most, answered=answered)).text
+        return (await self.ask(node, "sub", name, [message], most, answered=answered, sub_call=asked)).text
 
-    async def _ask_once(self, node: Node, name: str, prompt: str) -> str:
+    async def _ask_once(self, node: Node, name: str, prompt: str, asked: SubCall) -> str:
         """The answer to the same words in this query, if there is one or is going to be; else ask."""
         account = node.account
-        key = name, hashlib.sha256(prompt.encode("utf-8", "replace")).digest()  # prompts are large, and there are many
+        key = name, digest(prompt)
         while answered := account.answers.get(key):
             await answered.done.wait()
             if answered.text is not None:
-                self._record(account, Event("call.repeated", node.name, {"of": answered.call, "model": name[:200]}))
+                body = {"of": answered.call, "model": name[:200], "sub_call": asked.number, "asked": asked.model}
+                self._record(account, Event("call.repeated", node.name, body))
                 return answered.text
         mine = account.answers[key] = Answered()
         try:
-            mine.text = await self._ask_sub(node, name, prompt, mine)
+            mine.text = await self._ask_sub(node, name, prompt, asked, mine)
             return mine.text
         finally:
             if mine.text is None:
                 del account.answers[key]
             mine.done.set()
 
-    def refuse(self, node: Node, error: AirlockError, model: str) -> None:
-        """Record that a sub-call was refused. After RECORDED_REFUSALS they are only counted, for `query.closed`."""
+    def refuse(
+        self, node: Node, error: AirlockError, model: str, asked: Callable[[], str], sub_call: SubCall | None = None
+    ) -> None:
+        """Record that a sub-call was refused. After RECORDED of them they are only counted, for `query.closed`.
+
+        asked: the fingerprint of what the cell asked for, by which a replay finds the refusal. sub_call: its number, if
+        it came so far.
+        """
         account = node.account
         account.refused += 1
-        if account.refused <= RECORDED_REFUSALS:
-            self._record(account, Event("call.refused", node.name, _refusal(error, "sub", model)))
+        if account.refused <= RECORDED:
+            body = refusal_of(error, "sub", model) | {"sub_call": sub_call.number if sub_call else None}
+            self._record(account, Event("call.refused", node.name, body, {"asked": asked()}))
 
     @staticmethod
     def _record(account: Account, event: Event) -> None:
@@ -139,6 +152,7 @@ class Proxy:
         output_tokens: int,
         aside: Aside | None = None,
         answered: Answered | None = None,
+        sub_call: SubCall | None = None,
     ) -> Reply:
         """Ask `model` or, where its provider fails, the policy's fallbacks in their order; one of the calls in flight.
 
@@ -155,7 +169,7 @@ class Proxy:
                 last = name == candidates[-1]
                 if self._circuit.is_open(_circuit_of(node, name)) and not last:
                     continue
-                plan = self._authorise(node, role, name, messages)
+                plan = self._authorise(node, role, name, messages, sub_call)
                 try:
                     reply = await self._ask_one(node, plan, output_tokens, aside, last=last)
                     if answered:
@@ -201,7 +215,9 @@ class Proxy:
         """A child query's own loop asks a model as its parent's sub-calls do."""
         return node.account.policy.models.permits(role if node.depth == 0 else "sub", model)
 
-    def _authorise(self, node: Node, role: Role, model: str, messages: Sequence[Message]) -> Plan:
+    def _authorise(
+        self, node: Node, role: Role, model: str, messages: Sequence[Message], sub_call: SubCall | None
+    ) -> Plan:
         policy = node.account.policy
         if not self._permits(node, role, model):
             raise NotPermitted(f"the policy does not permit model {model!r} for {role} calls", asked=model)
@@ -210,7 +226,7 @@ class Proxy:
         node.calls += 1
         # A token is at least one byte of UTF-8 in every tokenizer that providers use.
         tokens = size + MESSAGE_TOKENS * len(messages) + REQUEST_TOKENS
-        return Plan(f"{node.name}.c{node.calls}", role, model, lm, provider_model, messages, tokens)
+        return Plan(f"{node.name}.c{node.calls}", role, model, lm, provider_model, messages, tokens, sub_call)
 
     async def _attempt(self, node: Node, plan: Plan, output_tokens: int, number: int, aside: Aside | None) -> Reply:
         for patience in itertools.count():
@@ -259,9 +275,9 @@ class Proxy:
             self._booking.settle(node, plan, hold, reply, ended, detail, aside)
 
     def budget(self, node: Node) -> dict[str, object]:
-        """What a cell's `budget()` shows: advisory, for its node and what is below it."""
-        counts = node.account.policy.counts
-        return {
+        """What a cell's `budget()` shows: advisory, for its node and what is below it. Recorded as refusals are."""
+        account, counts = node.account, node.account.policy.counts
+        shown: dict[str, object] = {
             "usd_left": usd(max(0, node.limit - node.spent - node.held)),
             "usd_limit": usd(node.limit),
             "usd_spent": usd(node.spent),
@@ -270,6 +286,10 @@ class Proxy:
             "depth_left": counts.depth - node.depth,
             "seconds_left": str(int(node.remaining_s())),
         }
+        account.told += 1
+        if account.told <= RECORDED:
+            self._record(account, Event("budget.told", node.name, shown))
+        return dict(sorted(shown.items()))  # as in the record, so that a replay prints it in the same order
 
 
 def _size(policy: Policy, messages: Sequence[Message]) -> int:
@@ -282,10 +302,13 @@ def _size(policy: Policy, messages: Sequence[Message]) -> int:
     return size
 
 
-def _refusal(error: AirlockError, role: str, model: str) -> Mapping[str, str]:
-    fields = {"role": role, "model": model[:200], "kind": error.kind, "detail": str(error)[:500]}
+def refusal_of(error: AirlockError, role: str, model: str) -> dict[str, Any]:
+    """Body of `call.refused`, but for the number of the sub-call."""
+    fields: dict[str, Any] = {"role": role, "model": model[:200], "kind": error.kind, "detail": str(error)[:1000]}
     if isinstance(error, LimitError):
         fields |= {"limit": error.limit, "asked": error.asked[:200], "left": error.left}
+    if isinstance(error, RateLimited):
+        fields["retry_after_ms"] = int(error.retry_after * 1000)
     return fields
 
 

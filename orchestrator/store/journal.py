@@ -33,6 +33,7 @@ _count_open = Prepared(
     .select_from(queries)
     .where(queries.c.status == "open", queries.c.tenant == sa.bindparam("of"))
 )
+INTERRUPTED = "interrupted"
 Connection = sa.Connection  # the transaction that callers hand through, named here so that they need no SQLAlchemy
 
 
@@ -133,6 +134,26 @@ def close_query(tx: sa.Connection, key: QueryKey, status: str, event: Event) -> 
     _end_query(tx, {"q": key.id, "how": status})
     body = {**event.body, "records": length}
     return append(tx, key, Event(event.type, event.node, body, event.payloads))
+
+
+def interrupt_query(tx: sa.Connection, key: QueryKey, event: Event) -> Sealed:
+    """Its process died. It is not open any more, and belongs to nobody until it is resumed."""
+    sealed = close_query(tx, key, INTERRUPTED, event)
+    tx.execute(sa.update(queries).where(queries.c.id == key.id).values(owner=""))
+    return sealed
+
+
+def resume_query(tx: sa.Connection, key: QueryKey, owner: str, event: Event) -> Sealed | None:
+    """Take an interrupted query; None where it is none, or another one was first."""
+    mine = sa.update(queries).where(queries.c.id == key.id, queries.c.status == INTERRUPTED)
+    taken = tx.execute(mine.values(status="open", owner=owner).returning(queries.c.id)).all()
+    return append(tx, key, event) if taken else None
+
+
+def status_of(tx: sa.Connection, query: str) -> tuple[str, str]:
+    """(open, interrupted, or how it was closed; its tenant) of a query that there is."""
+    row = tx.execute(sa.select(queries.c.status, queries.c.tenant).where(queries.c.id == query)).one()
+    return row.status, row.tenant
 
 
 def open_queries(tx: sa.Connection, tenant: str) -> int:
@@ -236,7 +257,7 @@ def erase(tx: sa.Connection, query: str, seq: int | None, name: str | None, why:
 def is_closed(tx: sa.Connection, query: str) -> bool:
     """Whether the table of queries says that the query has ended."""
     status = tx.execute(sa.select(queries.c.status).where(queries.c.id == query)).scalar()
-    return status is not None and status != "open"
+    return status not in (None, "open", INTERRUPTED)
 
 
 def fault(

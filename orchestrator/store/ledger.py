@@ -269,5 +269,13 @@ def set_aside(query: str, node: str = "root", tries: int = 0) -> str:
     return f"{query}:{node}{_LAST_WORD}" + (f":{tries}" if tries else "")
 
 
+def times_set_aside(tx: sa.Connection, query: str, node: str) -> int:
+    """How often a last word of the node was set aside so far: an id is used once."""
+    named = set_aside(query, node)
+    mine = sa.or_(reservations.c.id == named, reservations.c.id.startswith(f"{named}:", autoescape=True))
+    count = sa.select(sa.func.count()).select_from(reservations).where(reservations.c.query == query, mine)
+    return tx.execute(count).scalar_one()
+
+
 def is_set_aside(reservation: str) -> bool:
     return _LAST_WORD in reservation

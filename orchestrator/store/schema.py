@@ -16,7 +16,7 @@ queries = sa.Table(
     sa.Column("owner", sa.String(40), nullable=False),
     sa.Column("policy", sa.String(64), nullable=False),
     sa.Column("opened_at", sa.String(32), nullable=False),
-    sa.Column("status", sa.String(16), nullable=False),  # open, or how it was closed
+    sa.Column("status", sa.String(16), nullable=False),  # open, interrupted, or how it was closed
     sa.Index("queries_by_status", "status", "tenant"),
 )
 records = sa.Table(

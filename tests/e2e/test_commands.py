@@ -118,7 +118,7 @@ def test_the_policy_in_force_is_in_every_record(airlock: Airlock) -> None:
     assert {record["policy"] for record in airlock.records()} == {load_policy(str(path)).sha256()}
     run(airlock, "--policy", path, "--budget", "0.5")  # narrowed, and so another one
     assert {record["policy"] for record in airlock.records()}.isdisjoint({load_policy(str(path)).sha256()})
-    assert airlock.records()[0]["body"]["policy"]["money"]["query"] == "0.50 USD"
+    assert json.loads(airlock.history()[0].payloads["policy"])["money"]["query"] == "0.50 USD"
 
 
 def test_audit_show_reads_like_a_run(airlock: Airlock) -> None:

@@ -151,17 +151,16 @@ def test_the_orchestrator_is_killed(airlock: Airlock, moment: str) -> None:
         # The guest dies with it, whether or not anybody ever starts Airlock again.
         until(lambda: not processes(uid), 5.0)
     assert airlock.rows("SELECT count(*) FROM reservations WHERE state='open'") == [(2 if moment != "cell" else 1,)]
-    # The next start, here of another query, settles what was held and closes the journal.
+    # The next start, here of another query, settles what was held; the query can be resumed.
     script = airlock.file("script.yaml", "root: ['FINAL(42)']")
     airlock("run", "What?", "--context", "context.txt", "--model", f"scripted:{script}", code=0)
     killed = airlock.rows("SELECT id, status FROM queries ORDER BY opened_at LIMIT 1")
-    assert killed[0][1] == "failed"
+    assert killed[0][1] == "interrupted"
     records = airlock.records(killed[0][0])
-    assert records[-1]["body"]["reason"].startswith("orchestrator-died: ")
+    assert records[-1]["body"]["why"].startswith("orchestrator-died: ")
     bounds = [Decimal(r["body"]["bound_usd"]) for r in records if r["type"] == "call.intent"]
     costs = [Decimal(r["body"]["cost_usd"]) for r in records if r["type"] == "call.result"]
     assert len(bounds) == len(costs)
-    assert Decimal(records[-1]["body"]["cost_usd"]) == sum(costs)
     if moment != "cell":
         assert costs[-1] == bounds[-1] > 0  # unknown, so charged in full
     shown = airlock("audit", "show", killed[0][0], code=0)
@@ -195,7 +194,7 @@ def test_the_orchestrator_is_killed_while_a_child_query_runs(airlock: Airlock) -
     lost = records[-2]
     assert (lost["type"], lost["node"], lost["body"]["outcome"]) == ("call.result", "root.1", "unknown")
     costs = [Decimal(record["body"]["cost_usd"]) for record in records if record["type"] == "call.result"]
-    assert Decimal(records[-1]["body"]["cost_usd"]) == sum(costs) > costs[-1] > 0
+    assert sum(costs) > costs[-1] > 0
     assert airlock("audit", "show", first(airlock), code=0).out.rstrip().endswith("the chain is whole")
 
 
@@ -221,7 +220,7 @@ def test_a_command_that_reads_settles_nothing_and_needs_nothing(airlock: Airlock
     assert "What?" in shown.out
     assert "closed:" not in shown.out
     airlock("exec", airlock.file("cell.py", "pass"), "--context", "context.txt", code=0)
-    assert "closed: failed" in airlock("audit", "show", first(airlock), code=0).out
+    assert "interrupted: orchestrator-died" in airlock("audit", "show", first(airlock), code=0).out
 
 
 def first(airlock: Airlock) -> str:

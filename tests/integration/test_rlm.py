@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import fields
 from decimal import Decimal
@@ -213,11 +214,11 @@ def test_limits_are_checked_as_on_the_command_line(home: Path) -> None:
 def test_a_policy_holds_where_it_is_stricter(provider: Provider, home: Path, fresh: Airlock) -> None:
     with RLM(**ours(provider, home, max_budget=500, max_iterations=10**6, max_timeout=10**6)) as rlm:
         check(rlm.completion("How long is it?", "some context"), "some context")
-    policy = fresh.records()[0]["body"]["policy"]
+    policy = json.loads(fresh.history()[0].payloads["policy"])
     assert (policy["money"]["query"], policy["counts"]["iterations"]) == ("1.00 USD", 30)
     with RLM(**ours(provider, home, max_budget="0.5", max_iterations=3, max_concurrent_subcalls=2)) as rlm:
         rlm.completion("How long is it?", "some context")
-    policy = fresh.records()[0]["body"]["policy"]
+    policy = json.loads(fresh.history()[0].payloads["policy"])
     counts = policy["counts"]
     assert (policy["money"]["query"], counts["iterations"], counts["in_flight"]) == ("0.50 USD", 3, 2)
 

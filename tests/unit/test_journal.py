@@ -180,7 +180,7 @@ async def test_records_of_concurrent_tasks_make_one_chain(db: Database):
     assert journal.fault(links, kept, KEY.keeper) is None
 
 
-def die_with_money_held(store: Store) -> None:
+def die_with_money_held(store: Store, body: Any = None) -> None:
     """In a child that ends as `kill -9` ends it: one call is settled, one in flight, the last word set aside."""
     pid = os.fork()
     if pid:
@@ -190,7 +190,7 @@ def die_with_money_held(store: Store) -> None:
         db = store.open()
 
         def work(tx: Any) -> None:
-            journal.open_query(tx, KEY, db.owner, Event("query.opened", "root", {}))
+            journal.open_query(tx, KEY, db.owner, Event("query.opened", "root", body or {}))
             ledger.open_scopes(tx, [PURSE])
             for name, amount in ((ledger.set_aside("q1"), 100), ("q1:root.c1:1", 30), ("q1:root.c2:1", 50)):
                 ledger.reserve(tx, name, "q1", "root", amount, [PURSE])
@@ -215,6 +215,65 @@ def test_a_query_whose_process_died_is_closed_and_charged(store: Store):
     assert (closing["body"]["status"], closing["body"]["cost_usd"]) == ("failed", "0.00000007")
     assert status(db) == "failed"
     assert recover(db) == 0
+    db.close()
+
+
+def test_a_query_whose_process_died_is_interrupted_if_it_can_be_resumed(store: Store):
+    die_with_money_held(store, {"payloads": "keep"})
+    db = store.open()
+    told = list[str]()
+    assert recover(db, told.append) == 1
+    assert told == ["q1"]
+    assert db.read(lambda tx: ledger.balance(tx, PURSE.id)) == (70, 0)
+    assert db.read(lambda tx: ledger.open_reservations(tx, "q1")) == []
+    links, kept = read(db)
+    assert journal.fault(links, kept, closed=db.read(lambda tx: journal.is_closed(tx, "q1"))) is None
+    before, result, interrupted = (json.loads(record) for record, _ in links[-3:])
+    assert (result["body"]["call"], result["body"]["outcome"]) == ("root.c2", "unknown")
+    assert interrupted["body"]["until"] == before["at"]
+    assert interrupted["body"]["records"] == len(links)
+    assert db.read(lambda tx: journal.status_of(tx, "q1")) == ("interrupted", "tenant")
+    assert db.read(lambda tx: journal.open_queries(tx, "tenant")) == 0
+    assert recover(db) == 0
+    assert db.read(lambda tx: ledger.times_set_aside(tx, "q1", "root")) == 1
+    assert db.read(lambda tx: ledger.times_set_aside(tx, "q1", "root.1")) == 0
+    db.close()
+
+
+def test_one_alone_resumes_a_query(store: Store):
+    """And when that one has died, another may."""
+    die_with_money_held(store, {"payloads": "keep"})
+    first, second = store.open(), store.open()
+    recover(first)
+
+    def resume(db: Database) -> bool:
+        return bool(
+            db.write_sync(lambda tx: journal.resume_query(tx, KEY, db.owner, Event("query.resumed", "root", {})))
+        )
+
+    assert [resume(first), resume(second), resume(first)] == [True, False, False]
+    assert status(second) == "open"
+    assert recover(second) == 0  # its owner lives
+    first.close()
+    assert recover(second) == 1
+    assert resume(second)
+    close(second)
+    assert not resume(second)
+    links, kept = read(second)
+    assert journal.fault(links, kept, KEY.keeper, closed=True) is None
+    kinds = [json.loads(record)["type"] for record, _ in links]
+    assert kinds[-5:] == [*["query.interrupted", "query.resumed"] * 2, "query.closed"]
+    second.close()
+
+
+def test_an_interruption_that_was_cut_off_or_moved_does_not_match(store: Store):
+    die_with_money_held(store, {"payloads": "keep"})
+    db = store.open()
+    recover(db)
+    event = Event("query.interrupted", "root", {"records": 99})
+    db.write_sync(lambda tx: journal.append(tx, KEY, event))
+    links, kept = read(db)
+    assert journal.fault(links, kept) == "the closing record does not match the number of records"
     db.close()
 
 

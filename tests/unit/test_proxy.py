@@ -16,6 +16,7 @@ from typing import Any
 import anyio
 import pytest
 
+from orchestrator.core.asked import fingerprint
 from orchestrator.core.errors import (
     AirlockError,
     BudgetExhausted,
@@ -37,7 +38,7 @@ from orchestrator.proxy import booking, circuit
 from orchestrator.proxy.account import Aside
 from orchestrator.proxy.booking import put_aside
 from orchestrator.proxy.prices import Prices
-from orchestrator.proxy.proxy import MESSAGE_TOKENS, RECORDED_REFUSALS, REQUEST_TOKENS, Proxy
+from orchestrator.proxy.proxy import MESSAGE_TOKENS, RECORDED, REQUEST_TOKENS, Proxy
 from orchestrator.store import journal, ledger
 from orchestrator.store.db import Database
 from tests.unit.helpers import DEFAULT, FakeLM, HangingLM, Query, database, policy, said, user
@@ -342,11 +343,38 @@ async def test_a_model_that_a_guest_names_only_selects(db: Database):
 
 async def test_refusals_do_not_fill_the_journal(db: Database):
     at = desk(db, FakeLM(said("yes")))
-    for _ in range(RECORDED_REFUSALS + 5):
+    for _ in range(RECORDED + 5):
         with pytest.raises(NotPermitted):
             await at.sub(model="nobody")
-    assert len(at.bodies("call.refused")) == RECORDED_REFUSALS
-    assert at.query.account.refused == RECORDED_REFUSALS + 5
+    assert len(at.bodies("call.refused")) == RECORDED
+    assert at.query.account.refused == RECORDED + 5
+
+
+async def test_what_a_cell_asked_for_is_one_number_in_all_its_records(db: Database):
+    """However often it is tried, whoever answers; and a refusal that came before it has none."""
+    rules = policy(models={"fallbacks": ("other",), "dedupe": True}, counts={"retries": 0})
+    at = desk(db, FakeLM(ProviderBusy("503", retry_after=0)), rules, other=FakeLM(said("yes", "length", USED)))
+    assert await at.sub("one") == await at.sub("one", "sub") == "yes"
+    with pytest.raises(NotPermitted):
+        await at.sub("two", "nobody")
+    with pytest.raises(CountExceeded):
+        await at.sub("x" * 10**6)
+    intents = [(body["call"], body["model"], body["sub_call"], body["asked"]) for body in at.bodies("call.intent")]
+    assert intents == [("root.c1", "sub", 1, None), ("root.c2", "other", 1, None)]
+    assert [(body["sub_call"], body["asked"]) for body in at.bodies("call.repeated")] == [(2, "sub")]
+    refused = at.query.records("call.refused")
+    assert [record["body"]["sub_call"] for record in refused] == [None, 3]
+    kept = {(seq, name): data.decode() for seq, name, _salt, data in at.query.payloads()}
+    asked = [kept[record["seq"], "asked"] for record in refused]
+    assert asked == [fingerprint("llm_query", "two", "nobody"), fingerprint("llm_query", "x" * 10**6, None)]
+    assert [body["finish"] for body in at.bodies("call.result")] == [None, "length"]
+
+
+async def test_budgets_that_are_told_do_not_fill_the_journal(db: Database):
+    at = desk(db, FakeLM(said("yes")))
+    shown = [at.proxy.budget(at.query.node) for _ in range(RECORDED + 5)]
+    assert at.bodies("budget.told") == shown[:RECORDED]
+    assert [list(one) for one in shown] == [sorted(one) for one in shown]
 
 
 async def test_a_model_that_the_policy_leaves_out_is_refused(db: Database):
