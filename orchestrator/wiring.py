@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
@@ -240,10 +241,13 @@ class Platform:
 async def open_platform(choices: Choices, home: Path | None = None) -> AsyncGenerator[Platform]:
     """Raises RequestError (policy, configuration), LimitError (isolation), StoreError."""
     platform = Platform(home or settings.home(), choices)
+    # What is loaded by now is looked through by each full garbage collection, 60 ms and more of a wide batch, and stays.
+    gc.freeze()
     try:
         platform.fill_pool()
         yield platform
     finally:
+        gc.unfreeze()
         with anyio.CancelScope(shield=True):
             await platform.aclose()
 
