@@ -241,7 +241,7 @@ class Platform:
 async def open_platform(choices: Choices, home: Path | None = None) -> AsyncGenerator[Platform]:
     """Raises RequestError (policy, configuration), LimitError (isolation), StoreError."""
     platform = Platform(home or settings.home(), choices)
-    # What is loaded by now is looked through by each full garbage collection, 60 ms and more of a wide batch, and stays.
+    # What is loaded by now stays. Looking through it takes each full garbage collection 60 ms and more of a wide batch.
     gc.freeze()
     try:
         platform.fill_pool()
