@@ -21,7 +21,7 @@ from typing import Any, Self
 _LOADED = (
     "alembic.command",
     "jsonschema",
-    "openai",
+    "orchestrator.lm.session",
     "orchestrator.wiring",
     "orchestrator.console",
     "orchestrator.doctor",

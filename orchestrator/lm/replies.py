@@ -142,6 +142,16 @@ def usage(reported: Any, chars: int) -> Usage | None:
     return Usage(*tokens)
 
 
+def reason(body: str) -> str:
+    """What an error says: its message where it has the protocol's form, else all of it."""
+    try:
+        error = _get(_parsed(body), "error")
+    except OutcomeUnknown:
+        return body
+    message = _get(error, "message") or error
+    return message if isinstance(message, str) else body
+
+
 def clean(text: str) -> str:
     """Half of a surrogate pair is valid in JSON, and is no text. Halves that meet, sent one by one, are a character."""
     try:
@@ -156,7 +166,7 @@ def _reason(finish: Any) -> str:
     return clean(str(finish or "stop"))[:100]
 
 
-def _parsed(body: bytes) -> Any:
+def _parsed(body: bytes | str) -> Any:
     try:
         return json.loads(body)
     except (ValueError, RecursionError):  # nested without end is no JSON of theirs, either

@@ -39,10 +39,10 @@ def now() -> str:
 
 @dataclass(slots=True)
 class Job:
-    """A transaction, or a part of one. told: called from the writing thread when it is done, where somebody waits."""
+    """A transaction, or a part of one. told: set when it is done, where somebody waits."""
 
     work: Callable[[sa.Connection], Any]
-    told: Callable[[], object] | None = None
+    told: asyncio.Future[None] | threading.Event | None = None
     done: bool = False
     result: Any = None
     error: BaseException | None = None
@@ -100,13 +100,15 @@ class Database:
         Raises StoreError when the database cannot be written. Once begun it is not cancelled: asyncio's own `cancel`,
         which no shield keeps off, ends the waiting and not the transaction, and later writes come after it.
         """
-        done, loop = anyio.Event(), asyncio.get_running_loop()
-        job = self.post(work, lambda: loop.call_soon_threadsafe(done.set))
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        job = self.post(work, done)
         with anyio.CancelScope(shield=True):
-            await done.wait()
+            await done
         return job.outcome()
 
-    def post(self, work: Callable[[sa.Connection], object], told: Callable[[], object] | None = None) -> Job:
+    def post(
+        self, work: Callable[[sa.Connection], object], told: asyncio.Future[None] | threading.Event | None = None
+    ) -> Job:
         """`write` without waiting: `work` has its turn after everything that was posted or written before it.
 
         Without `told` it is committed with the next write, or LINGER_S later: a call's result with the next call's
@@ -128,11 +130,7 @@ class Database:
             batch = [job for job in taken if job]
             going = len(batch) == len(taken)
             self._commit(batch)
-            for job in batch:
-                job.done = True
-                if job.told:
-                    with contextlib.suppress(RuntimeError):  # its event loop is closed: nobody waits any more
-                        job.told()
+            _tell(batch)
 
     def _take(self) -> list[Job | None]:
         """What is to be committed together. None, from `close`, is the last."""
@@ -201,7 +199,7 @@ class Database:
         """Run `work` on a snapshot that has all that was posted before. Blocks. Raises StoreError."""
         if self._thread is not None:
             reached = threading.Event()
-            self.post(lambda _tx: None, reached.set)
+            self.post(lambda _tx: None, reached)
             reached.wait()
         return self.look(work)
 
@@ -241,6 +239,26 @@ class Database:
                 self._thread.join()
             self._writer.close()
             self._place.leave()
+
+
+def _tell(batch: list[Job]) -> None:
+    """Wake each event loop once, with all that it waits for: at the first it would be at work, and in our way."""
+    waiting: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
+    for job in batch:
+        job.done = True
+        if isinstance(job.told, threading.Event):
+            job.told.set()
+        elif job.told:
+            waiting.setdefault(job.told.get_loop(), []).append(job.told)
+    for loop, futures in waiting.items():
+        with contextlib.suppress(RuntimeError):  # it is closed: nobody waits any more
+            loop.call_soon_threadsafe(_set, futures)
+
+
+def _set(futures: list[asyncio.Future[None]]) -> None:
+    for future in futures:
+        if not future.done():  # asyncio's own `cancel` has ended the waiting
+            future.set_result(None)
 
 
 def _place(home: Path, url: str | None) -> Place:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import sqlalchemy as sa
@@ -51,6 +51,13 @@ def _plus(column: Any, value: str) -> Any:
 
 def _minus(column: Any, value: str) -> Any:
     return column - sa.bindparam(value)
+
+
+@lru_cache(maxsize=1024)
+def _limits(scope: Scope) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """What has a limit there, money always, and the limits. Asked for at every call, of the same few scopes."""
+    limited = tuple(what for what in LIMITS if what == "limit" or getattr(scope, what) is not None)
+    return limited, tuple(scope.most(what) for what in limited)
 
 
 @cache
@@ -174,16 +181,16 @@ def reserve(
     asked = {"limit": amount, "calls": calls, "tokens": tokens, "in_flight": calls, "children": children}
     assert min(asked.values()) >= 0, "less than nothing cannot be reserved"
     held: set[str] = set()
-    # What is above a limit needs no asking, and may be larger than the database's integers.
-    if all(asked[what] <= scope.most(what) for scope in purses for what in LIMITS):
-        shape = tuple(
-            tuple(what for what in LIMITS if what == "limit" or getattr(scope, what) is not None) for scope in purses
-        )
-        values: dict[str, Any] = {"amount": amount, "calls": calls, "tokens": tokens, "children": children}
-        for number, (scope, limited) in enumerate(zip(purses, shape, strict=True)):
-            values[f"scope{number}"] = scope.id
-            values |= {f"{what}{number}": scope.most(what) - asked[what] for what in limited}
-        held.update(scope for (scope,) in _hold(shape)(tx, values))
+    room = min(MOST - most for most in asked.values())  # to what the database's integers can hold
+    values: dict[str, Any] = {"amount": amount, "calls": calls, "tokens": tokens, "children": children}
+    limits = [_limits(scope) for scope in purses]
+    for number, (scope, (limited, mosts)) in enumerate(zip(purses, limits, strict=True)):
+        values[f"scope{number}"] = scope.id
+        for what, most in zip(limited, mosts, strict=True):
+            values[f"{what}{number}"] = most - asked[what]
+            room = min(room, most - asked[what])
+    if room >= 0:  # what is above a limit needs no asking
+        held.update(scope for (scope,) in _hold(tuple(limited for limited, _ in limits))(tx, values))
     if len(held) != len(purses):
         raise NotEnough(*refusal(list(_books(tx, query, node, purses, asked, held)), asked, clock()))
     row = {"id": reservation, "query": query, "node": node, "amount": amount, "tokens": tokens, "calls": calls}

@@ -19,8 +19,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import aiohttp  # noqa: F401  here, so that what is forked has it: it takes a tenth of a second
 import anyio
-import openai  # noqa: F401  here, so that what is forked has it: it takes half a second
 import pytest
 import sqlalchemy as sa
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from decimal import Decimal
@@ -38,6 +39,14 @@ async def opened(fresh: Airlock, provider: Provider, settings: str, **changes: s
     async with open_platform(choices, fresh.home) as platform:
         yield platform
     fresh.nothing_left()
+
+
+async def test_what_was_there_before_is_not_collected_over_and_over(fresh: Airlock, provider: Provider) -> None:
+    """And is again when the platform is closed: it may be part of a larger program."""
+    before = gc.get_freeze_count()
+    async with opened(fresh, provider, ""):
+        assert gc.get_freeze_count() > before + 10_000
+    assert gc.get_freeze_count() == 0
 
 
 async def test_who_queues_many_queries_does_not_keep_others_from_a_sandbox(fresh: Airlock, provider: Provider) -> None:

@@ -8,7 +8,7 @@ import sys
 import orchestrator
 from orchestrator.core import errors
 
-HEAVY = ("openai", "sqlalchemy", "alembic", "genai_prices", "jsonschema", "rich", "httpx2", "tenacity", "xllamacpp")
+HEAVY = ("aiohttp", "sqlalchemy", "alembic", "genai_prices", "jsonschema", "rich", "httpx2", "tenacity", "xllamacpp")
 
 
 def run(code: str) -> str:
