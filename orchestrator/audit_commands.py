@@ -59,9 +59,14 @@ def show(query: str) -> int:
     metavar="FILE",
     help="One that you hold: the log has to go on from it. May be repeated.",
 )
+@click.option(
+    "--anchor", "places", multiple=True, metavar="PLACE", help="Where checkpoints were put; see `audit anchor`."
+)
 @click.option("--key", help="Who has to have signed, as `airlock audit key` prints it; you got it another way.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def verify(export: Path | None, checkpoints: tuple[Path, ...], key: str | None, as_json: bool) -> int:
+def verify(
+    export: Path | None, checkpoints: tuple[Path, ...], places: tuple[str, ...], key: str | None, as_json: bool
+) -> int:
     """Check the journal of this data folder, or an EXPORT: a tar, or the proof of one record.
 
     Exit code 0 when every verdict holds, else 1.
@@ -78,9 +83,9 @@ def verify(export: Path | None, checkpoints: tuple[Path, ...], key: str | None, 
             raise RequestError(f"cannot read {export}: {why}") from None
         return 0
     if export is None:
-        report = auditing.verify_home(settings.home(), held, trusted)
+        report = auditing.verify_home(settings.home(), held, trusted, places)
     else:
-        report = auditing.verify_archive(export, held, trusted)
+        report = auditing.verify_archive(export, held, trusted, places)
     if as_json:
         rows = {
             name: {"holds": v.holds, "note": v.note, "faults": v.faults, "count": v.count} for name, v in report.items()
@@ -166,6 +171,20 @@ def prove(query: str, record: int) -> None:
     from orchestrator import auditing
 
     click.echo(auditing.prove(settings.home(), query, record), nl=False)
+
+
+@audit.command(name="anchor")
+@click.argument("places", nargs=-1, metavar="[PLACE]...")
+def anchor(places: tuple[str, ...]) -> None:
+    """Put the newest checkpoints where nobody can change them.
+
+    A PLACE is file:/FOLDER, s3://BUCKET/PREFIX?days=N (with object lock), or rfc3161+https://AUTHORITY; without one,
+    those of airlock.toml, [audit] anchors.
+    """
+    from orchestrator.auditing import put_anchors
+
+    for line in put_anchors(settings.home(), places):
+        click.echo(line, err=True)
 
 
 @audit.command(name="key")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
+from base64 import b64encode
+from collections.abc import AsyncGenerator, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import BinaryIO
 
@@ -16,20 +18,21 @@ import anyio
 import anyio.to_thread
 
 from orchestrator.audit.archive import Archive, write_archive
-from orchestrator.audit.evidence import LiveEvidence, QueryEvidence
+from orchestrator.audit.evidence import Evidence, LiveEvidence, QueryEvidence
 from orchestrator.audit.verify import Report, verify
 from orchestrator.core.errors import RequestError, StoreError
 from orchestrator.core.events import Event, Recorded, read_record
 from orchestrator.core.merkle import includes, leaf_hash
-from orchestrator.core.notes import NoteError, Proof, Verifier, open_checkpoint
+from orchestrator.core.notes import Checkpoint, NoteError, Proof, Verifier, open_checkpoint
 from orchestrator.files import Unreadable, Unwritable, draft, read_text
 from orchestrator.loop.past import Past
 from orchestrator.loop.reader import read_past
 from orchestrator.store import journal, logs, vault
+from orchestrator.store.anchors import Anchor, Receipt, anchor
 from orchestrator.store.db import Database
 from orchestrator.store.signing import Notary
 from orchestrator.store.vault import Vault
-from orchestrator.wiring import TENANT, database_address, open_database, open_keys, standing
+from orchestrator.wiring import TENANT, database_address, load_config, open_database, open_keys, standing
 
 POLL_S = 0.1  # between two looks at a journal that others write
 AT_ONCE = 500  # records of one look
@@ -115,17 +118,31 @@ def read_verifier(text: str | None) -> Verifier | None:
         raise RequestError(f"--key: {error}") from None
 
 
-def verify_home(home: Path, held: Sequence[str], trusted: Verifier | None) -> Report:
-    """Raises RequestError, StoreError."""
+def verify_home(home: Path, held: Sequence[str], trusted: Verifier | None, places: Sequence[str] = ()) -> Report:
+    """places: anchors, where further checkpoints are held. Raises RequestError, StoreError."""
+    anchors = [anchor(place) for place in places]
     with open_books(home) as books:
-        return books.db.read(lambda tx: verify(LiveEvidence(tx, books.vault), held, trusted))
+
+        def work(tx: journal.Connection) -> Report:
+            evidence = LiveEvidence(tx, books.vault)
+            return verify(evidence, [*held, *_anchored(evidence, anchors)], trusted)
+
+        return books.db.read(work)
 
 
-def verify_archive(file: Path, held: Sequence[str], trusted: Verifier | None) -> Report:
-    """Raises RequestError where it is no export."""
+def _anchored(evidence: Evidence, anchors: Sequence[Anchor]) -> Iterator[str]:
+    for log in {logs.PLATFORM, *evidence.logs()}:
+        for place in anchors:
+            if note := place.latest(log):
+                yield note.decode("utf-8", "replace")
+
+
+def verify_archive(file: Path, held: Sequence[str], trusted: Verifier | None, places: Sequence[str] = ()) -> Report:
+    """places: see `verify_home`. Raises RequestError where it is no export."""
+    anchors = [anchor(place) for place in places]
     try:
         with Archive(file) as archive:
-            return verify(archive, held, trusted)
+            return verify(archive, [*held, *_anchored(archive, anchors)], trusted)
     except OSError as error:
         raise RequestError(f"cannot read {file}: {error.strerror}") from None
     except ValueError as error:
@@ -224,6 +241,52 @@ def score(home: Path, text: str, value: Decimal, by: str) -> str:
         books.db.write_sync(lambda tx: journal.append(tx, own, Event("query.scored", "root", body)))
         books.sign(own.tenant)
         return query
+
+
+def put_anchors(home: Path, places: Sequence[str]) -> list[str]:
+    """Put the newest checkpoint of every log to each place, and that on record; one line for each that was put.
+
+    Raises RequestError, StoreError.
+    """
+    named = places or load_config(home).audit.anchors
+    if not named:
+        raise RequestError("say where checkpoints are to be put, or list places in airlock.toml: [audit] anchors")
+    anchors, done = [anchor(place) for place in named], list[str]()
+    with open_books(home) as books:
+        notary = books.notary()
+        heads: dict[str, tuple[Checkpoint, str]] = {}
+        for tenant in books.db.read(journal.tenants):
+            signed = books.db.write_sync(partial(notary.sign, tenant=tenant))
+            notary.remember(signed)
+            heads |= signed.heads
+        for log, (head, note) in heads.items():
+            for place in anchors:
+                receipt = place.put(log, head.size, note.encode())
+                if receipt.proof != note.encode():
+                    _keep_receipt(home, head, receipt)
+                body = {
+                    "log": log,
+                    "size": head.size,
+                    "root": b64encode(head.root).decode(),
+                    "where": receipt.where[:500],
+                    "receipt_sha256": sha256(receipt.proof).hexdigest(),
+                }
+                event = Event("log.anchored", "root", body)
+                books.db.write_sync(lambda tx, event=event: journal.append(tx, journal.PLATFORM, event))
+                done.append(f"{log} at {head.size:,} entries: {receipt.where}")
+    return done
+
+
+def _keep_receipt(home: Path, head: Checkpoint, receipt: Receipt) -> None:
+    """What an authority has signed is of use only to who has it; named by what it is a receipt for, and of whom."""
+    folder = home / "receipts"
+    name = sha256(f"{head.text()}{receipt.where}".encode()).hexdigest()
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        (folder / f"{name}.tsr").write_bytes(receipt.proof)
+        (folder / f"{name}.txt").write_text(f"{head.text()}{receipt.where}\n")
+    except OSError as error:
+        raise StoreError(f"cannot write to {folder}: {error.strerror}") from None
 
 
 def verifier_of(home: Path) -> Verifier:

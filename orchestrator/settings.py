@@ -8,6 +8,7 @@ import tomllib
 from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import unquote
 
 import platformdirs
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
@@ -54,6 +55,12 @@ class PlatformSettings(_Strict):
     sandboxes: int = Field(default=96, ge=1, le=10_000)
 
 
+class AuditSettings(_Strict):
+    """anchors: where `airlock audit anchor` puts checkpoints when no place is named; see `store/anchors.py`."""
+
+    anchors: list[str] = []
+
+
 _Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
 
 
@@ -80,6 +87,7 @@ class Config(_Strict):
     pool: PoolSettings = PoolSettings()
     platform: PlatformSettings = PlatformSettings()
     runtimes: Runtimes = Runtimes()
+    audit: AuditSettings = AuditSettings()
     database: SecretStr | None = None
 
 
@@ -136,6 +144,13 @@ def database(config: Config) -> str | None:
             "in the password write @ as %40, / as %2F, : as %3A and % as %25"
         )
     return address
+
+
+def database_password(config: Config) -> str | None:
+    """As it stands in the address, if it does."""
+    address = database(config)
+    found = re.match(r"[^:]+://[^@/:]*:([^@/]+)@", address) if address else None
+    return unquote(found[1]) if found else None
 
 
 def docker_socket() -> str:

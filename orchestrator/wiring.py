@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -101,7 +101,7 @@ class Platform:
     def __init__(self, home: Path, choices: Choices) -> None:
         self.home = home
         self.choices = choices
-        self.config = _config(home)
+        self.config = load_config(home)
         self.policy = effective_policy(choices)
         limits = self.policy.sandbox
         self.backend: Backend = make_backend(
@@ -112,7 +112,7 @@ class Platform:
         with contextlib.ExitStack() as undone:
             self.db = open_database(home)
             undone.callback(self.db.close)
-            self.vault = open_keys(self.db, home)
+            self.vault = open_keys(self.db, home, self._secrets())
             self.notary = Notary(self.vault.signer(), home / "heads")
             self.interrupted: list[str] = []  # ids of queries whose process had died when this one started
             recover(self.db, self.interrupted.append)
@@ -137,6 +137,16 @@ class Platform:
             places=places.__getitem__,
         )
         self._machinery = Machinery(self.db, self.vault, self.notary, machine)
+
+    def _secrets(self) -> list[str]:
+        """What this process holds and nobody else may read."""
+        variables = {self.config.api_key_env, self.choices.api_key_env, *self._key_variables()} - {None}
+        found = [settings.api_key(name) for name in variables if name]
+        given = [self.choices.api_key, settings.database_password(self.config)]
+        return [*(secret.get_secret_value() for secret in found if secret), *filter(None, given)]
+
+    def _key_variables(self) -> list[str | None]:
+        return [model.api_key_env for model in self.config.models.values()]
 
     async def run(
         self,
@@ -327,7 +337,7 @@ def _check_cancelled() -> None:
         anyio.from_thread.check_cancelled()
 
 
-def _config(home: Path) -> settings.Config:
+def load_config(home: Path) -> settings.Config:
     try:
         return settings.load_config(home)
     except ValueError as error:
@@ -339,15 +349,15 @@ def open_database(home: Path) -> Database:
     return Database(home, database_address(home))
 
 
-def open_keys(db: Database, home: Path) -> Vault:
-    """The keys of this database. Raises RequestError, StoreError."""
+def open_keys(db: Database, home: Path, secrets: Iterable[str] = ()) -> Vault:
+    """The keys of this database; secrets: what no payload may hold. Raises RequestError, StoreError."""
     given = settings.master_key()
-    return open_vault(db, home, given.get_secret_value() if given else None, journal.key_created)
+    return open_vault(db, home, given.get_secret_value() if given else None, journal.key_created, secrets)
 
 
 def database_address(home: Path) -> str | None:
     try:
-        return settings.database(_config(home))
+        return settings.database(load_config(home))
     except ValueError as error:
         raise RequestError(str(error)) from None
 

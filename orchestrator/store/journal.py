@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sqlalchemy as sa
@@ -67,16 +67,19 @@ def append(tx: sa.Connection, key: QueryKey, event: Event) -> Sealed:
     seq, prev = _next(tx, key.id)
     commitments: dict[str, Any] = {}
     for name, text in event.payloads.items():
-        data = text.encode("utf-8", "replace")
         kept = key.keeper is not None and name in key.keeper.names
+        clean, redacted = key.keeper.redact(text) if key.keeper and kept else (text, 0)
+        data = clean.encode("utf-8", "replace")
         if key.keeper and kept:
             committed, sealed = sealed_payload(key.keeper, seq, name, data)
             _add_payload(tx, {"query": key.id, "seq": seq, "name": name, "sealed": sealed})
         else:
             committed = commitment(secrets.token_bytes(SALT_BYTES), data)
         commitments[name] = {"commitment": committed, "bytes": len(data), "kept": kept}
+        if redacted:
+            commitments[name]["redacted"] = redacted
     sealed_event = seal(
-        event,
+        _clean(event, key.keeper),
         query=key.id,
         tenant=key.tenant,
         policy=key.policy,
@@ -90,6 +93,14 @@ def append(tx: sa.Connection, key: QueryKey, event: Event) -> Sealed:
     _add_record(tx, {**row, "log": key.log, "leaf": leaf})
     logs.complete(tx, key.log, leaf)
     return sealed_event
+
+
+def _clean(event: Event, keeper: Keeper | None) -> Event:
+    """Errors of providers and of guests' code may have a key in them."""
+    said = {name: event.body[name] for name in ("detail", "reason") if event.body.get(name)} if keeper else {}
+    if not (keeper and said):
+        return event
+    return replace(event, body={**event.body, **{name: keeper.redact(text)[0] for name, text in said.items()}})
 
 
 def key_created(tx: sa.Connection, name: str) -> None:

@@ -11,7 +11,7 @@ import base64
 import binascii
 import os
 import secrets
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from orchestrator.core.errors import RequestError, StoreError
 from orchestrator.core.events import commitment
 from orchestrator.core.notes import Signer, Verifier
+from orchestrator.core.redact import Redactor
 from orchestrator.store.db import Database
 from orchestrator.store.schema import keys
 
@@ -33,11 +34,22 @@ _SIGNER = "signer"
 _FILE = "master.key"
 
 
-class Keeper:
-    """How the payloads of one query are kept. names: of those that are kept at all."""
+def _as_it_is(text: str) -> tuple[str, int]:
+    return text, 0
 
-    def __init__(self, tenant_key: bytes, query: str, names: Container[str] = frozenset()) -> None:
+
+class Keeper:
+    """How the payloads of one query are kept. names: of those that are kept at all. redact: takes secrets out."""
+
+    def __init__(
+        self,
+        tenant_key: bytes,
+        query: str,
+        names: Container[str] = frozenset(),
+        redact: Callable[[str], tuple[str, int]] = _as_it_is,
+    ) -> None:
         self.names = names
+        self.redact = redact
         derived = HKDF(SHA256(), KEY_BYTES, salt=None, info=b"airlock payloads " + query.encode())
         self._cipher = AESGCM(derived.derive(tenant_key))
         self._query = query
@@ -58,10 +70,13 @@ class Keeper:
 class Vault:
     """The keys of one database. Use `open_vault`. created: told of each new key, inside the transaction."""
 
-    def __init__(self, db: Database, master: bytes, created: Callable[[sa.Connection, str], None]) -> None:
+    def __init__(
+        self, db: Database, master: bytes, created: Callable[[sa.Connection, str], None], secrets: Iterable[str]
+    ) -> None:
         self._db = db
         self._master = AESGCM(master)
         self._created = created
+        self._redactor = Redactor([*secrets, base64.b64encode(master).decode()])
         self._tenants: dict[str, bytes] = {}
 
     def keeper(self, tenant: str, query: str, names: Container[str] = frozenset()) -> Keeper:
@@ -70,7 +85,7 @@ class Vault:
             name = f"tenants/{tenant}"
             sealed = self._db.read(lambda tx: _sealed(tx, name)) or self._db.write_sync(lambda tx: self._make(tx, name))
             self._tenants[tenant] = self._unseal(name, sealed)
-        return Keeper(self._tenants[tenant], query, names)
+        return Keeper(self._tenants[tenant], query, names, self._redactor.redact)
 
     def opener(self, tenant: str, query: str) -> Keeper | None:
         """For what was kept of a query; None where the tenant has no key. Blocks. Raises StoreError."""
@@ -114,12 +129,19 @@ class Vault:
         return secret
 
 
-def open_vault(db: Database, home: Path, given: str | None, created: Callable[[sa.Connection, str], None]) -> Vault:
+def open_vault(
+    db: Database,
+    home: Path,
+    given: str | None,
+    created: Callable[[sa.Connection, str], None],
+    secrets: Iterable[str] = (),
+) -> Vault:
     """given: the master key as text (AIRLOCK_MASTER_KEY); else it is `master.key` in the data folder, made if need be.
 
-    Raises RequestError, StoreError.
+    secrets: that this process holds, and no payload may. Raises RequestError, StoreError.
     """
-    return Vault(db, _decoded(given, "AIRLOCK_MASTER_KEY") if given else _master_file(db, home / _FILE), created)
+    master = _decoded(given, "AIRLOCK_MASTER_KEY") if given else _master_file(db, home / _FILE)
+    return Vault(db, master, created, secrets)
 
 
 def verifier(tx: sa.Connection) -> Verifier | None:

@@ -130,6 +130,47 @@ def test_a_query_is_followed_to_its_end(asked: Airlock) -> None:
     assert rows[-1]["payloads"] == {"answer": "4711"}
 
 
+def test_checkpoints_are_anchored_and_held_against_the_journal(asked: Airlock) -> None:
+    place = f"file:{asked.folder}/anchors"
+    assert "cannot" in asked("audit", "anchor", place, code=4).said
+    (asked.folder / "anchors").mkdir()
+    done = asked("audit", "anchor", place, code=0)
+    assert [line.split()[0] for line in done.lines] == ["tenants/default", "platform"]
+    asked.file("home/airlock.toml", f'[audit]\nanchors = ["{place}"]\n').rename(asked.home / "airlock.toml")
+    asked("audit", "anchor", code=0)
+    assert "2 checkpoints that you hold" in asked("audit", "verify", "--anchor", place, code=0).out
+    anchored = [body for (body,) in asked.rows("SELECT record FROM records WHERE query='platform'")]
+    assert sum(b"log.anchored" in record for record in anchored) == 4
+    whole = {path: path.read_bytes() for path in asked.home.glob("heads/*")}
+    database = asked.home / "airlock.db"
+    content = database.read_bytes()
+    for path in whole:
+        path.unlink()
+    with closing(sqlite3.connect(database)) as db, db:
+        for table in ("records", "checkpoints", "tiles", "queries", "payloads", "reservations", "scopes"):
+            db.execute(f"DELETE FROM {table}")  # noqa: S608
+    asked("run", "What is the magic number?", *scripted(asked), code=0)  # under the same key, as if nothing had been
+    asked("audit", "verify", code=0)
+    failed = asked("audit", "verify", "--anchor", place, code=1)
+    assert "append-only   FAILS" in failed.out
+    database.write_bytes(content)
+    for path, old in whole.items():
+        path.write_bytes(old)
+
+
+def test_no_secret_gets_into_the_journal(asked: Airlock) -> None:
+    key = "sk-proj-" + "aB3dE5gH7jK9mN1pQ3sT5vX7zA9cD1fG3iJ5kL7"
+    asked.env["OPENAI_API_KEY"] = "the-key-of-this-process"
+    code = f"print('Authorization: Bearer {key}', 'the-key-of-this-process'); raise ValueError('{key}')"
+    asked("exec", asked.file("cell.py", code), "--context", "context.txt", code=1)
+    shown = asked("audit", "show", code=0).out
+    assert "[redacted: " in shown
+    assert key not in shown
+    assert "the-key-of-this-process" not in shown
+    assert any(payload.get("redacted") for record in asked.records() for payload in record["payloads"].values())
+    assert key not in json.dumps(asked.records())
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -147,6 +188,9 @@ def test_a_query_is_followed_to_its_end(asked: Airlock) -> None:
         (["score", "last", "nan"], "not a number from 0 to 1"),
         (["prove", "last", "one"], "'one' is not a valid integer range"),
         (["follow", "nothing"], "there is no query"),
+        (["anchor"], "say where checkpoints are to be put"),
+        (["anchor", "ftp://x"], "is not an address of an anchor"),
+        (["verify", "--anchor", "x"], "is not an address of an anchor"),
     ],
 )
 def test_wrong_use_is_one_line(asked: Airlock, arguments: list[str], said: str) -> None:
