@@ -48,6 +48,15 @@ def part(body: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return cast("Mapping[str, Any]", value) if isinstance(value, Mapping) else {}
 
 
+def policy_of(opened: Recorded) -> Mapping[str, Any]:
+    """The policy of a query; nothing where it is not kept."""
+    try:
+        found: Any = json.loads(opened.payloads.get("policy", ""))
+    except (ValueError, RecursionError):
+        return {}
+    return cast("Mapping[str, Any]", found) if isinstance(found, Mapping) else {}
+
+
 def texts(body: Mapping[str, Any], name: str) -> list[str]:
     value = body.get(name)
     return [item for item in cast("list[Any]", value) if isinstance(item, str)] if isinstance(value, list) else []

@@ -12,7 +12,7 @@ from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from orchestrator.core.events import Recorded
-from orchestrator.exports.records import line, milliseconds, number, part, provider, shown, text, texts
+from orchestrator.exports.records import line, milliseconds, number, part, policy_of, provider, shown, text, texts
 from orchestrator.exports.tree import Call, Cell, Message, Node, Query, grow, messages, prompts
 
 _LOST: Message = {"role": "user", "content": "(not kept)"}
@@ -32,10 +32,11 @@ def lines(history: Sequence[Recorded]) -> Iterator[str]:
 class _Trace:
     def __init__(self, query: Query) -> None:
         self._last = query.last
-        self._opened = next(iter(query.nodes.values())).began.body
+        began = next(iter(query.nodes.values())).began
+        self._opened, self._policy = began.body, policy_of(began)
 
     def setup(self, node: Node) -> dict[str, Any]:
-        counts = part(part(self._opened, "policy"), "counts")
+        counts = part(self._policy, "counts")
         others = texts(self._opened, "sub_models")
         return {
             "root_model": node.model,

@@ -185,6 +185,20 @@ def test_hostile_output_reaches_nothing_but_a_file_unescaped(airlock: Airlock, q
     assert [line for line in lines if line.startswith("root")] == ["root cell 1: different: another stdout"]
 
 
+def test_what_had_secrets_in_it_is_named_by_a_replay_and_not_resumed_from(airlock: Airlock, query: Query) -> None:
+    token = "ghp_" + "aB3dE5gH1jK7mN9pQ2sT4vW6xY8zA0cF1eG2"
+    root: list[Behaviour] = [cell(f"print('{token}')"), Say("FINAL(42)", usage=USED)]
+    query.run(root=root)
+    lines = airlock("audit", "replay", code=0).out.splitlines()
+    noted = [line for line in lines if line.endswith(": secrets were taken out, so what follows from it may differ")]
+    kinds = [line.split(", ")[1].partition(":")[0] for line in noted]
+    assert kinds == ["completion", "code", "stdout"]
+    query.killed(root=[cell(f"print('{token}')"), Hang()], turns=2)
+    said = query.resume(root=[], code=4).said
+    assert said.startswith(f"query {query.id} takes a payload that had secrets taken out: record ")
+    query.run(root=[Say("FINAL(42)", usage=USED)])  # which clears up after the one that was killed
+
+
 # Resume
 
 

@@ -90,7 +90,7 @@ def test_the_last_word_is_a_turn_of_its_own(exported: dict[str, Ran]):
 
 def test_a_last_word_goes_on_from_no_reply_that_was_cut(exported: dict[str, Ran]):
     cut = [
-        replace(record, body={**record.body, "detail": "length"}) if record.type == "call.result" else record
+        replace(record, body={**record.body, "finish": "length"}) if record.type == "call.result" else record
         for record in exported["endless"].history
         if not record.type.startswith("cell.")
     ]
