@@ -193,6 +193,8 @@ def _show_call(record: Recorded, payload: Any) -> Iterator[str]:
         case "budget.told":
             left = f"{body['usd_left']} USD, {counted(body['sub_calls_left'], 'sub-call')}, {body['seconds_left']} s"
             yield f"{at} {_whose(record)}budget told: {left} left"
+        case "budget.held":
+            yield f"{at} {_whose(record)}{body['usd']} USD set aside for the {body['for']}"
         case _:
             yield f"{at} {_whose(record)}sub-call refused: {body['detail']}"
 

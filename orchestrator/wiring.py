@@ -54,6 +54,7 @@ from orchestrator.store.signing import Notary
 from orchestrator.store.vault import Vault, open_vault
 
 TENANT = "default"
+MOST_NAMES = 4096  # bytes of JSON, of the names of a query's models: records hold them, and are bounded
 NO_KEY = "none"  # the SDK insists on one; servers that need none ignore it
 LOCAL_PROMPT_BYTES = 14 * 1024  # of a window of 8,192 tokens, at 2.5 bytes a token, less the output
 LOCAL_OUTPUT_TOKENS = 512
@@ -116,7 +117,7 @@ class Platform:
             self.vault = open_keys(self.db, home, self._secrets())
             self.notary = Notary(self.vault.signer(), home / "heads")
             self.interrupted: list[str] = []  # ids of queries whose process had died when this one started
-            recover(self.db, self.interrupted.append)
+            recover(self.db, self.notary, self.interrupted.append)
             undone.pop_all()
         self.slots = Slots(home)
         self.slots.clear_dead()
@@ -126,7 +127,9 @@ class Platform:
         prices = {**self.config.prices, **choices.prices}
         shared = self.config.platform
         places = [Turns(shared.sandboxes) for _level in range(MOST_DEPTH + 1)]
-        self._proxy = Proxy(Prices(prices), self.find_model, Turns(shared.in_flight), partial(sweep, self.db))
+        self._proxy = Proxy(
+            Prices(prices), self.find_model, Turns(shared.in_flight), partial(sweep, self.db, self.notary)
+        )
         machine = Machine(
             proxy=self._proxy,
             backend=self.backend,
@@ -214,7 +217,7 @@ class Platform:
     def _interrupted(self, query_id: str, tenant: str) -> Past:
         """What there is of it. Raises RequestError, NotKept, StoreError where its records are not whole."""
         if self.db.read(partial(standing, query=query_id, tenant=tenant)) == "open":
-            recover(self.db)  # its process may have died since
+            recover(self.db, self.notary)  # its process may have died since
         if self.db.read(partial(standing, query=query_id, tenant=tenant)) == "open":
             raise RequestError(f"query {query_id} is running: the process that runs it lives")
         if fault := journal.fault(self.db.read(partial(journal.chain, query=query_id))):
@@ -243,8 +246,12 @@ class Platform:
                 raise RequestError("the question is empty: say what you want to know of the context")
             if not self.model:
                 raise ModelError(NO_MODEL)
-        names = {self.model, *self.sub_models, *self.policy.models.fallbacks}
-        self._require_models(names, priced=question is not None)
+        names = [self.model, *self.sub_models, *self.policy.models.fallbacks]
+        if len(json.dumps(names)) > MOST_NAMES:
+            raise ModelError(
+                f"the names of the models have more than {MOST_NAMES:,} bytes together: name fewer of them"
+            )
+        self._require_models({*names}, priced=question is not None)
 
     def _require_models(self, names: set[str], *, priced: bool) -> None:
         for name in names - {""}:

@@ -100,6 +100,8 @@ class _Verification:
         self._verifier = self._whose()
         held = self._read_held()
         logs = self._guarded("completeness", "the list of logs", self._evidence.logs) or []
+        if logs and self._verifier is None:
+            self._report["integrity"].fault("nobody has signed these logs")
         # The platform's first: it says which heads of the others were signed.
         for log in sorted({*logs, *held}, key=lambda name: (name != PLATFORM, name)):
             self._guarded("integrity", f"log {log}", lambda log=log: self._log(log, held.get(log, [])))
@@ -127,8 +129,6 @@ class _Verification:
         named = self._guarded("integrity", "the verifier's key", self._evidence.verifier)
         if self._trusted and named and self._trusted != named:
             self._report["integrity"].fault(f"the logs name {named.name} as their signer, which is not the trusted key")
-        if not (self._trusted or named):
-            self._report["integrity"].fault("nobody has signed these logs")
         return self._trusted or named
 
     def _read_held(self) -> dict[str, list[Checkpoint]]:

@@ -65,17 +65,19 @@ class PriceUnknown(RequestError):
 class LimitError(AirlockError):
     """A limit stands in the way.
 
-    limit, asked, left: what the limit is, what was asked for and what is left, as printable text with units.
+    limit, asked, left: what the limit is, what was asked for and what is left, as printable text with units. rule: the
+    key of the policy that says so, such as `counts.sub_calls`.
     """
 
     kind = "limit"
     exit_code = 3
 
-    def __init__(self, message: str, *, limit: str = "", asked: str = "", left: str = "") -> None:
+    def __init__(self, message: str, *, limit: str = "", asked: str = "", left: str = "", rule: str = "") -> None:
         super().__init__(message)
         self.limit = limit
         self.asked = asked
         self.left = left
+        self.rule = rule
 
 
 class NotPermitted(LimitError):
@@ -103,8 +105,10 @@ class RateLimited(LimitError):
 
     kind = "rate-limited"
 
-    def __init__(self, message: str, *, retry_after: float, limit: str = "", asked: str = "", left: str = "") -> None:
-        super().__init__(message, limit=limit, asked=asked, left=left)
+    def __init__(
+        self, message: str, *, retry_after: float, limit: str = "", asked: str = "", left: str = "", rule: str = ""
+    ) -> None:
+        super().__init__(message, limit=limit, asked=asked, left=left, rule=rule)
         self.retry_after = retry_after
 
 

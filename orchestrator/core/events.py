@@ -30,6 +30,7 @@ EventType = Literal[
     "call.refused",
     "call.repeated",
     "budget.told",
+    "budget.held",
     "cell.started",
     "cell.ended",
     "cell.replayed",

@@ -218,6 +218,7 @@ _TYPES: Mapping[str, tuple[_Class, int]] = {
     "log.anchored": (_API, CREATE),
     "admin.action": (_API, UPDATE),
     "budget.told": (_API, READ),
+    "budget.held": (_API, CREATE),
     "cell.started": (_SCRIPT, EXECUTE),
     "cell.replayed": (_SCRIPT, EXECUTE),
     "cell.ended": (_SCRIPT, OTHER),

@@ -87,9 +87,7 @@ class Cells:
             raise NotRebuilt(f"cell {self._count} of {self._node.name} has other code in the journal")
         if not past:
             started = Event("cell.started", self._node.name, {"cell": self._count}, {"code": code})
-            # Before it runs.
-            await self._account.writer.write(lambda tx: journal.append(tx, self._account.key, started))
-            self._account.recorded(started)
+            await self._begin(started)
 
         async def on_call(call: Call) -> Any:
             return await (self._recall(past, call) if past else self._answer(call))
@@ -107,13 +105,26 @@ class Cells:
         self._record("cell.ended", *ended(self._count, result))
         return result
 
+    async def _begin(self, started: Event) -> None:
+        """On record before it runs."""
+        account = self._account
+
+        def work(tx: journal.Connection) -> Callable[[], None] | None:
+            journal.append(tx, account.key, started)
+            return account.sign(tx)
+
+        if remember := await account.writer.write(work):
+            remember()
+        account.recorded(started)
+
     def _compare(self, result: CellResult, before: CellResult) -> None:
         differs = differences(result, before)
         body = {"cell": self._count, "status": result.status, "same": not differs, "differs": differs}
         self._record("cell.replayed", body)
         if self._node.remaining_s() <= 0:
             limit = f"{self._account.policy.time.query} ms"
-            raise TimeExceeded("the query's time was over before it was rebuilt", limit=limit, left="0 ms")
+            text = "the query's time was over before it was rebuilt"
+            raise TimeExceeded(text, limit=limit, left="0 ms", rule="time.query")
         if result.status != before.status:
             how = f"{result.status} ({result.detail})" if result.detail else result.status
             raise NotRebuilt(f"cell {self._count} of {self._node.name} was {before.status}, and is {how} now")

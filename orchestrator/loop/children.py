@@ -63,10 +63,11 @@ class Children:
         counts, account = self._policy.counts, self._account
         if call.model and call.model not in self._node.sub_models:
             names = ", ".join(self._node.sub_models)
-            raise NotPermitted(f"child queries can ask {names}; not {call.model[:200]!r}", limit=names)
+            text = f"child queries can ask {names}; not {call.model[:200]!r}"
+            raise NotPermitted(text, limit=names, rule="models.sub")
         if account.children >= counts.children:
             text = f"the query's {counts.children} child queries are used up"
-            raise CountExceeded(text, limit=str(counts.children), asked="1", left="0")
+            raise CountExceeded(text, limit=str(counts.children), asked="1", left="0", rule="counts.children")
         most = self._policy.content.question_chars
         if handed.form is None and len(call.prompt) > most:
             # A question with its material, as the reference library's users write them: its text is the context.
@@ -75,7 +76,8 @@ class Children:
         else:
             question = call.prompt
         if len(question) > most:
-            raise CountExceeded(f"the question has {len(question):,} characters; {most:,} are permitted")
+            text = f"the question has {len(question):,} characters; {most:,} are permitted"
+            raise CountExceeded(text, limit=str(most), rule="content.question_chars")
         models = self._models(call)
         account.children += 1  # before anything is stored for it: calls come at the same time
         await self._require_money_for(models[0])
@@ -190,4 +192,5 @@ def too_little(model: str, least: int, most: int, *, child: bool) -> BudgetExhau
         limit=f"{usd(most)} USD",
         asked=f"{usd(least)} USD",
         left=f"{usd(most)} USD",
+        rule="money.child_share" if child else "money.query",
     )

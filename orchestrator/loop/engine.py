@@ -83,10 +83,11 @@ class Loop:
                 answer = await self._turn(messages)
                 if answer is not None:
                     return Outcome("answered", answer, "")
-            limit: LimitError = CountExceeded(f"all {self.iterations} turns are used", limit=str(self.iterations))
+            text, most = f"all {self.iterations} turns are used", str(self.iterations)
+            limit: LimitError = CountExceeded(text, limit=most, rule="counts.iterations")
         except LimitError as error:
             limit = error
-        self.record("limit.hit", {"kind": limit.kind, "detail": str(limit), "limit": limit.limit})
+        self.record("limit.hit", limit_hit(limit))
         return await self._last_word(messages, limit)
 
     async def _turn(self, messages: list[Message]) -> str | None:
@@ -192,6 +193,11 @@ class Loop:
         """The end without an answer that was accepted: the best there is, and with the reason what is wrong with it."""
         note = "" if self.partial is None else f"; the partial answer was not accepted: {self.fault}"
         return Outcome(status, self.partial, reason + note)
+
+
+def limit_hit(limit: LimitError) -> dict[str, str]:
+    """Body of the record."""
+    return {"kind": limit.kind, "detail": str(limit)[:1000], "limit": limit.limit[:500], "rule": limit.rule}
 
 
 def schema_check(schema: Mapping[str, object] | None, most: int) -> Callable[[str], Awaitable[str | None]]:

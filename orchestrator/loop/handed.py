@@ -41,7 +41,8 @@ class Handed:
             text = f"a context for child queries can have {self._most:,} bytes: give less at once"
             if number in self._given:
                 self._drop(number)
-            raise CountExceeded(text, limit=f"{self._most} bytes", asked=f"{self._size + size} bytes")
+            asked = f"{self._size + size} bytes"
+            raise CountExceeded(text, limit=f"{self._most} bytes", asked=asked, rule="content.child_context")
         if op in _FORMS:
             self._newest = number = self._newest + 1
             self._given[number] = Given(_FORMS[op])

@@ -63,8 +63,8 @@ class NodeRun:
         with anyio.move_on_after(self._node.remaining_s()):
             return await self._in_sandbox(messages)
         text = f"time-exceeded: the query's {self._policy.time.query / 1000:g} s are over"
-        body = {"kind": "time-exceeded", "detail": text, "limit": f"{self._policy.time.query} ms"}
-        self._record("limit.hit", body)
+        limit = f"{self._policy.time.query} ms"
+        self._record("limit.hit", {"kind": "time-exceeded", "detail": text, "limit": limit, "rule": "time.query"})
         return self.stopped("limit", text)
 
     @property
@@ -107,11 +107,14 @@ class NodeRun:
         if least > node.limit:
             raise too_little(model, least, node.limit, child=node.parent is not None)
         query = self._account.key.id
+        # Until the call that is the last one takes it, or the node ends.
+        held = Event("budget.held", node.name, {"for": "last word", "usd": usd(words)})
 
         def work(tx: journal.Connection) -> Aside:
             tries = ledger.times_set_aside(tx, query, node.name)  # by those before it, in a query that goes on
             aside = Aside(ledger.set_aside(query, node.name, tries), words, tries=tries)
             put_aside(tx, node, aside.reservation, words)
+            journal.append(tx, self._account.key, held)
             return aside
 
         try:
@@ -119,6 +122,7 @@ class NodeRun:
         except ledger.NotEnough as short:
             raise short.error from None
         node.count(held=words)
+        self._account.recorded(held)
 
     # In the sandbox
 
@@ -228,7 +232,7 @@ class NodeRun:
         text = f"{op} is not permitted by policy"
         if not self._node.sub_models:
             text = "there is no model for sub-calls: name one with --model or --sub-model"
-        return NotPermitted(text, limit=f"depth {depth}", asked=op)
+        return NotPermitted(text, limit=f"depth {depth}", asked=op, rule="counts.depth")
 
     async def close(self, outcome: Outcome, started: float) -> None:
         """Give back what the node still holds, check its context, and record its end."""

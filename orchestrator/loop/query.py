@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import anyio
@@ -31,11 +32,11 @@ from orchestrator.core.errors import (
 from orchestrator.core.events import Event
 from orchestrator.core.policy import Policy
 from orchestrator.core.units import usd
-from orchestrator.loop.engine import Outcome, Status, schema_check
+from orchestrator.loop.engine import Outcome, Status, limit_hit, schema_check
 from orchestrator.loop.machine import Machine, Work
 from orchestrator.loop.node import NodeRun
 from orchestrator.loop.past import Past
-from orchestrator.loop.recovery import ROOT, close_abandoned, pay
+from orchestrator.loop.recovery import ROOT, close_abandoned, settle_open
 from orchestrator.loop.shelter import Shelter
 from orchestrator.proxy.account import Account, Answered, ModelUsage, Node
 from orchestrator.sandbox.sandbox import CellResult
@@ -46,6 +47,8 @@ from orchestrator.store.ledger import Scope
 from orchestrator.store.signing import Notary, Signed
 from orchestrator.store.vault import Vault
 from orchestrator.store.writer import Writer
+
+SIGN_S = 10.0  # a cell that begins so long after the last signature has its tenant's log signed first
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +152,7 @@ class _Query:
             Scope(f"platform:{now:%Y-%m}", order.platform_month),
         ]
         self._started = time.monotonic() - (past.ran_s if past else 0)
+        self._signed = time.monotonic()
         self._writer = Writer(machinery.db)
         self._account = Account(
             key=self._key,
@@ -156,6 +160,7 @@ class _Query:
             writer=self._writer,
             recorded=order.observe,
             in_flight=anyio.Semaphore(policy.counts.in_flight),
+            sign=self._sign,
         )
         named = past.may_ask if past else dict.fromkeys((*order.sub_models, order.model))
         root = Node(
@@ -189,6 +194,8 @@ class _Query:
         except AirlockError as caught:
             error = caught
             status: Status = "refused" if isinstance(caught, LimitError) else "failed"
+            if isinstance(caught, LimitError):
+                self._record(Event("limit.hit", ROOT, limit_hit(caught)))
             outcome = self._root.stopped(status, f"{caught.kind}: {caught}")
         except BaseException as stopped:  # cancelled, or a fault of our own: the chain is closed all the same
             cancelled = isinstance(stopped, anyio.get_cancelled_exc_class())
@@ -196,6 +203,17 @@ class _Query:
             await self._close(Outcome(how, None, how if cancelled else f"internal: {type(stopped).__name__}"), None)
             raise
         return await self._close(outcome, error)
+
+    def _record(self, event: Event) -> None:
+        self._writer.post(lambda tx: journal.append(tx, self._key, event))
+        self._order.observe(event)
+
+    def _sign(self, tx: journal.Connection) -> Callable[[], None] | None:
+        """Sign the tenant's log, if that was not done of late; then what to do once that is committed."""
+        if time.monotonic() < self._signed + SIGN_S:
+            return None
+        self._signed = time.monotonic()
+        return partial(self._m.notary.remember, self._m.notary.sign(tx, self._order.tenant))
 
     # Opening
 
@@ -239,7 +257,8 @@ class _Query:
         running = journal.open_queries(tx, self._order.tenant)
         self._admit_one_more(running)
         if (left := ledger.left(tx, self._scopes)) < self._root.last_word:  # it can wait until there is money again
-            raise BudgetExhausted(f"{usd(left)} USD are left, which do not pay for a last word: resume it later")
+            text = f"{usd(left)} USD are left, which do not pay for a last word: resume it later"
+            raise BudgetExhausted(text, left=f"{usd(left)} USD", rule="money.query")
         return running
 
     def _admit(self, running: int) -> None:
@@ -249,20 +268,20 @@ class _Query:
         order, policy = self._order, self._order.policy
         if len(order.question) > policy.content.question_chars:
             most = policy.content.question_chars
-            raise CountExceeded(f"the question has {len(order.question):,} characters; {most:,} are permitted")
+            text = f"the question has {len(order.question):,} characters; {most:,} are permitted"
+            raise CountExceeded(text, limit=str(most), rule="content.question_chars")
         self._admit_one_more(running)
         if order.code is None and not policy.models.permits("root", order.model):
-            raise NotPermitted(f"the policy does not permit model {order.model!r} for root calls")
+            raise NotPermitted(f"the policy does not permit model {order.model!r} for root calls", rule="models.root")
         for name in order.sub_models:
             if not policy.models.permits("sub", name):
-                raise NotPermitted(f"the policy does not permit model {name!r} for sub calls")
+                raise NotPermitted(f"the policy does not permit model {name!r} for sub calls", rule="models.sub")
 
     def _admit_one_more(self, running: int) -> None:
         most = self._order.policy.tenant.queries_at_once
         if running > most:
-            raise CountExceeded(
-                f"{most} queries of this tenant are running already; wait for one to end", limit=str(most)
-            )
+            text = f"{most} queries of this tenant are running already; wait for one to end"
+            raise CountExceeded(text, limit=str(most), rule="tenant.queries_at_once")
 
     # Closing
 
@@ -293,11 +312,8 @@ class _Query:
         answer = {} if outcome.answer is None else {"answer": outcome.answer}
 
         def work(tx: journal.Connection) -> tuple[str, int, Event, Signed]:
-            for reservation, node, amount in ledger.open_reservations(tx, self._key.id):
-                if reservation in self._account.sent:  # its result could not be recorded
-                    pay(tx, self._key, reservation, node, amount, "the result was lost")
-                else:  # the last word's, or one that was cancelled before it went out
-                    ledger.void(tx, reservation)
+            # What was not sent is the last word's, or was cancelled before it went out.
+            settle_open(tx, self._key, "the result was lost", self._account.sent.__contains__)
             how: dict[str, Any] = body
             if lost := self._writer.lost():
                 how = {**body, "status": "failed", "reason": f"a record was lost: {lost}"}

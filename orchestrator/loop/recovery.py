@@ -12,31 +12,37 @@ import anyio
 import anyio.to_thread
 
 from orchestrator.core.events import Event
-from orchestrator.core.units import usd
+from orchestrator.core.units import read_usd, usd
 from orchestrator.store import journal, ledger
 from orchestrator.store.db import Database
 from orchestrator.store.journal import QueryKey
+from orchestrator.store.signing import Notary, Signed
 
 ROOT = "root"  # the node of a query's own loop
 LOST = "the process that ran this query ended without closing it"
 SWEEP_S = 5.0  # between two sweeps: who asks for one is being refused, and may be refused again and again
 
 
-def recover(db: Database, tell: Callable[[str], object] = lambda _query: None) -> int:
+def recover(db: Database, notary: Notary | None = None, tell: Callable[[str], object] = lambda _query: None) -> int:
     """Interrupt the queries whose orchestrator died: what was held for calls is charged in full, for they may have been
     answered. One whose payloads are not kept cannot be resumed, and is closed.
 
-    Returns how many there were; tells the ids of those that can be resumed.
+    notary: signs what that adds to logs. Returns how many there were; tells the ids of those that can be resumed.
     """
     dead = db.dead_owners()
     if not dead:
         return 0
 
-    def work(tx: journal.Connection) -> tuple[int, list[str]]:
+    def work(tx: journal.Connection) -> tuple[int, list[str], list[Signed]]:
         keys = journal.abandoned(tx, dead)
-        return len(keys), [key.id for key in keys if _interrupt(tx, key)]
+        interrupted = [key.id for key in keys if _interrupt(tx, key)]
+        tenants = sorted({key.tenant for key in keys})
+        return len(keys), interrupted, [notary.sign(tx, tenant) for tenant in tenants] if notary else []
 
-    found, interrupted = db.write_sync(work)
+    found, interrupted, signed = db.write_sync(work)
+    for heads in signed:
+        assert notary, "somebody has signed"
+        notary.remember(heads)
     for owner in dead:
         db.forget_owner(owner)
     for query in interrupted:
@@ -71,7 +77,7 @@ class _Sweeps:
 _sweeps: WeakKeyDictionary[Database, _Sweeps] = WeakKeyDictionary()
 
 
-async def sweep(db: Database) -> int:
+async def sweep(db: Database, notary: Notary | None = None) -> int:
     """`recover` while queries run, for a call that is about to be refused because of what others hold.
 
     Returns how many queries were closed or interrupted: with some, the call may be tried again. Whoever comes while a
@@ -86,7 +92,7 @@ async def sweep(db: Database) -> int:
             return 0
         mine.closed = 0
         try:
-            mine.closed = await anyio.to_thread.run_sync(recover, db)
+            mine.closed = await anyio.to_thread.run_sync(recover, db, notary)
         finally:
             mine.count += 1
             mine.after = time.monotonic() + SWEEP_S
@@ -104,15 +110,26 @@ def close_abandoned(tx: journal.Connection, key: QueryKey, why: str) -> None:
 
 
 def _settle_open(tx: journal.Connection, key: QueryKey, why: str) -> None:
-    for reservation, node, amount in ledger.open_reservations(tx, key.id):
-        if ledger.is_set_aside(reservation):
+    settle_open(tx, key, why, lambda reservation: not ledger.is_set_aside(reservation))
+
+
+def settle_open(tx: journal.Connection, key: QueryKey, why: str, sent: Callable[[str], bool]) -> None:
+    """End what is still held for a query. Calls that were sent may have been answered: each is charged at its bound."""
+    held = ledger.open_reservations(tx, key.id)
+    bounds = _bounds(tx, key.id) if any(sent(reservation) for reservation, _node, _amount in held) else {}
+    for reservation, node, amount in held:
+        if not sent(reservation):
             ledger.void(tx, reservation)
-        else:
-            pay(tx, key, reservation, node, amount, why)
+            continue
+        _query, call, attempt = reservation.split(":")
+        cost = min(amount, bounds.get((call, int(attempt)), amount))  # for a last word, more may be held
+        ledger.settle(tx, reservation, cost)
+        body = {"call": call, "outcome": "unknown", "detail": why, "cost_usd": usd(cost), "usage": None, "finish": None}
+        journal.append(tx, key, Event("call.result", node, body))
 
 
-def pay(tx: journal.Connection, key: QueryKey, reservation: str, node: str, amount: int, why: str) -> None:
-    """Settle in full a call of which nobody knows whether it was answered."""
-    ledger.settle(tx, reservation, amount)
-    body = {"call": reservation.split(":")[1], "outcome": "unknown", "detail": why, "cost_usd": usd(amount)}
-    journal.append(tx, key, Event("call.result", node, {**body, "usage": None, "finish": None}))
+def _bounds(tx: journal.Connection, query: str) -> dict[tuple[str, int], int]:
+    """(call, attempt) -> nano-USD, of the intents on record."""
+    records = (json.loads(record) for record, _hash in journal.chain(tx, query))
+    intents = (record["body"] for record in records if record["type"] == "call.intent")
+    return {(body["call"], body["attempt"]): read_usd(body["bound_usd"]) for body in intents}

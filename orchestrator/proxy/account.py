@@ -11,7 +11,7 @@ import anyio
 from orchestrator.core.events import Event
 from orchestrator.core.policy import Policy
 from orchestrator.lm.base import Message
-from orchestrator.store.journal import QueryKey
+from orchestrator.store.journal import Connection, QueryKey
 from orchestrator.store.ledger import Scope
 from orchestrator.store.writer import Writer
 
@@ -50,6 +50,7 @@ class Aside:
 class Account:
     """What all nodes of a query's tree have in common.
 
+    sign: signs the log now and then, inside a transaction; what it returns is called when that is committed.
     sent: what was asked for real, and is to be paid whatever happens to its record. running: requests under way.
     refused, told: how many refusals there were, and how often a cell was told its budget: some of each are recorded.
     turns: how far the root's loop has come. answers: (model, SHA-256 of the prompt) -> where calls are answered once.
@@ -60,6 +61,7 @@ class Account:
     writer: Writer
     recorded: Callable[[Event], None]
     in_flight: anyio.Semaphore
+    sign: Callable[[Connection], Callable[[], None] | None] = lambda _tx: None
     sent: set[str] = field(default_factory=set[str])
     turns: int = 0
     sub_calls: int = 0

@@ -83,11 +83,12 @@ class Proxy:
             # A name from a guest only ever selects among names from the host: it must not reach a path or a key.
             if name not in node.sub_models:
                 names = ", ".join(node.sub_models)
-                raise NotPermitted(f"sub-calls can ask {names}; not {name[:200]!r}", limit=names, asked=name[:200])
+                text = f"sub-calls can ask {names}; not {name[:200]!r}"
+                raise NotPermitted(text, limit=names, asked=name[:200], rule="models.sub")
             most = account.policy.counts.sub_calls
             if account.sub_calls >= most:
                 text = f"the query's {most} sub-calls are used up"
-                raise CountExceeded(text, limit=str(most), asked="1", left="0")
+                raise CountExceeded(text, limit=str(most), asked="1", left="0", rule="counts.sub_calls")
             account.sub_calls += 1
             asked = SubCall(account.sub_calls, model)
             if account.policy.models.dedupe:
@@ -220,7 +221,8 @@ class Proxy:
     ) -> Plan:
         policy = node.account.policy
         if not self._permits(node, role, model):
-            raise NotPermitted(f"the policy does not permit model {model!r} for {role} calls", asked=model)
+            text = f"the policy does not permit model {model!r} for {role} calls"
+            raise NotPermitted(text, asked=model, rule=f"models.{role}")
         lm, provider_model = self._models(model)
         size = _size(policy, messages)
         node.calls += 1
@@ -250,7 +252,8 @@ class Proxy:
                     with self._circuit.attempt(_circuit_of(node, plan.name)):
                         hold = await self._booking.reserve(node, plan, output_tokens, number, aside)
                         return await self._send(node, plan, hold, aside)
-        raise TimeExceeded("the query's time is over", limit=f"{account.policy.time.query} ms", left="0 ms")
+        limit = f"{account.policy.time.query} ms"
+        raise TimeExceeded("the query's time is over", limit=limit, left="0 ms", rule="time.query")
 
     async def _send(self, node: Node, plan: Plan, hold: Hold, aside: Aside | None) -> Reply:
         account = node.account
@@ -298,7 +301,8 @@ def _size(policy: Policy, messages: Sequence[Message]) -> int:
     most = policy.models.prompt
     if size > most:
         text = f"the prompt has {size:,} bytes, the policy permits {most:,}: send less text, or in pieces"
-        raise CountExceeded(text, limit=f"{most} bytes", asked=f"{size} bytes", left=f"{most} bytes")
+        fields = {"limit": f"{most} bytes", "asked": f"{size} bytes", "left": f"{most} bytes"}
+        raise CountExceeded(text, **fields, rule="models.prompt")
     return size
 
 
@@ -306,7 +310,7 @@ def refusal_of(error: AirlockError, role: str, model: str) -> dict[str, Any]:
     """Body of `call.refused`, but for the number of the sub-call."""
     fields: dict[str, Any] = {"role": role, "model": model[:200], "kind": error.kind, "detail": str(error)[:1000]}
     if isinstance(error, LimitError):
-        fields |= {"limit": error.limit, "asked": error.asked[:200], "left": error.left}
+        fields |= {"limit": error.limit[:500], "asked": error.asked[:200], "left": error.left, "rule": error.rule}
     if isinstance(error, RateLimited):
         fields["retry_after_ms"] = int(error.retry_after * 1000)
     return fields

@@ -98,14 +98,14 @@ def append(tx: sa.Connection, key: QueryKey, event: Event) -> Sealed:
 def _clean(event: Event, keeper: Keeper | None) -> Event:
     """Errors of providers and of guests' code may have a key in them."""
     said = {name: event.body[name] for name in ("detail", "reason") if event.body.get(name)} if keeper else {}
-    if not (keeper and said):
-        return event
-    return replace(event, body={**event.body, **{name: keeper.redact(text)[0] for name, text in said.items()}})
+    # A mark may be longer than what it stands for.
+    clean = {name: keeper.redact(text)[0][: len(text)] for name, text in said.items()} if keeper else {}
+    return event if clean == said else replace(event, body={**event.body, **clean})
 
 
-def key_created(tx: sa.Connection, name: str) -> None:
+def key_created(tx: sa.Connection, name: str, public: str | None) -> None:
     """Put a new key of the vault on record."""
-    append(tx, PLATFORM, Event("key.created", "root", {"key": name}))
+    append(tx, PLATFORM, Event("key.created", "root", {"key": name, "public": public}))
 
 
 def _next(tx: sa.Connection, query: str) -> tuple[int, str]:

@@ -61,6 +61,7 @@ def _money(book: Book, amount: int, *, exhausted: bool) -> LimitError:
         f"this call could cost {shown['asked']}, and the {scope.title} budget of {shown['limit']} "
         f"has {shown['left']} left" + (f" ({usd(held)} USD held by calls in flight)" if held else ""),
         **shown,
+        rule=scope.rule("limit"),
     )
 
 
@@ -69,6 +70,7 @@ def _count(scope: Scope, what: str, asked: int, left: int, now: float, *, for_go
     minute = scope.minute if _of_a_minute(scope, what) else None
     per = " of this minute" if minute else ""
     fields = {"limit": _some(most, name) + per, "asked": _some(asked, name), "left": _some(max(0, left), name)}
+    fields["rule"] = scope.rule(what)
     if for_good and asked > most:
         text = f"this needs {fields['asked']}, and {scope.owner} limit is {_some(most, name)}"
         return CountExceeded(text + (" a minute: ask for less" if minute else ": ask for less"), **fields)

@@ -10,6 +10,19 @@ from orchestrator.core.units import MOST
 LIMITS = ("limit", "calls", "tokens", "in_flight", "children")
 _OWNERS = {"platform": "the platform's", "query": "the query's", "node": "the child query's"}
 _MINUTE = "tenant-minute:"
+_MONEY = {
+    "query": "money.query",
+    "node": "money.child_share",
+    "tenant-day": "money.tenant_day",
+    "tenant-month": "money.tenant_month",
+    "platform": "platform.month_usd",
+}
+_COUNTS = {
+    "calls": "tenant.requests_minute",
+    "tokens": "tenant.tokens_minute",
+    "in_flight": "tenant.in_flight",
+    "children": "counts.children",
+}
 _MINUTE_CHARS = len("2026-11-25T18:43")
 
 
@@ -42,6 +55,10 @@ class Scope:
     def minute(self) -> datetime | None:
         """The beginning of the minute that a tenant-minute scope is for."""
         return datetime.fromisoformat(self.id[-_MINUTE_CHARS:] + "+00:00") if self.id.startswith(_MINUTE) else None
+
+    def rule(self, what: str) -> str:
+        """The key of the policy, or of the configuration, that a limit is from."""
+        return _MONEY[self.title] if what == "limit" and self.title in _MONEY else _COUNTS.get(what, "")
 
     def most(self, what: str) -> int:
         """The limit; where there is none, the most that the database can count to."""

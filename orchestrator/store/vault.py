@@ -27,6 +27,7 @@ from orchestrator.core.redact import Redactor
 from orchestrator.store.db import Database
 from orchestrator.store.schema import keys
 
+Created = Callable[[sa.Connection, str, str | None], None]  # told the name of a new key, and its public half
 KEY_BYTES = 32
 SALT_BYTES = 16
 _NONCE_BYTES = 12
@@ -70,9 +71,7 @@ class Keeper:
 class Vault:
     """The keys of one database. Use `open_vault`. created: told of each new key, inside the transaction."""
 
-    def __init__(
-        self, db: Database, master: bytes, created: Callable[[sa.Connection, str], None], secrets: Iterable[str]
-    ) -> None:
+    def __init__(self, db: Database, master: bytes, created: Created, secrets: Iterable[str]) -> None:
         self._db = db
         self._master = AESGCM(master)
         self._created = created
@@ -116,7 +115,7 @@ class Vault:
             return there
         sealed = _seal(self._master, secret, name.encode())
         tx.execute(sa.insert(keys).values(id=name, sealed=sealed, public=public))
-        self._created(tx, name)
+        self._created(tx, name, public)
         return sealed
 
     def _unseal(self, name: str, sealed: bytes) -> bytes:
@@ -133,7 +132,7 @@ def open_vault(
     db: Database,
     home: Path,
     given: str | None,
-    created: Callable[[sa.Connection, str], None],
+    created: Created,
     secrets: Iterable[str] = (),
 ) -> Vault:
     """given: the master key as text (AIRLOCK_MASTER_KEY); else it is `master.key` in the data folder, made if need be.

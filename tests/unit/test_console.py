@@ -95,6 +95,7 @@ STORY: list[tuple[Any, dict[str, Any], dict[str, str]]] = [
     ("call.repeated", {"of": "root.c2", "model": "m"}, {}),
     ("node.opened", {"parent": "root", "model": "m", "limit_usd": "0.50"}, {"question": "And who is b?"}),
     ("node.closed", {"status": "answered", "reason": "", "cost_usd": "0.01"}, {"answer": "another letter"}),
+    ("budget.held", {"for": "last word", "usd": "0.02"}, {}),
     ("budget.told", {"usd_left": "0.40", "sub_calls_left": 1, "seconds_left": "59"}, {}),
     ("query.interrupted", {"why": "orchestrator-died: gone", "until": "2026-11-22T01:02:15.000Z", "records": 17}, {}),
     ("query.resumed", {"backend": "b", "isolation": "namespace", "cells": 2, "calls": 1}, {}),
@@ -140,16 +141,17 @@ def test_a_run_is_told_as_it_went():
         "    ? And who is b?",
         "01:02:14.000 root.1: closed: answered; cost 0.01 USD",
         "      another letter",
-        "01:02:15.000 budget told: 0.40 USD, 1 sub-call, 59 s left",
-        "01:02:16.000 interrupted: orchestrator-died: gone",
-        "01:02:17.000 resumed in b (namespace): 2 cells and 1 answer are on record",
-        "01:02:18.000 cell 1 was run again: ok, as before",
-        "01:02:19.000 cell 2 was run again: error, with other stdout, names than before",
-        "01:02:20.000 closed: limit count-exceeded; cost 0.02 USD",
+        "01:02:15.000 0.02 USD set aside for the last word",
+        "01:02:16.000 budget told: 0.40 USD, 1 sub-call, 59 s left",
+        "01:02:17.000 interrupted: orchestrator-died: gone",
+        "01:02:18.000 resumed in b (namespace): 2 cells and 1 answer are on record",
+        "01:02:19.000 cell 1 was run again: ok, as before",
+        "01:02:20.000 cell 2 was run again: error, with other stdout, names than before",
+        "01:02:21.000 closed: limit count-exceeded; cost 0.02 USD",
         "      is",
     ):
         assert line in lines
-    assert lines[-1] == f"journal: 21 records, head {links[-1][1]}: the chain is whole"
+    assert lines[-1] == f"journal: 22 records, head {links[-1][1]}: the chain is whole"
 
 
 def test_a_guest_cannot_write_lines_of_the_journal():

@@ -199,7 +199,7 @@ async def test_the_last_word_when_money_is_spent(reply: str, answer: str | None)
     stage = Stage(BudgetExhausted("no money", limit="1 USD"), reply, cells=[cell(answer="var")])
     assert await stage.run() == Outcome("limit", answer, "budget-exhausted: no money")
     assert stage.last == [False, True]
-    assert stage.events[0][1] == {"kind": "budget-exhausted", "detail": "no money", "limit": "1 USD"}
+    assert stage.events[0][1] == {"kind": "budget-exhausted", "detail": "no money", "limit": "1 USD", "rule": ""}
 
 
 async def test_the_last_word_when_other_queries_hold_the_tenants_money():

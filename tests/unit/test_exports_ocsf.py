@@ -91,6 +91,7 @@ def test_cells_sandboxes_and_the_rest_have_classes_of_their_own(voyage: Ran):
         "context.verified": 600302,
         "node.closed": 600303,
         "query.closed": 600303,
+        "budget.held": 600301,
         "cell.started": 100901,
         "cell.ended": 100999,
         "sandbox.started": 600203,

@@ -222,7 +222,7 @@ def test_a_query_whose_process_died_is_interrupted_if_it_can_be_resumed(store: S
     die_with_money_held(store, {"payloads": "keep"})
     db = store.open()
     told = list[str]()
-    assert recover(db, told.append) == 1
+    assert recover(db, tell=told.append) == 1
     assert told == ["q1"]
     assert db.read(lambda tx: ledger.balance(tx, PURSE.id)) == (70, 0)
     assert db.read(lambda tx: ledger.open_reservations(tx, "q1")) == []

@@ -102,10 +102,10 @@ async def test_all_who_wait_for_a_sweep_have_its_result_and_there_is_one_in_a_wh
     looks = 0
     look = recovery.recover
 
-    def counted(of: Database) -> int:
+    def counted(of: Database, notary: Any) -> int:
         nonlocal looks
         looks += 1
-        return look(of)
+        return look(of, notary)
 
     monkeypatch.setattr(recovery, "recover", counted)
     found = list[int]()
@@ -171,7 +171,7 @@ async def test_two_that_sweep_at_once_close_a_query_once(db: Database, store: St
 async def test_a_sweep_that_cannot_write_says_so_and_the_next_one_waits_its_turn(
     db: Database, dying: BaseProcess, monkeypatch: pytest.MonkeyPatch
 ):
-    def fail(_db: Database) -> int:
+    def fail(_db: Database, _notary: object) -> int:
         raise StoreError("no room")
 
     monkeypatch.setattr(recovery, "recover", fail)
