@@ -312,7 +312,6 @@ class _Query:
         answer = {} if outcome.answer is None else {"answer": outcome.answer}
 
         def work(tx: journal.Connection) -> tuple[str, int, Event, Signed]:
-            # What was not sent is the last word's, or was cancelled before it went out.
             settle_open(tx, self._key, "the result was lost", self._account.sent.__contains__)
             how: dict[str, Any] = body
             if lost := self._writer.lost():

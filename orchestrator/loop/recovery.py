@@ -57,7 +57,7 @@ def _interrupt(tx: journal.Connection, key: QueryKey) -> bool:
     if opened["body"].get("payloads") != "keep":
         close_abandoned(tx, key, LOST)
         return False
-    _settle_open(tx, key, LOST)
+    settle_open(tx, key, LOST)
     # until: how far it is known to have run, for the time that it took counts.
     body = {"why": f"orchestrator-died: {LOST}", "until": last["at"]}
     journal.interrupt_query(tx, key, Event("query.interrupted", ROOT, body))
@@ -103,28 +103,32 @@ def close_abandoned(tx: journal.Connection, key: QueryKey, why: str) -> None:
     """Close a query that nobody runs any more, if it is open. What was held for calls may have been billed."""
     if journal.is_closed(tx, key.id):
         return
-    _settle_open(tx, key, why)
+    settle_open(tx, key, why)
     spent, _held = ledger.balance(tx, f"query:{key.id}")
     body = {"status": "failed", "reason": f"orchestrator-died: {why}", "cost_usd": usd(spent)}
     journal.close_query(tx, key, "failed", Event("query.closed", ROOT, body))
 
 
-def _settle_open(tx: journal.Connection, key: QueryKey, why: str) -> None:
-    settle_open(tx, key, why, lambda reservation: not ledger.is_set_aside(reservation))
-
-
-def settle_open(tx: journal.Connection, key: QueryKey, why: str, sent: Callable[[str], bool]) -> None:
+def settle_open(
+    tx: journal.Connection, key: QueryKey, why: str, sent: Callable[[str], bool] = lambda _call: True
+) -> None:
     """End what is still held for a query. Calls that were sent may have been answered: each is charged at its bound."""
     held = ledger.open_reservations(tx, key.id)
-    bounds = _bounds(tx, key.id) if any(sent(reservation) for reservation, _node, _amount in held) else {}
-    for reservation, node, amount in held:
-        if not sent(reservation):
+    calls = [one for one in held if not ledger.is_set_aside(one[0])]
+    for reservation, _node, _amount in held:
+        if ledger.is_set_aside(reservation):
             ledger.void(tx, reservation)
-            continue
+    bounds = _bounds(tx, key.id) if calls else {}
+    for reservation, node, amount in calls:
         _query, call, attempt = reservation.split(":")
-        cost = min(amount, bounds.get((call, int(attempt)), amount))  # for a last word, more may be held
-        ledger.settle(tx, reservation, cost)
-        body = {"call": call, "outcome": "unknown", "detail": why, "cost_usd": usd(cost), "usage": None, "finish": None}
+        body = {"call": call, "usage": None, "finish": None}
+        if sent(reservation):
+            cost = min(amount, bounds.get((call, int(attempt)), amount))  # for a last word, more may be held
+            ledger.settle(tx, reservation, cost)
+            body |= {"outcome": "unknown", "detail": why, "cost_usd": usd(cost)}
+        else:
+            ledger.void(tx, reservation)
+            body |= {"outcome": "void", "detail": "it was not sent", "cost_usd": usd(0)}
         journal.append(tx, key, Event("call.result", node, body))
 
 
