@@ -18,10 +18,15 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-from orchestrator.auditing import histories, open_books, verify_home
+from orchestrator.audit.evidence import LiveEvidence
+from orchestrator.audit.verify import verify
+from orchestrator.auditing import histories, open_books
 from orchestrator.core.events import Recorded
 from orchestrator.sandbox.cgroup import own_hierarchy
 from orchestrator.sandbox.slots import UID_BASE
+from orchestrator.store.db import Database
+from orchestrator.store.journal import key_created
+from orchestrator.store.vault import open_vault
 from tests.records import read
 from tests.warm import Warm
 
@@ -183,7 +188,12 @@ class Airlock:
         assert self.rows("SELECT id, held FROM scopes WHERE held != 0") == []
         for (record,) in self.rows("SELECT record FROM records"):
             read(record)
-        report = verify_home(self.home, [], None)
+        db = Database(self.home)
+        try:
+            keys = open_vault(db, self.home, self.env.get("AIRLOCK_MASTER_KEY"), key_created)
+            report = db.read(lambda tx: verify(LiveEvidence(tx, keys)))
+        finally:
+            db.close()
         assert all(verdict.holds for verdict in report.values()), report
         assert " 0 of them open" in report["completeness"].note
 

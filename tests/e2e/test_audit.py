@@ -214,7 +214,6 @@ def test_a_data_folder_without_its_master_key_is_refused(asked: Airlock) -> None
     asked.env["AIRLOCK_MASTER_KEY"] = content.strip()
     asked("audit", "verify", code=0)
     assert not key.exists()
-    key.write_text(content)  # as the check after every test wants it
 
 
 def test_a_journal_from_a_backup_is_not_gone_on_with(asked: Airlock, tmp_path: Path) -> None:
