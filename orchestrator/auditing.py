@@ -19,7 +19,8 @@ import anyio.to_thread
 
 from orchestrator.audit.archive import Archive, write_archive
 from orchestrator.audit.evidence import Evidence, LiveEvidence, QueryEvidence
-from orchestrator.audit.verify import Report, verify
+from orchestrator.audit.verdicts import Report
+from orchestrator.audit.verify import verify
 from orchestrator.core.errors import RequestError, StoreError
 from orchestrator.core.events import Event, Recorded, read_record
 from orchestrator.core.merkle import includes, leaf_hash

@@ -118,7 +118,7 @@ def run(
 ) -> int:
     """Answer QUESTION over a context."""
     from orchestrator import runs  # loaded by the commands that need it: it takes longer than `policy show` does in all
-    from orchestrator.wiring import load_schema
+    from orchestrator.choices import load_schema
 
     if resume is not None:
         _refuse_with_resume(ctx)

@@ -168,7 +168,8 @@ class AsyncRLM:
         self._platform: Platform | None = None
 
     async def __aenter__(self) -> Self:
-        from orchestrator.wiring import Choices, check_schema, open_platform
+        from orchestrator.choices import Choices, check_schema
+        from orchestrator.wiring import open_platform
 
         if self._stack is None:
             choices = Choices(**self._choices)

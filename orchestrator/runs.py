@@ -17,13 +17,14 @@ import click
 
 from orchestrator import settings
 from orchestrator.auditing import past_of
+from orchestrator.choices import Choices
 from orchestrator.console import PlainView
 from orchestrator.core.errors import MachineError, RequestError
 from orchestrator.core.units import parse_price, usd
 from orchestrator.guest.wire import MAX_LINE
 from orchestrator.interrupts import StandardInput, cancelled_by_signals
 from orchestrator.streams import Printer, say
-from orchestrator.wiring import Choices, Platform, Watch, open_platform
+from orchestrator.wiring import Platform, Watch, open_platform
 
 if TYPE_CHECKING:
     from orchestrator.live import LiveView

@@ -5,25 +5,23 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
-from decimal import Decimal
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
 
 import anyio
 import anyio.from_thread
 
 from orchestrator import settings
+from orchestrator.choices import Choices, effective_policy
 from orchestrator.core.context import Context
 from orchestrator.core.errors import (
     ContextError,
     ModelError,
     NotKept,
     NotPermitted,
-    PolicyError,
     RequestError,
     StoreError,
 )
@@ -31,7 +29,6 @@ from orchestrator.core.events import Event
 from orchestrator.core.policy import MOST_DEPTH, Policy
 from orchestrator.core.turns import Turns
 from orchestrator.core.units import nano
-from orchestrator.files import read_text
 from orchestrator.lm.base import LM
 from orchestrator.loop.machine import Machine
 from orchestrator.loop.past import Past
@@ -39,7 +36,6 @@ from orchestrator.loop.prompts import RootLimits
 from orchestrator.loop.query import Closed, Machinery, Order, run_query
 from orchestrator.loop.reader import read_past
 from orchestrator.loop.recovery import recover, sweep
-from orchestrator.named_policy import load_policy
 from orchestrator.proxy.account import Account
 from orchestrator.proxy.prices import Prices
 from orchestrator.proxy.proxy import Proxy
@@ -55,36 +51,10 @@ from orchestrator.store.vault import Vault, open_vault
 
 TENANT = "default"
 MOST_NAMES = 4096  # bytes of JSON, of the names of a query's models: records hold them, and are bounded
-NO_KEY = "none"  # the SDK insists on one; servers that need none ignore it
+NO_KEY = "none"  # what servers that need none are told
 LOCAL_PROMPT_BYTES = 14 * 1024  # of a window of 8,192 tokens, at 2.5 bytes a token, less the output
 LOCAL_OUTPUT_TOKENS = 512
 LOCAL_SHOWN_CHARS = 1500
-
-
-@dataclass(frozen=True, slots=True)
-class Choices:
-    """What a user chose, on the command line or in `RLM(...)`; None where nothing was said. Narrows the policy only.
-
-    policy: a name, a file, or the very policy of an interrupted query. sub_models: by depth, the last one for all
-    further down. pool: how many sandboxes are kept ready; None for what
-    `airlock.toml` says.
-    """
-
-    model: str | None = None
-    sub_models: Sequence[str] = ()
-    base_url: str | None = None
-    api_key: str | None = field(default=None, repr=False)
-    api_key_env: str | None = None
-    prices: Mapping[str, tuple[Decimal, Decimal]] = field(default_factory=dict[str, tuple[Decimal, Decimal]])
-    backend: str = "auto"
-    policy: str | Policy = "default"
-    budget: int | None = None
-    timeout_ms: int | None = None
-    depth: int | None = None
-    iterations: int | None = None
-    in_flight: int | None = None
-    answer_schema: Mapping[str, Any] | None = None
-    pool: int | None = None
 
 
 @dataclass(slots=True)
@@ -373,58 +343,8 @@ def database_address(home: Path) -> str | None:
         raise RequestError(str(error)) from None
 
 
-def effective_policy(choices: Choices) -> Policy:
-    """The policy as narrowed by the request."""
-    if isinstance(choices.policy, Policy):
-        return choices.policy
-    policy = load_policy(choices.policy)
-    money, time, counts = policy.money, policy.time, policy.counts
-    if choices.depth is not None and choices.depth > counts.depth:
-        raise PolicyError(f"a depth of {choices.depth}: policy {choices.policy} permits a depth of {counts.depth}")
-    narrower = policy.model_copy(
-        update={
-            "money": money.model_copy(update=_said(query=choices.budget)),
-            "time": time.model_copy(update=_said(query=choices.timeout_ms)),
-            "counts": counts.model_copy(
-                update=_said(depth=choices.depth, iterations=choices.iterations, in_flight=choices.in_flight)
-            ),
-        }
-    )
-    return policy.narrowed(narrower)
-
-
 def _listed(names: str | list[str] | None) -> list[str]:
     return [names] if isinstance(names, str) else names or []
-
-
-def _said(**values: int | None) -> dict[str, int]:
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def load_schema(path: Path) -> Mapping[str, Any]:
-    """A JSON Schema from a file. Raises RequestError."""
-    try:
-        schema: Any = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"cannot read the answer schema {path}: {error}") from None
-    return check_schema(str(path), schema)
-
-
-def check_schema(name: str, schema: Any) -> Mapping[str, Any]:
-    """The schema, if it is one and JSON. Raises RequestError."""
-    from jsonschema.exceptions import SchemaError
-    from jsonschema.validators import validator_for
-
-    try:
-        if not isinstance(schema, dict):
-            raise ValueError("it is not a JSON object")
-        json.dumps(schema, allow_nan=False)
-        cast("Any", validator_for)(schema).check_schema(schema)
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise RequestError(f"{name} is not a JSON Schema: {error}") from None
-    except SchemaError as error:
-        raise RequestError(f"{name} is not a JSON Schema: {error.message}") from None
-    return cast("Mapping[str, Any]", schema)
 
 
 def standing(tx: journal.Connection, query: str, tenant: str) -> str:

@@ -16,43 +16,20 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from orchestrator.audit.evidence import Entry, Evidence
 from orchestrator.audit.trees import Growing, Tiles
+from orchestrator.audit.verdicts import NAMES, Name, Report, Verdict
 from orchestrator.core.events import GENESIS, MOST_BYTES, commitment
 from orchestrator.core.merkle import HASH, WIDTH, leaf_hash
 from orchestrator.core.notes import Checkpoint, NoteError, Verifier, open_checkpoint
 from orchestrator.core.units import read_usd, usd
 
 T = TypeVar("T")
-Name = Literal["integrity", "append-only", "completeness", "payloads", "freshness"]
-NAMES: tuple[Name, ...] = ("integrity", "append-only", "completeness", "payloads", "freshness")
-SHOWN = 20  # faults of a verdict; the rest is counted
 CLOCKS_S = 60  # that the clocks of two machines may differ
 PLATFORM = "platform"
 _TENANTS = "tenants/"
-
-
-@dataclass(slots=True)
-class Verdict:
-    """note: what was looked at. faults: the first SHOWN; count: of all."""
-
-    note: str = ""
-    faults: list[str] = field(default_factory=list[str])
-    count: int = 0
-
-    @property
-    def holds(self) -> bool:
-        return not self.count
-
-    def fault(self, text: str) -> None:
-        self.count += 1
-        if self.count <= SHOWN:
-            self.faults.append(text)
-
-
-Report = dict[Name, Verdict]
 
 
 @dataclass(slots=True)

@@ -16,7 +16,8 @@ from typing import Any
 import anyio
 import openai
 
-from orchestrator.wiring import Choices, Platform, Watch, open_platform
+from orchestrator.choices import Choices
+from orchestrator.wiring import Platform, Watch, open_platform
 from tests.benchmarks.fake_lm import fake_lm
 from tests.benchmarks.figures import Figure, ms, percentile
 

@@ -16,7 +16,8 @@ import anyio
 
 from orchestrator.audit.archive import Archive, write_archive
 from orchestrator.audit.evidence import LiveEvidence, QueryEvidence
-from orchestrator.audit.verify import Report, verify
+from orchestrator.audit.verdicts import Report
+from orchestrator.audit.verify import verify
 from orchestrator.core.events import Event
 from orchestrator.core.policy import PAYLOADS
 from orchestrator.store import journal, ledger

@@ -16,12 +16,12 @@ import anyio
 
 from orchestrator import settings
 from orchestrator.core.policy import Policy
+from orchestrator.named_policy import load_policy
 from orchestrator.sandbox.base import Backend, SandboxSpec, Slot
 from orchestrator.sandbox.bubblewrap import Bubblewrap
 from orchestrator.sandbox.hostsocket import HostSocket
 from orchestrator.sandbox.sandbox import Call, Sandbox, open_sandbox
 from orchestrator.sandbox.slots import Slots
-from orchestrator.wiring import load_policy
 from tests.benchmarks.figures import Figure, ms, percentile, versus
 
 CELL_P50_S = 0.001

@@ -19,11 +19,12 @@ import anyio
 import pytest
 
 from orchestrator import RLM, AsyncRLM, RequestError
+from orchestrator.choices import Choices
 from orchestrator.core.errors import StoreError
 from orchestrator.core.events import Event
 from orchestrator.sandbox.bubblewrap import Bubblewrap
 from orchestrator.store.journal import QueryKey
-from orchestrator.wiring import Choices, Watch, open_platform
+from orchestrator.wiring import Watch, open_platform
 from tests.command import Airlock
 from tests.fakes.provider import Hang, Provider, Say, Seen
 

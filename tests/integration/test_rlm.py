@@ -13,7 +13,7 @@ import anyio
 import pytest
 
 from orchestrator import RLM, AsyncRLM, Completion, LimitError, MachineError, ProviderError, RequestError
-from orchestrator.wiring import Choices
+from orchestrator.choices import Choices
 from tests.command import Airlock
 from tests.fakes.provider import Fail, Hang, Provider, Say, Seen
 

@@ -10,7 +10,8 @@ from decimal import Decimal
 import anyio
 import pytest
 
-from orchestrator.wiring import Choices, Platform, open_platform
+from orchestrator.choices import Choices
+from orchestrator.wiring import Platform, open_platform
 from tests.command import Airlock
 from tests.fakes.provider import Behaviour, Provider, Say, Seen
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator import settings
-from orchestrator.wiring import Choices
+from orchestrator.choices import Choices
 
 
 @pytest.fixture(autouse=True)

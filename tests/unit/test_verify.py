@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from orchestrator.audit.archive import Archive, write_archive
 from orchestrator.audit.evidence import LiveEvidence, QueryEvidence
-from orchestrator.audit.verify import NAMES, Name, Report, verify
+from orchestrator.audit.verdicts import NAMES, Name, Report
+from orchestrator.audit.verify import verify
 from orchestrator.core.events import Event, canonical
 from orchestrator.core.merkle import leaf_hash
 from orchestrator.core.notes import Signer
