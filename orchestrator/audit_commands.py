@@ -231,7 +231,7 @@ def score(query: str, score: Decimal, by: str) -> None:
 @click.argument("query", default="last")
 @click.option("--json", "as_json", is_flag=True, help="A JSON object a line: the record, with its payloads' texts.")
 def follow(query: str, as_json: bool) -> None:
-    """Print what happens in a QUERY while it happens, until it is closed."""
+    """Print what happens in a QUERY while it happens, until it is closed or interrupted."""
     anyio.run(_follow, query, as_json)
 
 
@@ -240,7 +240,7 @@ async def _follow(query: str, as_json: bool) -> None:
     from orchestrator.console import one_record
 
     with open_books(settings.home()) as books:
-        async for record in follow(books, books.find(query)):
+        async for record in follow(books, books.find(query), to_interruption=True):
             if as_json:
                 fields = {"seq": record.seq, "at": record.at, "type": record.type, "node": record.node}
                 say(sys.stdout, json.dumps({**fields, "body": record.body, "payloads": dict(record.payloads)}))

@@ -312,17 +312,24 @@ def past_of(home: Path, text: str, *, to_resume: bool = False) -> Past:
         return read_past(records)
 
 
-async def follow(books: Books, query: str, after: int = -1) -> AsyncGenerator[Recorded]:
-    """The query's records after number `after`, as they are written, to the one that closes it. Raises StoreError."""
+async def follow(
+    books: Books, query: str, after: int = -1, *, to_interruption: bool = False
+) -> AsyncGenerator[Recorded]:
+    """The query's records after number `after`, as they are written, to the one that closes it. Raises StoreError.
+
+    to_interruption: end also where it was interrupted, and did not go on yet.
+    """
     keeper = await anyio.to_thread.run_sync(books.vault.opener, books.tenant_of(query), query)
     while True:
         read = partial(journal.after, query=query, seq=after, most=AT_ONCE, keeper=keeper)
         rows = await anyio.to_thread.run_sync(books.db.look, read)
+        kind = ""
         for record, texts in rows:
             recorded = read_record(record, texts)
-            after = recorded.seq
+            after, kind = recorded.seq, recorded.type
             yield recorded
-            if recorded.type == "query.closed":
-                return
-        if len(rows) < AT_ONCE:
-            await anyio.sleep(POLL_S)
+        if len(rows) == AT_ONCE:
+            continue
+        if kind == "query.closed" or (kind == "query.interrupted" and to_interruption):
+            return
+        await anyio.sleep(POLL_S)

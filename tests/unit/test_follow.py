@@ -87,6 +87,18 @@ async def test_it_goes_on_from_where_one_was(books: Books):
 
 
 @pytest.mark.anyio
+async def test_an_interruption_is_an_end_for_who_wants_one(books: Books):
+    begin(books)
+    event = Event("query.interrupted", "root", {"why": "gone", "until": "2026-01-01T00:00:00.000Z"})
+    mine = key(books)
+    books.db.write_sync(lambda tx: journal.interrupt_query(tx, mine, event))
+    assert [record.seq async for record in follow(books, "q1", to_interruption=True)] == [0, 1]
+    with anyio.move_on_after(0.5) as scope:
+        assert [record async for record in follow(books, "q1")] == []
+    assert scope.cancelled_caught, "it may go on"
+
+
+@pytest.mark.anyio
 async def test_what_was_erased_is_followed_without_its_text(books: Books):
     begin(books)
     end(books, books.db)
