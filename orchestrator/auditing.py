@@ -28,7 +28,7 @@ from orchestrator.core.notes import Checkpoint, NoteError, Proof, Verifier, open
 from orchestrator.files import Unreadable, Unwritable, draft, read_text
 from orchestrator.loop.past import Past
 from orchestrator.loop.reader import read_past
-from orchestrator.store import journal, logs, vault
+from orchestrator.store import journal, logs
 from orchestrator.store.anchors import Anchor, Receipt, anchor
 from orchestrator.store.db import Database
 from orchestrator.store.signing import Notary
@@ -94,10 +94,10 @@ def read_run(home: Path, text: str) -> Run:
     """For people to read. text: see `Books.find`. Raises RequestError, StoreError."""
     with open_books(home) as books:
         query = books.find(text)
-        keeper = books.vault.keeper(books.tenant_of(query), query)
+        keeper = books.vault.opener(books.tenant_of(query), query)
         kept = books.db.read(lambda tx: list(journal.kept_payloads(tx, query)))
         chain = books.db.read(lambda tx: journal.chain(tx, query))
-        opened = {(seq, name): keeper.open(seq, name, sealed) for seq, name, sealed in kept}
+        opened = {(seq, name): keeper.open(seq, name, sealed) for seq, name, sealed in kept if keeper}
         payloads = {place: text[1].decode("utf-8", "replace") for place, text in opened.items() if text}
         closed = books.db.read(lambda tx: journal.is_closed(tx, query))
         return Run(chain, payloads, journal.fault(chain, kept, keeper, closed=closed))
@@ -125,14 +125,16 @@ def verify_home(home: Path, held: Sequence[str], trusted: Verifier | None, place
     with open_books(home) as books:
 
         def work(tx: journal.Connection) -> Report:
-            evidence = LiveEvidence(tx, books.vault)
-            return verify(evidence, [*held, *_anchored(evidence, anchors)], trusted)
+            evidence, signer = LiveEvidence(tx, books.vault), books.vault.existing_signer()
+            remembered = books.notary().notes() if signer else []
+            known = [*held, *_anchored(evidence, anchors)]
+            return verify(evidence, known, trusted or (signer.verifier if signer else None), remembered=remembered)
 
         return books.db.read(work)
 
 
 def _anchored(evidence: Evidence, anchors: Sequence[Anchor]) -> Iterator[str]:
-    for log in {logs.PLATFORM, *evidence.logs()}:
+    for log in {*evidence.logs(), *([logs.PLATFORM] if evidence.whole else [])}:
         for place in anchors:
             if note := place.latest(log):
                 yield note.decode("utf-8", "replace")
@@ -144,8 +146,8 @@ def verify_archive(file: Path, held: Sequence[str], trusted: Verifier | None, pl
     try:
         with Archive(file) as archive:
             return verify(archive, [*held, *_anchored(archive, anchors)], trusted)
-    except OSError as error:
-        raise RequestError(f"cannot read {file}: {error.strerror}") from None
+    except Unreadable as why:
+        raise RequestError(f"cannot read {file}: {why}") from None
     except ValueError as error:
         raise RequestError(str(error)) from None
 
@@ -293,10 +295,10 @@ def _keep_receipt(home: Path, head: Checkpoint, receipt: Receipt) -> None:
 def verifier_of(home: Path) -> Verifier:
     """Whose signatures the logs of this data folder have. Raises RequestError, StoreError."""
     with open_books(home) as books:
-        found = books.db.read(vault.verifier)
-        if found is None:
+        signer = books.vault.existing_signer()
+        if signer is None:
             raise RequestError("nothing has been signed with this data folder yet")
-        return found
+        return signer.verifier
 
 
 def past_of(home: Path, text: str, *, to_resume: bool = False) -> Past:

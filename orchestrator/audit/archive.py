@@ -18,8 +18,9 @@ from typing import IO, Any
 from orchestrator.audit.evidence import Entry, Evidence, Reservation
 from orchestrator.audit.trees import Growing
 from orchestrator.core.merkle import HASH, HEIGHT, WIDTH, leaf_hash, path
-from orchestrator.core.notes import Verifier, read_checkpoint
+from orchestrator.core.notes import Verifier
 from orchestrator.core.units import read_usd, usd
+from orchestrator.files import open_regular
 
 FORMAT = Path(__file__).with_name("FORMAT.md")
 _MOST_MEMBER = 64 << 20  # bytes of one that is read as a whole
@@ -38,14 +39,14 @@ _SALT = 16
 
 def write_archive(evidence: Evidence, out: IO[bytes]) -> None:
     """All of the evidence, the same one always as the same bytes. Raises ValueError on names that have no place."""
-    with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar:
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         writer = _Writer(tar)
         writer.add("FORMAT.md", FORMAT.read_bytes())
         if verifier := evidence.verifier():
             writer.add("key", f"{verifier}\n".encode())
         for log in evidence.logs():
-            for note in evidence.notes(log):
-                writer.add(f"logs/{log}/checkpoints/{_size(note)}", note.encode())
+            for size, note in evidence.notes(log):
+                writer.add(f"logs/{log}/checkpoints/{size}", note.encode())
             (writer.whole_log if evidence.whole else writer.parts_of_log)(evidence, log)
         rows = list(evidence.queries())
         writer.lines("queries.jsonl", ({"query": q, "tenant": tenant, "status": how} for q, tenant, how in rows))
@@ -56,17 +57,14 @@ def write_archive(evidence: Evidence, out: IO[bytes]) -> None:
                     writer.add(f"payloads/{query}/{seq}/{name}", b"".join(opened))
 
 
-def _size(note: str) -> int:
-    """Of a checkpoint. Whether it is signed is for those to check who read the export."""
-    return read_checkpoint(note.rpartition("\n\n")[0] + "\n").size
-
-
 def _ledger(evidence: Evidence) -> Iterator[dict[str, Any]]:
     for one in evidence.reservations():
         money = {"settled_usd": usd(one.settled), "held_usd": usd(one.open)}
-        yield {"query": one.query, **money, "scopes": json.loads(one.scopes)}
-    for scope, spent, held in evidence.scopes():
-        yield {"scope": scope, "spent_usd": usd(spent), "held_usd": usd(held)}
+        counted = {"calls": one.calls, "open": one.is_open, "scopes": json.loads(one.scopes)}
+        yield {"reservation": one.id, "query": one.query, **money, **counted}
+    for scope, spent, held, calls, in_flight in evidence.scopes():
+        counts = {"calls": calls, "in_flight": in_flight}
+        yield {"scope": scope, "spent_usd": usd(spent), "held_usd": usd(held), **counts}
 
 
 class _Writer:
@@ -103,7 +101,7 @@ class _Writer:
         entries = list(evidence.entries(log))
         rows = [{"leaf": entry.leaf, "record": entry.record.decode()} for entry in entries]
         self.lines(f"logs/{log}/entries.jsonl", rows)
-        size = max(map(_size, evidence.notes(log)), default=0)
+        size = max((size for size, _note in evidence.notes(log)), default=0)
         for level, n in sorted(leading([entry.leaf for entry in entries], size)):
             width = min(WIDTH, (size >> (HEIGHT * level)) - n * WIDTH)
             if hashes := evidence.tile(log, level, n, width):
@@ -126,6 +124,15 @@ def _is_known(name: str) -> bool:
     return name in _OTHERS or any(form.fullmatch(name) for form in (_TILE, _NOTE, _ENTRIES, _PAYLOAD))
 
 
+class _Plain(tarfile.TarInfo):
+    """Extended headers, which no export needs, take memory and time before anybody can look at them."""
+
+    def _proc_member(self, tar: tarfile.TarFile) -> Any:
+        if self.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or self.size < 0:
+            raise tarfile.ReadError("it holds what is no plain file, and so has no place in an export")
+        return super()._proc_member(tar)  # type: ignore[misc]  # pyright: ignore
+
+
 class Archive(Evidence):
     """An export that was read. Raises ValueError where it is none; then and later one line says why."""
 
@@ -135,14 +142,14 @@ class Archive(Evidence):
         self._sizes: dict[str, list[int]] = {}
         self._payloads: dict[str, list[str]] = {}
         with contextlib.ExitStack() as undone:
-            stream = undone.enter_context(file.open("rb"))
+            stream = undone.enter_context(open_regular(file))
             try:
-                self._tar = tarfile.open(fileobj=stream, mode="r:")  # noqa: SIM115  ends with the stream
-                for member in self._tar.getmembers():
+                self._tar = tarfile.open(fileobj=stream, mode="r:", tarinfo=_Plain)  # noqa: SIM115  ends with the stream
+                for member in self._tar:
                     self._index(member)
-                if "FORMAT.md" not in self._members:
-                    raise ValueError("it has no FORMAT.md")
-            except (tarfile.TarError, EOFError, OverflowError, ValueError) as error:
+                if "FORMAT.md" not in self._members or not self.logs():
+                    raise ValueError("it has no FORMAT.md, or no log")
+            except (tarfile.TarError, EOFError, OverflowError, ValueError, RecursionError) as error:
                 detail = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise ValueError(f"{file} is not an export of a journal: {detail}") from None
             self._close = undone.pop_all().close
@@ -216,9 +223,9 @@ class Archive(Evidence):
             if at != len(content):
                 raise ValueError(f"{name} holds more than its {width} entries")
 
-    def notes(self, log: str) -> Iterator[str]:
+    def notes(self, log: str) -> Iterator[tuple[int, str]]:
         for size in sorted(self._sizes.get(log, [])):
-            yield self._read(f"logs/{log}/checkpoints/{size}").decode("utf-8", "replace")
+            yield size, self._read(f"logs/{log}/checkpoints/{size}").decode("utf-8", "replace")
 
     def tile(self, log: str, level: int, n: int, width: int) -> bytes | None:
         kept = self._tiles.get((log, str(level), n))
@@ -231,13 +238,15 @@ class Archive(Evidence):
     def reservations(self) -> Iterator[Reservation]:
         for row in self._lines("ledger.jsonl"):
             if "query" in row:
-                scopes = json.dumps(row["scopes"])
-                yield Reservation(str(row["query"]), read_usd(row["settled_usd"]), read_usd(row["held_usd"]), scopes)
+                money = read_usd(row["settled_usd"]), read_usd(row["held_usd"])
+                counted = bool(row["open"]), int(row["calls"]), json.dumps(row["scopes"])
+                yield Reservation(str(row["reservation"]), str(row["query"]), *money, *counted)
 
-    def scopes(self) -> Iterator[tuple[str, int, int]]:
+    def scopes(self) -> Iterator[tuple[str, int, int, int, int]]:
         for row in self._lines("ledger.jsonl"):
             if "scope" in row:
-                yield str(row["scope"]), read_usd(row["spent_usd"]), read_usd(row["held_usd"])
+                money = read_usd(row["spent_usd"]), read_usd(row["held_usd"])
+                yield str(row["scope"]), *money, int(row["calls"]), int(row["in_flight"])
 
     def payloads(self, tenant: str, query: str) -> Iterator[tuple[int, str, tuple[bytes, bytes] | None]]:
         del tenant  # an export's payloads are open

@@ -6,10 +6,11 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import sqlalchemy as sa
 
-from orchestrator.core.merkle import HASH
+from orchestrator.core.merkle import HASH, whole
 from orchestrator.core.notes import Verifier
 from orchestrator.store import journal, logs, vault
 from orchestrator.store.schema import checkpoints, payloads, queries, records, reservations, scopes, tiles
@@ -20,31 +21,41 @@ _AT_ONCE = {"stream_results": True, "yield_per": 1000}
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A record as it was found. chain, hash: what a database says of it; None where nobody says."""
+    """A record as it was found. chain, seq, hash: what a database says of it; None where nobody says."""
 
     leaf: int
     record: bytes
     chain: str | None = None
+    seq: int | None = None
     hash: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
-    """settled: nano-USD, 0 while it is open. open: nano-USD that are still held."""
+    """settled: nano-USD, 0 while it is open. open: nano-USD that are still held. calls: that it counts."""
 
+    id: str
     query: str
     settled: int
     open: int
+    is_open: bool
+    calls: int
     scopes: str  # JSON
 
 
 class Evidence(ABC):
-    """whole: all that there is, so that what lacks is a fault; else it is the evidence of one query.
+    """whole: all that there is, so that what lacks is a fault; else it is the evidence of one query. has_tiles: whole
+    tiles have to be there.
 
     Every method may raise ValueError on what cannot be read as what it should be.
     """
 
     whole: bool
+    has_tiles = False
+
+    def oddities(self) -> list[str]:
+        """What has no place where the evidence was found."""
+        return []
 
     @abstractmethod
     def verifier(self) -> Verifier | None:
@@ -59,8 +70,8 @@ class Evidence(ABC):
         """In the order of the log."""
 
     @abstractmethod
-    def notes(self, log: str) -> Iterator[str]:
-        """Its checkpoints, from the smallest on."""
+    def notes(self, log: str) -> Iterator[tuple[int, str]]:
+        """(size, note) of its checkpoints, from the smallest on."""
 
     @abstractmethod
     def tile(self, log: str, level: int, n: int, width: int) -> bytes | None:
@@ -74,8 +85,8 @@ class Evidence(ABC):
     def reservations(self) -> Iterator[Reservation]: ...
 
     @abstractmethod
-    def scopes(self) -> Iterator[tuple[str, int, int]]:
-        """(id, spent, held), in nano-USD."""
+    def scopes(self) -> Iterator[tuple[str, int, int, int, int]]:
+        """(id, spent, held, calls, in flight); money in nano-USD."""
 
     @abstractmethod
     def payloads(self, tenant: str, query: str) -> Iterator[tuple[int, str, tuple[bytes, bytes] | None]]:
@@ -86,32 +97,56 @@ class LiveEvidence(Evidence):
     """A database, as one transaction sees it. keys: opens the payloads."""
 
     whole = True
+    has_tiles = True
 
     def __init__(self, tx: sa.Connection, keys: Vault) -> None:
         self._tx = tx
         self._vault = keys
 
+    def oddities(self) -> list[str]:
+        """Triggers and views: they make of a row what they like when it is read or written."""
+        if self._tx.dialect.name == "sqlite":
+            find = "SELECT type || ' ' || name FROM sqlite_master WHERE type IN ('trigger', 'view')"
+        else:
+            find = (
+                "SELECT 'trigger ' || trigger_name FROM information_schema.triggers "
+                "UNION SELECT 'view ' || table_name FROM information_schema.views "
+                "WHERE table_schema NOT IN ('pg_catalog', 'information_schema')"
+            )
+        return [
+            f"the database has a {name}, which is none of ours" for name in self._tx.exec_driver_sql(find).scalars()
+        ]
+
     def verifier(self) -> Verifier | None:
-        return vault.verifier(self._tx)
+        """Of the key that the master key opens; what the database says of it has to be the same."""
+        signer, named = self._vault.existing_signer(), vault.verifier(self._tx)
+        if named != (signer.verifier if signer else None):
+            raise ValueError("the database names another signer than its key is of")
+        return named
 
     def logs(self) -> list[str]:
         named = sa.union(sa.select(records.c.log).distinct(), sa.select(checkpoints.c.log).distinct())
         return sorted(self._tx.execute(named).scalars())
 
     def entries(self, log: str) -> Iterator[Entry]:
-        columns = (records.c.leaf, records.c.query, records.c.record, records.c.hash)
+        columns = (records.c.leaf, records.c.query, records.c.seq, records.c.record, records.c.hash)
         find = sa.select(*columns).where(records.c.log == log).order_by(records.c.leaf)
-        for leaf, chain, record, digest in self._tx.execute(find.execution_options(**_AT_ONCE)):
-            yield Entry(leaf, as_bytes(record), str(chain), str(digest))
+        for leaf, chain, seq, record, digest in self._tx.execute(find.execution_options(**_AT_ONCE)):
+            yield Entry(int(leaf), as_bytes(record), str(chain), seq, str(digest))
 
-    def notes(self, log: str) -> Iterator[str]:
-        find = sa.select(checkpoints.c.note).where(checkpoints.c.log == log).order_by(checkpoints.c.size)
-        yield from map(str, self._tx.execute(find).scalars())
+    def notes(self, log: str) -> Iterator[tuple[int, str]]:
+        columns = (checkpoints.c.size, checkpoints.c.note)
+        for size, note in self._tx.execute(sa.select(*columns).where(checkpoints.c.log == log).order_by(columns[0])):
+            yield size, str(note)
 
     def tile(self, log: str, level: int, n: int, width: int) -> bytes | None:
-        find = sa.select(tiles.c.hashes).where(tiles.c.log == log, tiles.c.level == level, tiles.c.n == n)
-        found = self._tx.execute(find).scalar()
-        return None if found is None else as_bytes(found)[: 32 * width]
+        find = sa.select(tiles).where(tiles.c.log == log, tiles.c.level == level, tiles.c.n == n)
+        found = self._tx.execute(find).one_or_none()
+        if found is None:
+            return None
+        hashes = as_bytes(found.hashes)
+        # Its root is what trees are made from, so one that is not of these hashes makes the tile a wrong one.
+        return hashes[: HASH * width] if as_bytes(found.root) == whole(hashes) else b""
 
     def queries(self) -> Iterator[tuple[str, str, str]]:
         for row in self._tx.execute(sa.select(queries.c.id, queries.c.tenant, queries.c.status).order_by(queries.c.id)):
@@ -119,14 +154,22 @@ class LiveEvidence(Evidence):
 
     def reservations(self) -> Iterator[Reservation]:
         table = reservations.c
-        find = sa.select(table.query, table.amount, table.settled, table.state, table.scopes)
-        for query, amount, settled, state, names in self._tx.execute(find.execution_options(**_AT_ONCE)):
-            held = int(amount) if state == "open" else 0
-            yield Reservation(str(query), int(settled or 0) if state != "open" else 0, held, str(names))
+        columns = (table.id, table.query, table.amount, table.settled, table.state, table.calls, table.scopes)
+        find: Any = self._reservations(sa.select(*columns)).execution_options(**_AT_ONCE)
+        rows: Any = self._tx.execute(find)
+        for name, query, amount, settled, state, calls, names in rows:
+            is_open = state == "open"
+            held, paid = (amount, 0) if is_open else (0, settled or 0)
+            yield Reservation(str(name), str(query), int(paid), int(held), is_open, int(calls), str(names))
 
-    def scopes(self) -> Iterator[tuple[str, int, int]]:
-        for row in self._tx.execute(sa.select(scopes.c.id, scopes.c.spent, scopes.c.held)):
-            yield str(row.id), int(row.spent), int(row.held)
+    def _reservations(self, find: Any) -> Any:
+        return find
+
+    def scopes(self) -> Iterator[tuple[str, int, int, int, int]]:
+        columns = (scopes.c.id, scopes.c.spent, scopes.c.held, scopes.c.calls, scopes.c.in_flight)
+        for name, *counts in self._tx.execute(sa.select(*columns)):
+            spent, held, calls, in_flight = map(int, counts)
+            yield str(name), spent, held, calls, in_flight
 
     def payloads(self, tenant: str, query: str) -> Iterator[tuple[int, str, tuple[bytes, bytes] | None]]:
         find = sa.select(payloads).where(payloads.c.query == query).order_by(payloads.c.seq, payloads.c.name)
@@ -141,6 +184,7 @@ class QueryEvidence(LiveEvidence):
     """Of one query: its records, and what is on record about it in its tenant's own chain."""
 
     whole = False
+    has_tiles = False
 
     def __init__(self, tx: sa.Connection, keys: Vault, query: str) -> None:
         super().__init__(tx, keys)
@@ -158,9 +202,8 @@ class QueryEvidence(LiveEvidence):
             if chain == self._query or json.loads(record)["body"].get("query") == self._query:
                 yield Entry(leaf, as_bytes(record))
 
-    def notes(self, log: str) -> Iterator[str]:
-        newest = list(super().notes(log))[-1:]
-        yield from newest
+    def notes(self, log: str) -> Iterator[tuple[int, str]]:
+        yield from list(super().notes(log))[-1:]
 
     def tile(self, log: str, level: int, n: int, width: int) -> bytes | None:
         return self._tiles(level, n, width)[: HASH * width]
@@ -168,10 +211,10 @@ class QueryEvidence(LiveEvidence):
     def queries(self) -> Iterator[tuple[str, str, str]]:
         yield from (row for row in super().queries() if row[0] == self._query)
 
-    def reservations(self) -> Iterator[Reservation]:
-        yield from (one for one in super().reservations() if one.query == self._query)
+    def _reservations(self, find: Any) -> Any:
+        return find.where(reservations.c.query == self._query)
 
-    def scopes(self) -> Iterator[tuple[str, int, int]]:
+    def scopes(self) -> Iterator[tuple[str, int, int, int, int]]:
         yield from ()
 
 

@@ -19,14 +19,17 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
 from orchestrator.audit.evidence import Entry, Evidence
+from orchestrator.audit.money import Spent, check_ledger
 from orchestrator.audit.trees import Growing, Tiles
 from orchestrator.audit.verdicts import NAMES, Name, Report, Verdict
 from orchestrator.core.events import GENESIS, MOST_BYTES, commitment
 from orchestrator.core.merkle import HASH, WIDTH, leaf_hash
 from orchestrator.core.notes import Checkpoint, NoteError, Verifier, open_checkpoint
-from orchestrator.core.units import read_usd, usd
+from orchestrator.core.units import read_usd
 
 T = TypeVar("T")
+HELD = "a checkpoint that you hold"
+Known = tuple[Checkpoint, str]
 CLOCKS_S = 60  # that the clocks of two machines may differ
 PLATFORM = "platform"
 _TENANTS = "tenants/"
@@ -40,27 +43,41 @@ class Chain:
     length: int = 0
     head: str = GENESIS
     ended: str = ""  # the status that it was closed with, or `interrupted`
-    cost: int = 0
+    paid: Spent = field(default_factory=lambda: Spent(""))
     is_checked: bool = False  # its payloads
-    waiting: dict[str, int] = field(default_factory=dict[str, int])  # calls without a result -> bound
+    waiting: dict[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])  # call -> attempt, bound
     committed: dict[tuple[int, str], Mapping[str, Any]] = field(
         default_factory=dict[tuple[int, str], Mapping[str, Any]]
     )
 
 
 def verify(
-    evidence: Evidence, held: Sequence[str] = (), trusted: Verifier | None = None, now: datetime | None = None
+    evidence: Evidence,
+    held: Sequence[str] = (),
+    trusted: Verifier | None = None,
+    now: datetime | None = None,
+    remembered: Sequence[str] = (),
 ) -> Report:
-    """held: notes of checkpoints that the caller has. trusted: who has to have signed, if the caller knows.
+    """held: notes of checkpoints that the caller has. trusted: who has to have signed, if the caller knows. remembered:
+    notes of what was signed last, as the signer itself keeps them.
 
     Never raises on what the evidence holds, whatever that is.
     """
-    return _Verification(evidence, held, trusted, now or datetime.now(UTC)).run()
+    known = [*((note, HELD) for note in held), *((note, "what was signed last here") for note in remembered)]
+    return _Verification(evidence, known, len(held), trusted, now or datetime.now(UTC)).run()
 
 
 class _Verification:
-    def __init__(self, evidence: Evidence, held: Sequence[str], trusted: Verifier | None, now: datetime) -> None:
+    def __init__(
+        self,
+        evidence: Evidence,
+        known: Sequence[tuple[str, str]],
+        held: int,
+        trusted: Verifier | None,
+        now: datetime,
+    ) -> None:
         self._evidence = evidence
+        self._known = known  # notes, and what they are to the caller
         self._held = held
         self._trusted = trusted
         self._latest = _stamp(now + timedelta(seconds=CLOCKS_S))
@@ -77,12 +94,16 @@ class _Verification:
         self._verifier = self._whose()
         held = self._read_held()
         logs = self._guarded("completeness", "the list of logs", self._evidence.logs) or []
+        for oddity in self._guarded("integrity", "the schema", self._evidence.oddities) or []:
+            self._report["integrity"].fault(oddity)
         if logs and self._verifier is None:
             self._report["integrity"].fault("nobody has signed these logs")
         # The platform's first: it says which heads of the others were signed.
         for log in sorted({*logs, *held}, key=lambda name: (name != PLATFORM, name)):
             self._guarded("integrity", f"log {log}", lambda log=log: self._log(log, held.get(log, [])))
         if self._evidence.whole:
+            if PLATFORM not in logs and (logs or held):
+                self._report["completeness"].fault("the platform's log is missing, which says what tenants there were")
             self._tenants(logs)
         self._guarded("completeness", "the table of queries", self._queries)
         self._calls()
@@ -108,9 +129,9 @@ class _Verification:
             self._report["integrity"].fault(f"the logs name {named.name} as their signer, which is not the trusted key")
         return self._trusted or named
 
-    def _read_held(self) -> dict[str, list[Checkpoint]]:
-        found: dict[str, list[Checkpoint]] = {}
-        for note in self._held:
+    def _read_held(self) -> dict[str, list[Known]]:
+        found: dict[str, list[Known]] = {}
+        for note, what in self._known:
             try:
                 if self._verifier is None:
                     raise NoteError("there is no key to check it with")
@@ -118,14 +139,14 @@ class _Verification:
                 name, _, log = head.origin.partition("/")
                 if name != self._verifier.name:
                     raise NoteError(f"it is of {head.origin}, no log of {self._verifier.name}")
-                found.setdefault(log, []).append(head)
+                found.setdefault(log, []).append((head, what))
             except NoteError as error:
-                self._report["append-only"].fault(f"a checkpoint that you hold: {error}")
+                self._report["append-only"].fault(f"{what}: {error}")
         return found
 
     # One log
 
-    def _log(self, log: str, held: list[Checkpoint]) -> None:
+    def _log(self, log: str, held: list[Known]) -> None:
         signed = list(self._signed(log))
         if self._evidence.whole:
             self._whole_log(log, signed, held)
@@ -133,7 +154,7 @@ class _Verification:
             self._parts_of_log(log, signed, held)
 
     def _signed(self, log: str) -> Iterator[Checkpoint]:
-        for note in self._evidence.notes(log):
+        for size, note in self._evidence.notes(log):
             self._checkpoints += 1
             if self._verifier is None:
                 continue
@@ -142,15 +163,16 @@ class _Verification:
             except NoteError as error:
                 self._report["integrity"].fault(f"log {log}: a checkpoint that is kept: {error}")
                 continue
-            if head.origin != f"{self._verifier.name}/{log}":
-                self._report["integrity"].fault(f"log {log}: a checkpoint that is kept is of {head.origin}")
+            if (head.origin, head.size) != (f"{self._verifier.name}/{log}", size):
+                text = f"log {log}: a checkpoint that is kept at {size} entries is of {head.origin} at {head.size}"
+                self._report["integrity"].fault(text)
             else:
                 yield head
 
-    def _whole_log(self, log: str, signed: list[Checkpoint], held: list[Checkpoint]) -> None:
+    def _whole_log(self, log: str, signed: list[Checkpoint], held: list[Known]) -> None:
         wanted: list[tuple[int, bytes, Name, str]] = [
             *((head.size, head.root, "integrity", "a checkpoint that is kept") for head in signed),
-            *((head.size, head.root, "append-only", "a checkpoint that you hold") for head in held),
+            *((head.size, head.root, "append-only", what) for head, what in held),
             *((size, root, "integrity", "the platform's log") for size, root in self._heads.get(log, {}).items()),
         ]
         wanted.sort(key=lambda head: head[0], reverse=True)
@@ -159,31 +181,42 @@ class _Verification:
         for entry in self._evidence.entries(log):
             self._check_heads(log, tree, wanted)
             digest = leaf_hash(entry.record)
-            if entry.leaf != tree.size:
-                lost = entry.leaf - tree.size
-                self._report["completeness"].fault(f"log {log}: {lost} entries before entry {entry.leaf} are missing")
-                tree.size = entry.leaf  # what follows is held to its chains alone
-                tree.broken = True
+            if not self._in_place(log, tree, entry):
+                continue
             if entry.hash is not None and entry.hash != digest.hex():
                 self._report["integrity"].fault(f"log {log}: entry {entry.leaf} does not match its hash")
-            ended, at = self._entry(log, entry, digest)
-            if at:
-                latest = self._time(log, entry.leaf, at, latest)
-            if ended and entry.leaf >= newest:
-                unsigned += 1
+            needs_head, at = self._entry(log, entry, digest)
+            latest = self._time(log, entry.leaf, at, latest) if at else latest
+            unsigned += needs_head and entry.leaf >= newest
             for level, n, hashes in tree.add(digest):
-                if self._evidence.tile(log, level, n, WIDTH) not in (None, hashes):
-                    self._report["integrity"].fault(f"log {log}: tile {level}/{n} is not that of its entries")
+                self._tile(log, level, n, hashes)
         self._check_heads(log, tree, wanted)
         for level, n, hashes in tree.edges():
-            if self._evidence.tile(log, level, n, len(hashes) // HASH) not in (None, hashes):
-                self._report["integrity"].fault(f"log {log}: tile {level}/{n} is not that of its entries")
+            self._tile(log, level, n, hashes)
         for size, _root, name, what in wanted:
             text = f"log {log}: {what} has {size} entries, and {tree.size} are here: its end was cut off"
             self._report[name].fault(text)
             self._report["completeness"].fault(text)
         if unsigned:
-            self._report["freshness"].fault(f"log {log}: {unsigned} queries that have ended are under no signed head")
+            text = f"log {log}: {unsigned} records of an end, an erasure or a score are under no signed head"
+            self._report["freshness"].fault(text)
+
+    def _in_place(self, log: str, tree: Growing, entry: Entry) -> bool:
+        if entry.leaf < tree.size:
+            self._report["integrity"].fault(f"log {log}: entry {entry.leaf} has a place that is taken, or none")
+            return False
+        if entry.leaf > tree.size:
+            lost = entry.leaf - tree.size
+            self._report["completeness"].fault(f"log {log}: {lost} entries before entry {entry.leaf} are missing")
+            tree.size = entry.leaf  # what follows is held to its chains alone
+            tree.broken = True
+        return True
+
+    def _tile(self, log: str, level: int, n: int, hashes: bytes) -> None:
+        width = len(hashes) // HASH
+        kept = self._evidence.tile(log, level, n, width)
+        if kept != hashes and not (kept is None and (width < WIDTH or not self._evidence.has_tiles)):
+            self._report["integrity"].fault(f"log {log}: tile {level}/{n} is not that of its entries")
 
     def _check_heads(self, log: str, tree: Growing, wanted: list[tuple[int, bytes, Name, str]]) -> None:
         while wanted and wanted[-1][0] == tree.size:
@@ -193,7 +226,7 @@ class _Verification:
         while wanted and wanted[-1][0] < tree.size:  # entries before this one lack: told already
             wanted.pop()
 
-    def _parts_of_log(self, log: str, signed: list[Checkpoint], held: list[Checkpoint]) -> None:
+    def _parts_of_log(self, log: str, signed: list[Checkpoint], held: list[Known]) -> None:
         """Of one query: its entries, and the tiles that lead from them to the signed head."""
         if not signed:
             self._report["integrity"].fault(f"log {log}: there is no checkpoint of it")
@@ -202,14 +235,14 @@ class _Verification:
         tiles = Tiles(self._evidence, log, head.size)
         if tiles.root() != head.root:
             self._report["integrity"].fault(f"log {log}: its tiles do not lead to the signed head")
-        for other in held:
+        for other, what in held:
             if (other.size, other.root) != (head.size, head.root):
                 known = tiles.root_at(other.size) if other.size <= head.size else None
                 if known is None:
-                    text = f"log {log}: the checkpoint that you hold cannot be compared with this part of the log"
+                    text = f"log {log}: {what} cannot be compared with this part of the log: export the whole log"
                     self._report["append-only"].fault(text)
                 elif known != other.root:
-                    text = f"log {log}: the checkpoint that you hold has another root at {other.size} entries"
+                    text = f"log {log}: {what} has another root at {other.size} entries"
                     self._report["append-only"].fault(text)
         latest, before = "", -1
         for entry in self._evidence.entries(log):
@@ -224,7 +257,7 @@ class _Verification:
     # One record
 
     def _entry(self, log: str, entry: Entry, digest: bytes) -> tuple[bool, str]:
-        """Whether it ends a query, and its time (empty when it has none)."""
+        """Whether it has to be under a signed head at once, and its time (empty when it has none)."""
         self._records += 1
         try:
             if len(entry.record) > MOST_BYTES:
@@ -244,6 +277,7 @@ class _Verification:
                 log != (_TENANTS + tenant if tenant else PLATFORM)
                 or tenant != chain.tenant
                 or entry.chain not in (None, whose)
+                or entry.seq not in (None, fields["seq"])
             ):
                 self._report["integrity"].fault(f"log {log}: entry {entry.leaf} belongs elsewhere")
             if chain.ended not in ("", "interrupted"):
@@ -265,7 +299,7 @@ class _Verification:
                 self._report["completeness"].fault(f"query {whose}: it ended with {body['records']} records, not these")
             chain.ended = body["status"] if kind == "query.closed" else "interrupted"
             if kind == "query.closed":
-                if read_usd(body["cost_usd"]) != chain.cost:
+                if read_usd(body["cost_usd"]) != chain.paid.total:
                     self._report["completeness"].fault(f"query {whose}: its cost is not the sum of its calls")
                 self._guarded("payloads", f"payloads of query {whose}", lambda: self._payloads_of(whose, chain))
             return True
@@ -276,19 +310,19 @@ class _Verification:
             self._heads.setdefault(_TENANTS + body["tenant"], {})[int(body["size"])] = root
         elif kind == "payload.erased":
             self._erased.add((body["query"], body["seq"], body["name"]))
-        return False
+        return kind in ("payload.erased", "query.scored")
 
     def _call(self, whose: str, chain: Chain, kind: str, body: Any) -> None:
         call = str(body["call"])
         if kind == "call.intent":
             if call in chain.waiting:
                 self._report["completeness"].fault(f"query {whose}: call {call} has no result")
-            chain.waiting[call] = read_usd(body["bound_usd"])
+            chain.waiting[call] = int(body["attempt"]), read_usd(body["bound_usd"])
             return
-        bound = chain.waiting.pop(call, None)
+        attempt, bound = chain.waiting.pop(call, (0, -1))
         cost = read_usd(body["cost_usd"])
-        chain.cost += cost
-        if bound is None:
+        chain.paid.add(call, attempt, cost)
+        if bound < 0:
             self._report["completeness"].fault(f"query {whose}: call {call} has a result, and no intent")
         elif cost > bound:
             self._report["integrity"].fault(f"query {whose}: call {call} cost more than its bound")
@@ -327,36 +361,28 @@ class _Verification:
                 self._report["completeness"].fault(f"query {whose} has records, and the table of queries lacks it")
 
     def _calls(self) -> None:
+        if not self._evidence.whole:
+            self._part()
         for whose, chain in self._chains.items():
             if chain.ended:
                 for call in chain.waiting:
                     self._report["completeness"].fault(f"query {whose}: call {call} has no result")
 
-    def _ledger(self) -> None:
-        settled: dict[str, int] = {}
-        by_scope: dict[str, tuple[int, int]] = {}
-        for reservation in self._evidence.reservations():
-            settled[reservation.query] = settled.get(reservation.query, 0) + reservation.settled
-            for scope in json.loads(reservation.scopes):
-                spent, held = by_scope.get(scope, (0, 0))
-                by_scope[scope] = spent + reservation.settled, held + reservation.open
+    def _part(self) -> None:
         verdict = self._report["completeness"]
-        for query in sorted({*settled, *(whose for whose, chain in self._chains.items() if chain.cost)}):
-            chain, paid = self._chains.get(query), settled.get(query, 0)
-            if chain is None:
-                verdict.fault(f"query {query}: the ledger has reservations of it, and the journal no record")
-            elif chain.cost != paid:
-                verdict.fault(f"query {query}: the ledger has {usd(paid)} USD, its records {usd(chain.cost)} USD")
-        if self._evidence.whole:
-            for scope, spent, held in self._evidence.scopes():
-                found = by_scope.pop(scope, (0, 0))
-                if (spent, held) != found:
-                    verdict.fault(
-                        f"scope {scope}: spent {usd(spent)}, held {usd(held)} USD is not the sum of its calls"
-                    )
-            for scope in by_scope:
-                if not scope.startswith("tenant-minute:"):  # those that are over are forgotten
-                    verdict.fault(f"scope {scope} has calls, and the ledger lacks it")
+        queries = [whose for whose in self._chains if not whose.startswith(_TENANTS)]
+        if len(queries) != 1:
+            verdict.fault(f"this is the evidence of one query, and there are {len(queries)}")
+        for whose in queries:
+            if self._chains[whose].ended in ("", "interrupted"):
+                verdict.fault(f"query {whose} has no end: whether it went on, a part of the journal cannot tell")
+
+    def _ledger(self) -> None:
+        queries = {
+            whose: Spent(chain.tenant, bool(chain.ended), chain.paid.total, chain.paid.print)
+            for whose, chain in self._chains.items()
+        }
+        check_ledger(self._evidence, queries, self._report["completeness"])
 
     # Payloads
 
@@ -406,11 +432,14 @@ class _Verification:
         report = self._report
         report["integrity"].note = f"{self._records:,} records, {self._checkpoints:,} checkpoints of {signer}"
         report["append-only"].note = (
-            f"{len(self._held)} checkpoints that you hold"
+            f"{self._held} checkpoints that you hold"
             if self._held
             else "you hold no checkpoint: pass one with --checkpoint, or a rewritten log that was signed again passes"
         )
         report["completeness"].note = f"{len(chains):,} queries, {going:,} of them open, {stopped:,} interrupted"
+        if not self._evidence.whole:
+            names = [whose for whose in self._chains if not whose.startswith(_TENANTS)]
+            report["completeness"].note = f"a part of a journal: query {', '.join(names)[:200]}"
         report["freshness"].note = f"the newest record is of {self._newest or 'no time'}"
 
 

@@ -35,6 +35,7 @@ _LAST = Prepared(
     .limit(1)
 )
 _add = Prepared(sa.insert(checkpoints))
+_NAME = 40  # characters of a file's name in the memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +101,24 @@ class Notary:
         return tree, last, note
 
     def remembered(self, log: str) -> Checkpoint | None:
-        """What this folder has of the log. What is not there, or not whole after a power cut, is no memory."""
+        """What this folder has of the log. Raises StoreError where that was not signed with this database's key."""
+        file = self._file(log)
         try:
-            return self._open(self._file(log).read_text())
-        except (OSError, NoteError, UnicodeDecodeError):
+            return self._open(file.read_text())
+        except FileNotFoundError:
             return None
+        except (OSError, NoteError, UnicodeDecodeError) as error:
+            raise StoreError(f"{file}, what was signed last of log {log}, cannot be used: {error}") from None
+
+    def notes(self) -> list[str]:
+        """All that this folder remembers. Raises StoreError."""
+        try:
+            files = [file for file in self._memory.iterdir() if len(file.name) == _NAME]
+            return [file.read_text(errors="replace") for file in files]
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise StoreError(f"cannot read {self._memory}: {error.strerror}") from None
 
     def remember(self, signed: Signed) -> None:
         """The newest of what was signed and committed. Raises StoreError."""
@@ -114,14 +128,12 @@ class Notary:
                 for log, (head, note) in signed.heads.items():
                     before = self.remembered(log)
                     if before is None or before.size < head.size:
-                        draft = self._memory / "draft"
-                        draft.write_text(note)
-                        draft.replace(self._file(log))
+                        _put(self._memory / "draft", note, self._file(log))
         except OSError as error:
             raise StoreError(f"cannot write to {self._memory}: {error.strerror}") from None
 
     def _file(self, log: str) -> Path:
-        return self._memory / hashlib.sha256(log.encode()).hexdigest()[:40]
+        return self._memory / hashlib.sha256(log.encode()).hexdigest()[:_NAME]
 
 
 def _require_going_on(tree: Tree, before: Checkpoint, log: str) -> None:
@@ -132,6 +144,15 @@ def _require_going_on(tree: Tree, before: Checkpoint, log: str) -> None:
         )
     if tree.root(before.size) != before.root:
         raise StoreError(f"log {log} is not the one that was signed at {before.size} entries: nothing is added to it")
+
+
+def _put(draft: Path, note: str, path: Path) -> None:
+    """Whole, whenever the power is cut."""
+    with draft.open("w") as file:
+        file.write(note)
+        file.flush()
+        os.fdatasync(file.fileno())
+    draft.replace(path)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from orchestrator.core.events import commitment
 from orchestrator.core.notes import Signer, Verifier
 from orchestrator.core.redact import Redactor
 from orchestrator.store.db import Database
-from orchestrator.store.schema import keys
+from orchestrator.store.schema import keys, records
 
 Created = Callable[[sa.Connection, str, str | None], None]  # told the name of a new key, and its public half
 KEY_BYTES = 32
@@ -97,8 +97,15 @@ class Vault:
         return Keeper(self._tenants[tenant], query)
 
     def signer(self) -> Signer:
-        """Whose key all logs of the database are signed with. Blocks. Raises StoreError."""
-        sealed = self._db.read(lambda tx: _sealed(tx, _SIGNER)) or self._db.write_sync(self._make_signer)
+        """Whose key all logs of the database are signed with; made for a new one. Blocks. Raises StoreError."""
+        return self.existing_signer() or self._opened(self._db.write_sync(self._make_signer))
+
+    def existing_signer(self) -> Signer | None:
+        """None where nothing has been signed. Blocks. Raises StoreError."""
+        sealed = self._db.read(lambda tx: _sealed(tx, _SIGNER))
+        return self._opened(sealed) if sealed else None
+
+    def _opened(self, sealed: bytes) -> Signer:
         name, _, private = self._unseal(_SIGNER, sealed).partition(b"\n")
         return Signer(name.decode(), private)
 
@@ -106,6 +113,9 @@ class Vault:
         return self._add(tx, name, secrets.token_bytes(KEY_BYTES), None)
 
     def _make_signer(self, tx: sa.Connection) -> bytes:
+        if not _sealed(tx, _SIGNER) and (_any(tx, keys.c.id) or _any(tx, records.c.query)):
+            # Under a new key, what the old one had signed would not be held against what comes.
+            raise StoreError("the signer's key is gone from this database, which has records: put it back")
         name, private = f"airlock-{secrets.token_hex(8)}", secrets.token_bytes(KEY_BYTES)
         verifier = str(Signer(name, private).verifier)
         return self._add(tx, _SIGNER, name.encode() + b"\n" + private, verifier)
@@ -195,6 +205,10 @@ def _decoded(text: str, where: str) -> bytes:
     if len(key) != KEY_BYTES:
         raise RequestError(f"{where} is no master key: 32 bytes in base64, such as `openssl rand -base64 32` prints")
     return key
+
+
+def _any(tx: sa.Connection, column: sa.Column[str]) -> bool:
+    return tx.execute(sa.select(column).limit(1)).scalar() is not None
 
 
 def _sealed(tx: sa.Connection, name: str) -> bytes | None:

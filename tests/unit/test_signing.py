@@ -157,13 +157,17 @@ def test_what_is_remembered_never_gets_older(db: Database, notary: Notary):
     assert newest.size == 6
 
 
-def test_a_memory_that_is_not_whole_is_none(db: Database, notary: Notary, tmp_path: Path):
+@pytest.mark.parametrize("content", [b"\xff", b"", SIGNER.sign("x\n1\n").encode(), b"1\n"])
+def test_a_memory_that_is_not_what_was_signed_is_no_memory_to_pass_over(
+    db: Database, notary: Notary, tmp_path: Path, content: bytes
+):
     add(db, 3)
     sign(db, notary)
     for file in (tmp_path / "heads").iterdir():
-        file.write_bytes(b"\xff")
-    assert notary.remembered("tenants/acme") is None
-    sign(db, notary)
+        file.write_bytes(content)
+    add(db, 1)
+    with pytest.raises(StoreError, match="what was signed last of log"):
+        sign(db, notary)
 
 
 def test_another_key_does_not_go_on(db: Database, notary: Notary, tmp_path: Path):

@@ -68,6 +68,19 @@ def test_a_key_made_by_another_process_at_the_same_time_is_the_one(store: Store)
     second.close()
 
 
+def test_a_signer_that_is_gone_is_not_replaced(store: Store):
+    """Under a new key, what the old one had signed would not be held against what comes."""
+    db = store.open()
+    mine = opened(db, store.home)
+    mine.signer()
+    mine.keeper("acme", "q")
+    db.write_sync(lambda tx: tx.execute(sa.delete(keys).where(keys.c.id == "signer")))
+    with pytest.raises(StoreError, match="the signer's key is gone"):
+        opened(db, store.home).signer()
+    assert opened(db, store.home).existing_signer() is None
+    db.close()
+
+
 def test_the_master_key_can_be_given(db: Database, tmp_path: Path):
     home = tmp_path / "elsewhere"
     home.mkdir()
