@@ -188,6 +188,8 @@ class Airlock:
         assert self.rows("SELECT id, held FROM scopes WHERE held != 0") == []
         for (record,) in self.rows("SELECT record FROM records"):
             read(record)
+        with closing(sqlite3.connect(self.home / "airlock.db")) as driver, driver:
+            driver.execute("DROP TRIGGER IF EXISTS lose")  # with which tests have records get lost
         db = Database(self.home)
         try:
             keys = open_vault(db, self.home, self.env.get("AIRLOCK_MASTER_KEY"), key_created)

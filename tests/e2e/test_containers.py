@@ -106,7 +106,7 @@ def test_kill_9(contained: Airlock, backend: str) -> None:
     until(lambda: not containers(contained, "--filter", "status=running"))
     assert contained(*execute(contained, "print(1)", backend), code=0).out == "1\n"
     assert [status for _, status in contained.rows("SELECT id, status FROM queries ORDER BY opened_at")] == [
-        "failed",
+        "interrupted",
         "answered",
     ]
 

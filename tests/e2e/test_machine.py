@@ -104,7 +104,7 @@ def test_the_disk_fills_up_in_mid_query(airlock: Airlock, seed: Path, moment: st
         assert there(*execute(there), code=0).out == "ran\n"
         there.nothing_left()
         ends = dict(there.rows("SELECT status, count(*) FROM queries GROUP BY status"))
-        assert ends == {"failed": 1, "answered": 1}
+        assert ends == {"interrupted": 1, "answered": 1}
 
 
 def test_an_answer_that_cannot_be_recorded_is_paid_in_full(airlock: Airlock) -> None:
