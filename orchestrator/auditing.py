@@ -56,7 +56,7 @@ class Books:
         return found[0]
 
     def notary(self) -> Notary:
-        return Notary(self.vault.signer(), self.home / "heads")
+        return Notary(self.vault.signer(), self.home / "heads", self.vault.stamp)
 
     def sign(self, tenant: str) -> str:
         """The note of the tenant's log as it is now."""

@@ -85,7 +85,7 @@ class Platform:
             self.db = open_database(home)
             undone.callback(self.db.close)
             self.vault = open_keys(self.db, home, self._secrets())
-            self.notary = Notary(self.vault.signer(), home / "heads")
+            self.notary = Notary(self.vault.signer(), home / "heads", self.vault.stamp)
             self.interrupted: list[str] = []  # ids of queries whose process had died when this one started
             recover(self.db, self.notary, self.interrupted.append)
             undone.pop_all()

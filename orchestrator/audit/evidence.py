@@ -6,6 +6,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from hmac import compare_digest
 from typing import Any
 
 import sqlalchemy as sa
@@ -21,13 +22,17 @@ _AT_ONCE = {"stream_results": True, "yield_per": 1000}
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A record as it was found. chain, seq, hash: what a database says of it; None where nobody says."""
+    """A record as it was found. chain, seq, hash: what a database says of it; None where nobody says.
+
+    is_ours: an Airlock with the master key wrote it, as far as can be told.
+    """
 
     leaf: int
     record: bytes
     chain: str | None = None
     seq: int | None = None
     hash: str | None = None
+    is_ours: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,10 +134,14 @@ class LiveEvidence(Evidence):
         return sorted(self._tx.execute(named).scalars())
 
     def entries(self, log: str) -> Iterator[Entry]:
-        columns = (records.c.leaf, records.c.query, records.c.seq, records.c.record, records.c.hash)
+        table = records.c
+        columns = (table.leaf, table.query, table.seq, table.record, table.hash, table.mac)
         find = sa.select(*columns).where(records.c.log == log).order_by(records.c.leaf)
-        for leaf, chain, seq, record, digest in self._tx.execute(find.execution_options(**_AT_ONCE)):
-            yield Entry(int(leaf), as_bytes(record), str(chain), seq, str(digest))
+        rows: Any = self._tx.execute(find.execution_options(**_AT_ONCE))
+        for leaf, chain, seq, record, digest, mac in rows:
+            content = as_bytes(record)
+            is_ours = compare_digest(self._vault.stamp(content), as_bytes(mac))
+            yield Entry(int(leaf), content, str(chain), seq, str(digest), is_ours)
 
     def notes(self, log: str) -> Iterator[tuple[int, str]]:
         columns = (checkpoints.c.size, checkpoints.c.note)

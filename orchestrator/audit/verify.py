@@ -185,6 +185,8 @@ class _Verification:
                 continue
             if entry.hash is not None and entry.hash != digest.hex():
                 self._report["integrity"].fault(f"log {log}: entry {entry.leaf} does not match its hash")
+            if not entry.is_ours:
+                self._report["integrity"].fault(f"log {log}: entry {entry.leaf} was written by somebody else")
             needs_head, at = self._entry(log, entry, digest)
             latest = self._time(log, entry.leaf, at, latest) if at else latest
             unsigned += needs_head and entry.leaf >= newest

@@ -30,6 +30,7 @@ from orchestrator.store.sqlite import SQLiteFile
 T = TypeVar("T")
 LINGER_S = 0.01  # what nobody waits for is committed this much later, with what comes by then
 MOST_AT_ONCE = 256  # parts of one commit
+_STAMP = "airlock-stamp"
 
 
 def now() -> str:
@@ -93,6 +94,10 @@ class Database:
         except CommandError as error:
             where = f"in {home}" if url is None else "on the server"
             raise StoreError(f"the database {where} is not of this version of Airlock: {error}") from None
+
+    def stamp_with(self, stamp: Callable[[bytes], bytes]) -> None:
+        """What every record that is written here is authenticated with; see `stamp_of`."""
+        self._writer.info[_STAMP] = stamp
 
     async def write(self, work: Callable[[sa.Connection], T]) -> T:
         """Run `work` in a transaction, committed when this returns. An exception of `work` undoes its part alone.
@@ -259,6 +264,12 @@ def _set(futures: list[asyncio.Future[None]]) -> None:
     for future in futures:
         if not future.done():  # asyncio's own `cancel` has ended the waiting
             future.set_result(None)
+
+
+def stamp_of(tx: sa.Connection, record: bytes) -> bytes:
+    """Empty where nobody has the keys."""
+    stamp: Callable[[bytes], bytes] | None = tx.info.get(_STAMP)
+    return stamp(record) if stamp else b""
 
 
 def _place(home: Path, url: str | None) -> Place:

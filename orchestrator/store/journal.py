@@ -15,7 +15,7 @@ import sqlalchemy as sa
 
 from orchestrator.core.events import GENESIS, Event, Recorded, Sealed, chain_fault, commitment, read_record, seal
 from orchestrator.store import logs
-from orchestrator.store.db import now
+from orchestrator.store.db import now, stamp_of
 from orchestrator.store.prepared import Prepared
 from orchestrator.store.schema import payloads, queries, records
 from orchestrator.store.vault import SALT_BYTES, Keeper, sealed_payload
@@ -90,7 +90,8 @@ def append(tx: sa.Connection, key: QueryKey, event: Event) -> Sealed:
     )
     leaf = logs.size(tx, key.log)
     row = {"query": key.id, "seq": seq, "record": sealed_event.record, "hash": sealed_event.hash}
-    _add_record(tx, {**row, "log": key.log, "leaf": leaf})
+    mac = stamp_of(tx, sealed_event.record)
+    _add_record(tx, {**row, "log": key.log, "leaf": leaf, "mac": mac})
     logs.complete(tx, key.log, leaf)
     return sealed_event
 

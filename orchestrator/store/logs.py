@@ -6,6 +6,7 @@ stored; of those at the edge, the hashes are with the records, or with the tiles
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import sqlalchemy as sa
@@ -59,6 +60,15 @@ def tiles_of(tx: sa.Connection, log: str) -> Tiles:
 
 def tree(tx: sa.Connection, log: str) -> Tree:
     return Tree(tiles_of(tx, log), size(tx, log))
+
+
+def written_since(tx: sa.Connection, log: str, size: int) -> Iterator[tuple[int, bytes, bytes]]:
+    """(index, record, mac) of the entries from index `size` on."""
+    find = sa.select(records.c.leaf, records.c.record, records.c.mac)
+    rows: Any = tx.execute(find.where(records.c.log == log, records.c.leaf >= size).order_by(records.c.leaf))
+    for leaf, *contents in rows:  # SQLite gives back whatever a file was edited to hold
+        record, mac = (content if isinstance(content, bytes) else b"" for content in contents)
+        yield leaf, record, mac
 
 
 def complete(tx: sa.Connection, log: str, leaf: int) -> None:

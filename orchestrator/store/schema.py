@@ -28,6 +28,7 @@ records = sa.Table(
     sa.Column("hash", sa.String(64), nullable=False),
     sa.Column("log", sa.String(80), nullable=False),
     sa.Column("leaf", sa.BigInteger, nullable=False),  # which entry of its log it is, from 0 on
+    sa.Column("mac", sa.LargeBinary, nullable=False),  # that an Airlock with the master key wrote it
     sa.Index("records_by_leaf", "log", "leaf", unique=True),
 )
 payloads = sa.Table(

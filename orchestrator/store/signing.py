@@ -11,10 +11,11 @@ import base64
 import fcntl
 import hashlib
 import os
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from hmac import compare_digest
 from pathlib import Path
 from typing import cast
 
@@ -51,10 +52,11 @@ class Signed:
 
 
 class Notary:
-    """Signs the logs of one database. memory: a folder apart from it."""
+    """Signs the logs of one database. memory: a folder apart from it. stamp: what records are authenticated with."""
 
-    def __init__(self, signer: Signer, memory: Path) -> None:
+    def __init__(self, signer: Signer, memory: Path, stamp: Callable[[bytes], bytes] = lambda _record: b"") -> None:
         self._signer = signer
+        self._stamp = stamp
         self._memory = memory
         self.verifier = signer.verifier
         self._open = lru_cache(256)(partial(open_checkpoint, verifier=signer.verifier))
@@ -96,9 +98,16 @@ class Notary:
             tree = logs.tree(tx, log)
             for before in {last, self.remembered(log)} - {None}:
                 _require_going_on(tree, cast("Checkpoint", before), log)
+            self._require_stamped(tx, log, last.size if last else 0)
         except ValueError as error:  # a NoteError, or hashes that are none
             raise StoreError(f"log {log} is not used, what is stored of it is damaged: {error}") from None
         return tree, last, note
+
+    def _require_stamped(self, tx: sa.Connection, log: str, size: int) -> None:
+        """What was signed is what was looked at then; what came since has to be from an Airlock."""
+        for leaf, record, mac in logs.written_since(tx, log, size):
+            if not compare_digest(self._stamp(record), mac):
+                raise StoreError(f"entry {leaf} of log {log} was written by somebody else: nothing is added to it")
 
     def remembered(self, log: str) -> Checkpoint | None:
         """What this folder has of the log. Raises StoreError where that was not signed with this database's key."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hmac
 import os
 import secrets
 from collections.abc import Callable, Container, Iterable
@@ -30,6 +31,7 @@ from orchestrator.store.schema import keys, records
 Created = Callable[[sa.Connection, str, str | None], None]  # told the name of a new key, and its public half
 KEY_BYTES = 32
 SALT_BYTES = 16
+STAMP_BYTES = 16
 _NONCE_BYTES = 12
 _SIGNER = "signer"
 _FILE = "master.key"
@@ -75,6 +77,9 @@ class Vault:
         self._db = db
         self._master = AESGCM(master)
         self._created = created
+        derived = HKDF(SHA256(), KEY_BYTES, salt=None, info=b"airlock records")
+        self._records = derived.derive(master)
+        db.stamp_with(self.stamp)
         self._redactor = Redactor([*secrets, base64.b64encode(master).decode()])
         self._tenants: dict[str, bytes] = {}
 
@@ -99,6 +104,10 @@ class Vault:
     def signer(self) -> Signer:
         """Whose key all logs of the database are signed with; made for a new one. Blocks. Raises StoreError."""
         return self.existing_signer() or self._opened(self._db.write_sync(self._make_signer))
+
+    def stamp(self, record: bytes) -> bytes:
+        """Authenticates a record (HMAC-SHA256): until a signature covers it, nothing else does."""
+        return hmac.digest(self._records, record, "sha256")[:STAMP_BYTES]
 
     def existing_signer(self) -> Signer | None:
         """None where nothing has been signed. Blocks. Raises StoreError."""

@@ -146,7 +146,7 @@ async def a_call(db: Database, keys: Vault, rounds: int) -> tuple[list[float], l
 
 def one_query(db: Database, keys: Vault, home: Path) -> list[Figure]:
     """Of a query with 10,000 records: verified, exported, and what a record takes on the disk."""
-    key, notary = key_of(keys, "q"), Notary(keys.signer(), home / "heads")
+    key, notary = key_of(keys, "q"), Notary(keys.signer(), home / "heads", keys.stamp)
     before = pages(db)
     open_(db, key)
     for number in range(0, CALLS, 50):

@@ -71,7 +71,14 @@ def test_a_higher_tile_is_made_of_the_roots_of_those_below(db: Database):
     same = {"log": "a", "root": one.root, "hashes": one.hashes}
     db.write_sync(lambda tx: tx.execute(sa.insert(tiles), [{**same, "level": 0, "n": n} for n in range(255)]))
     rows = [
-        {"query": "q", "seq": seq, "record": b"", "hash": one.hashes[32 * (seq % 256) :][:32].hex(), "log": "a"}
+        {
+            "query": "q",
+            "seq": seq,
+            "record": b"",
+            "hash": one.hashes[32 * (seq % 256) :][:32].hex(),
+            "log": "a",
+            "mac": b"",
+        }
         for seq in range(65_536 - 256, 65_536)
     ]
     db.write_sync(lambda tx: tx.execute(sa.insert(records), [{**row, "leaf": row["seq"]} for row in rows]))

@@ -22,12 +22,13 @@ from orchestrator.audit.archive import Archive, write_archive
 from orchestrator.audit.evidence import LiveEvidence, QueryEvidence
 from orchestrator.audit.verdicts import NAMES, Name, Report
 from orchestrator.audit.verify import verify
+from orchestrator.core.errors import StoreError
 from orchestrator.core.events import Event, canonical
 from orchestrator.core.merkle import leaf_hash
 from orchestrator.core.notes import Checkpoint, Signer
 from orchestrator.store import journal, ledger, logs
 from orchestrator.store.db import Database
-from orchestrator.store.journal import QueryKey
+from orchestrator.store.journal import QueryKey, own_chain
 from orchestrator.store.ledger import Scope
 from orchestrator.store.schema import checkpoints, keys, payloads, queries, records, reservations, scopes, tiles
 from orchestrator.store.signing import Notary
@@ -103,7 +104,7 @@ class Journal:
 def opened(store: Store, calls: int = 130) -> Generator[Journal]:
     db = store.open()
     vault = open_vault(db, store.home, None, journal.key_created)
-    made = Journal(db, vault, Notary(vault.signer(), store.home / "heads"))
+    made = Journal(db, vault, Notary(vault.signer(), store.home / "heads", vault.stamp))
     made.query("q1", "acme")
     made.query("q2", "acme", calls)
     made.query("q3", "other", 1)
@@ -373,6 +374,14 @@ def counters_changed(books: Journal) -> None:
     books.do(sa.update(scopes).where(scopes.c.id == "tenant-month:acme:now").values(in_flight=1_000_000))
 
 
+def an_erasure_forged(books: Journal) -> None:
+    """In the tenant's own chain, where nothing has signed yet what comes."""
+    body = {"query": "q1", "seq": None, "name": None, "payloads": 6, "why": ""}
+    books.db._writer.info.clear()  # pyright: ignore[reportPrivateUsage]  as somebody without the keys
+    books.db.write_sync(lambda tx: journal.append(tx, own_chain("acme"), Event("payload.erased", "root", body)))
+    books.do(sa.delete(payloads).where(payloads.c.query == "q1"))
+
+
 def a_trigger(books: Journal) -> None:
     books.db.write_sync(
         lambda tx: tx.exec_driver_sql(
@@ -413,6 +422,7 @@ ATTACKS: dict[Callable[[Journal], None], set[Name]] = {
     money_held_for_ever: {"completeness"},
     counters_changed: {"completeness"},
     a_trigger: {"integrity"},
+    an_erasure_forged: {"integrity", "freshness"},
 }
 
 
@@ -435,7 +445,7 @@ def test_what_is_not_touched_still_holds(books: Journal, attack: Callable[[Journ
 # An export is made from rows that were made well again, or says nothing of what a database has beside them.
 _NOT_EXPORTED = (
     *(a_tile_changed, a_tiles_root_changed, tiles_dropped, a_trigger, numbers_moved, everything_dropped),
-    *(another_signer, the_platforms_log_dropped),
+    *(another_signer, the_platforms_log_dropped, an_erasure_forged),
 )
 EXPORTED = {attack: verdicts for attack, verdicts in ATTACKS.items() if attack not in _NOT_EXPORTED}
 
@@ -447,6 +457,13 @@ def test_tampering_shows_in_an_export_of_it(books: Journal, attack: Callable[[Jo
     with Archive(tmp_path / "all.tar") as archive:
         report = verify(archive)
     assert failing(report) >= EXPORTED[attack], said(report)
+
+
+def test_what_somebody_without_the_keys_wrote_is_not_signed(books: Journal):
+    an_erasure_forged(books)
+    books.db.stamp_with(books.vault.stamp)
+    with pytest.raises(StoreError, match="was written by somebody else"):
+        books.query("q9", "acme")
 
 
 def test_a_fork_that_was_signed_again_shows_to_who_holds_a_checkpoint(books: Journal, tmp_path: Path):
@@ -466,7 +483,7 @@ def test_a_fork_that_was_signed_again_shows_to_who_holds_a_checkpoint(books: Jou
         sa.delete(tiles),
         sa.delete(records).where(records.c.log == "platform"),
     )
-    forger = Journal(books.db, books.vault, Notary(books.vault.signer(), tmp_path / "forgets"))
+    forger = Journal(books.db, books.vault, Notary(books.vault.signer(), tmp_path / "forgets", books.vault.stamp))
     forger.query("q6", "acme", 140)
     forger.db.write_sync(lambda tx: forger.notary.sign(tx, "other"))
     shutil.rmtree(tmp_path / "heads")
@@ -487,7 +504,7 @@ def test_a_shorter_log_that_was_signed_again_shows_to_who_holds_a_checkpoint(boo
         sa.delete(checkpoints),
         sa.delete(records).where(records.c.log == "platform"),
     )
-    forger = Notary(books.vault.signer(), tmp_path / "forgets")
+    forger = Notary(books.vault.signer(), tmp_path / "forgets", books.vault.stamp)
     for tenant in ("acme", "other"):
         books.db.write_sync(lambda tx, tenant=tenant: forger.sign(tx, tenant))
     assert failing(books.check()) == {"append-only", "completeness"}, "what was signed last is remembered"
@@ -773,7 +790,7 @@ def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, Path]:
     home = tmp_path_factory.mktemp("home")
     db = Database(home)
     vault = open_vault(db, home, None, journal.key_created)
-    made = Journal(db, vault, Notary(vault.signer(), home / "heads"))
+    made = Journal(db, vault, Notary(vault.signer(), home / "heads", vault.stamp))
     made.query("q1", "acme", 3)
     content = made.export("q1")
     db.close()

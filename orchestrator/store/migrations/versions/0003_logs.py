@@ -22,6 +22,7 @@ def upgrade() -> None:
         sa.Column("hash", sa.String(64), nullable=False),
         sa.Column("log", sa.String(80), nullable=False),
         sa.Column("leaf", sa.BigInteger, nullable=False),
+        sa.Column("mac", sa.LargeBinary, nullable=False),
     )
     op.create_index("records_by_leaf", "records", ["log", "leaf"], unique=True)
     op.create_table(
