@@ -217,7 +217,7 @@ def erase(query: str, record: int | None, payload: str | None, why: str) -> None
     count, clean = auditing.erase(settings.home(), query, record, payload, why)
     click.echo(f"{count} payloads are erased", err=True)
     if not clean:
-        click.echo("another process still reads the database: what is on the disk is overwritten later", err=True)
+        click.echo("others still use the database, and what was erased is on its disk: run this again later", err=True)
 
 
 @audit.command(name="score")
