@@ -17,6 +17,9 @@ from orchestrator.core.errors import RequestError
 from orchestrator.files import Unreadable, read_text
 from orchestrator.streams import say
 
+MOST = 2**31 - 1  # of a record's number: what the database's column holds
+MORE_PAYLOADS = ("asked", "order")  # kept with those that a policy names
+
 
 class _Score(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]  generic in the stubs alone
     name = "score"
@@ -165,7 +168,7 @@ def replay(query: str, backend: str | None, as_json: bool) -> int:
 
 @audit.command(name="prove")
 @click.argument("query")
-@click.argument("record", type=click.IntRange(min=0))
+@click.argument("record", type=click.IntRange(0, MOST))
 def prove(query: str, record: int) -> None:
     """Print a proof that a RECORD (its number) of a QUERY is in the journal (C2SP tlog-proof)."""
     from orchestrator import auditing
@@ -197,13 +200,16 @@ def key() -> None:
 
 @audit.command(name="erase")
 @click.argument("query")
-@click.option("--record", type=click.IntRange(min=0), help="Of this record alone, by its number.")
+@click.option("--record", type=click.IntRange(0, MOST), help="Of this record alone, by its number.")
 @click.option("--payload", metavar="NAME", help="This one alone, such as prompt or stdout.")
 @click.option("--why", default="", help="Goes on record.")
 def erase(query: str, record: int | None, payload: str | None, why: str) -> None:
     """Remove the payloads of a QUERY for good. The journal still verifies, and says that they were erased."""
     from orchestrator import auditing
+    from orchestrator.core.policy import PAYLOADS
 
+    if payload not in (None, *PAYLOADS, *MORE_PAYLOADS):
+        raise RequestError(f"--payload is one of {', '.join((*PAYLOADS, *MORE_PAYLOADS))}; not {payload[:32]!r}")
     if len(why) > 500:
         raise RequestError("--why has at most 500 characters")
     if payload is not None and record is None:
@@ -211,7 +217,7 @@ def erase(query: str, record: int | None, payload: str | None, why: str) -> None
     count, clean = auditing.erase(settings.home(), query, record, payload, why)
     click.echo(f"{count} payloads are erased", err=True)
     if not clean:
-        click.echo("another process still reads the database: what is on the disk is overwritten later", err=True)
+        click.echo("others still use the database, and what was erased is on its disk: run this again later", err=True)
 
 
 @audit.command(name="score")

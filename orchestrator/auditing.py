@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 from base64 import b64encode
-from collections.abc import AsyncGenerator, Generator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import anyio
 import anyio.to_thread
@@ -35,6 +35,7 @@ from orchestrator.store.signing import Notary
 from orchestrator.store.vault import Vault
 from orchestrator.wiring import TENANT, database_address, load_config, open_database, open_keys, standing
 
+T = TypeVar("T")
 POLL_S = 0.1  # between two looks at a journal that others write
 AT_ONCE = 500  # records of one look
 
@@ -64,6 +65,13 @@ class Books:
         signed = self.db.write_sync(lambda tx: notary.sign(tx, tenant))
         notary.remember(signed)
         return signed.note
+
+    def record(self, query: str, work: Callable[[journal.Connection], T]) -> T:
+        """Run `work`, which adds to the log of the query's tenant, and sign that in the same transaction."""
+        notary, tenant = self.notary(), self.tenant_of(query)
+        done, signed = self.db.write_sync(lambda tx: (work(tx), notary.sign(tx, tenant)))
+        notary.remember(signed)
+        return done
 
     def tenant_of(self, query: str) -> str:
         return self.db.read(lambda tx: journal.tenant_of(tx, query))
@@ -228,10 +236,7 @@ def erase(home: Path, text: str, seq: int | None, name: str | None, why: str) ->
     """How many payloads were removed, and whether nothing of them is left on disk. Raises RequestError, StoreError."""
     with open_books(home) as books:
         query = books.find(text)
-        if books.db.read(lambda tx: journal.status_of(tx, query))[0] == "open":
-            raise RequestError(f"query {query} is not closed: its payloads are still needed")
-        count = books.db.write_sync(lambda tx: journal.erase(tx, query, seq, name, why))
-        books.sign(books.tenant_of(query))
+        count = books.record(query, lambda tx: journal.erase(tx, query, seq, name, why))
         return count, books.db.scrub()
 
 
@@ -239,10 +244,9 @@ def score(home: Path, text: str, value: Decimal, by: str) -> str:
     """Put on record how good an answer was, from 0 to 1; its query. Raises RequestError, StoreError."""
     with open_books(home) as books:
         query = books.find(text)
-        body = {"query": query, "score": f"{value:f}", "by": by}
         own = journal.own_chain(books.tenant_of(query))
-        books.db.write_sync(lambda tx: journal.append(tx, own, Event("query.scored", "root", body)))
-        books.sign(own.tenant)
+        event = Event("query.scored", "root", {"query": query, "score": f"{value:f}", "by": by})
+        books.record(query, lambda tx: journal.append(tx, own, event))
         return query
 
 

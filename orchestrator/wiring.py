@@ -189,6 +189,9 @@ class Platform:
         if self.db.read(partial(standing, query=query_id, tenant=tenant)) == "open":
             recover(self.db, self.notary)  # its process may have died since
         if self.db.read(partial(standing, query=query_id, tenant=tenant)) == "open":
+            dead = self.db.read(partial(journal.abandoned, owners=self.db.dead_owners()))
+            if query_id in {key.id for key in dead}:
+                raise StoreError(f"query {query_id} or its tenant's log is damaged; see `airlock audit verify`")
             raise RequestError(f"query {query_id} is running: the process that runs it lives")
         if fault := journal.fault(self.db.read(partial(journal.chain, query=query_id))):
             raise StoreError(f"query {query_id} is not whole: {fault}; see `airlock audit verify`")

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import anyio
 import anyio.to_thread
 
+from orchestrator.core.errors import StoreError
 from orchestrator.core.events import Event
 from orchestrator.core.units import read_usd, usd
 from orchestrator.store import journal, ledger
@@ -20,6 +23,7 @@ from orchestrator.store.signing import Notary, Signed
 
 ROOT = "root"  # the node of a query's own loop
 LOST = "the process that ran this query ended without closing it"
+UNREADABLE = (ValueError, LookupError, TypeError, AttributeError)  # of records that are none, or are not there
 SWEEP_S = 5.0  # between two sweeps: who asks for one is being refused, and may be refused again and again
 
 
@@ -27,31 +31,47 @@ def recover(db: Database, notary: Notary | None = None, tell: Callable[[str], ob
     """Interrupt the queries whose orchestrator died: what was held for calls is charged in full, for they may have been
     answered. One whose payloads are not kept cannot be resumed, and is closed.
 
+    What is damaged stops nobody else: a query whose chain cannot be read, and all of a tenant whose log cannot be gone
+    on from, stay open, for `audit verify` to name.
+
     notary: signs what that adds to logs. Returns how many there were; tells the ids of those that can be resumed.
     """
     dead = db.dead_owners()
     if not dead:
         return 0
-
-    def work(tx: journal.Connection) -> tuple[int, list[str], list[Signed]]:
-        keys = journal.abandoned(tx, dead)
-        interrupted = [key.id for key in keys if _interrupt(tx, key)]
-        tenants = sorted({key.tenant for key in keys})
-        return len(keys), interrupted, [notary.sign(tx, tenant) for tenant in tenants] if notary else []
-
-    found, interrupted, signed = db.write_sync(work)
-    for heads in signed:
-        assert notary, "somebody has signed"
-        notary.remember(heads)
+    found = 0
+    for tenant in dict.fromkeys(key.tenant for key in db.read(partial(journal.abandoned, owners=dead))):
+        try:
+            ended, signed = db.write_sync(partial(_recover, dead=dead, tenant=tenant, notary=notary))
+        except (StoreError, *UNREADABLE):
+            continue
+        if signed:
+            assert notary, "somebody has signed"
+            notary.remember(signed)
+        found += len(ended)
+        for query, resumable in ended.items():
+            if resumable:
+                tell(query)
     for owner in dead:
-        db.forget_owner(owner)
-    for query in interrupted:
-        tell(query)
+        if not db.read(partial(journal.abandoned, owners=[owner])):
+            db.forget_owner(owner)
     return found
 
 
+def _recover(
+    tx: journal.Connection, dead: list[str], tenant: str, notary: Notary | None
+) -> tuple[dict[str, bool], Signed | None]:
+    """Those of one tenant: query -> whether it can be resumed."""
+    ended = dict[str, bool]()
+    for key in journal.abandoned(tx, dead):
+        if key.tenant == tenant:
+            with suppress(*UNREADABLE), tx.begin_nested():
+                ended[key.id] = _interrupt(tx, key)
+    return ended, notary.sign(tx, tenant) if notary and ended else None
+
+
 def _interrupt(tx: journal.Connection, key: QueryKey) -> bool:
-    """Whether it can be resumed."""
+    """Whether it can be resumed. Raises what is in UNREADABLE."""
     records = journal.chain(tx, key.id)
     opened, last = (json.loads(records[number][0]) for number in (0, -1))
     if opened["body"].get("payloads") != "keep":

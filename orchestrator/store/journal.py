@@ -13,6 +13,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from orchestrator.core.errors import NotKept, RequestError
 from orchestrator.core.events import GENESIS, Event, Recorded, Sealed, chain_fault, commitment, read_record, seal
 from orchestrator.store import logs
 from orchestrator.store.db import now, stamp_of
@@ -145,10 +146,23 @@ def interrupt_query(tx: sa.Connection, key: QueryKey, event: Event) -> Sealed:
 
 
 def resume_query(tx: sa.Connection, key: QueryKey, owner: str, event: Event) -> Sealed | None:
-    """Take an interrupted query; None where it is none, or another one was first."""
+    """Take an interrupted query; None where it is none, or another one was first.
+
+    Raises NotKept where anything of it was ever erased: it was read in another transaction, and may go on from what was
+    erased since.
+    """
     mine = sa.update(queries).where(queries.c.id == key.id, queries.c.status == INTERRUPTED)
     taken = tx.execute(mine.values(status="open", owner=owner).returning(queries.c.id)).all()
+    if taken and _was_erased(tx, key):
+        raise NotKept(f"payloads of query {key.id} were erased: it cannot be resumed any more")
     return append(tx, key, event) if taken else None
+
+
+def _was_erased(tx: sa.Connection, key: QueryKey) -> bool:
+    """Whether the tenant's own chain has that a payload of the query was erased. Canonical JSON has one spelling."""
+    erasures = (record for record, _ in chain(tx, own_chain(key.tenant).id) if b'"type":"payload.erased"' in record)
+    query = f'"query":{json.dumps(key.id)}'.encode()
+    return any(query in record and b'"payloads":0,' not in record for record in erasures)
 
 
 def status_of(tx: sa.Connection, query: str) -> tuple[str, str]:
@@ -243,7 +257,13 @@ def leaf_of(tx: sa.Connection, query: str, seq: int) -> tuple[int, bytes] | None
 
 
 def erase(tx: sa.Connection, query: str, seq: int | None, name: str | None, why: str) -> int:
-    """Remove a query's payloads, those of record `seq`, or one of them, and put that on record. How many there were."""
+    """Remove a query's payloads, those of record `seq`, or one of them, and put that on record. How many there were.
+
+    Raises RequestError while the query is open, here and not before: it may be resumed at any time.
+    """
+    status, tenant = status_of(tx, query)
+    if status == "open":
+        raise RequestError(f"query {query} is not closed: its payloads are still needed")
     gone = sa.delete(payloads).where(payloads.c.query == query)
     if seq is not None:
         gone = gone.where(payloads.c.seq == seq)
@@ -251,7 +271,7 @@ def erase(tx: sa.Connection, query: str, seq: int | None, name: str | None, why:
         gone = gone.where(payloads.c.name == name)
     count = tx.execute(gone).rowcount
     body = {"query": query, "seq": seq, "name": name, "payloads": count, "why": why}
-    append(tx, own_chain(tenant_of(tx, query)), Event("payload.erased", "root", body))
+    append(tx, own_chain(tenant), Event("payload.erased", "root", body))
     return count
 
 

@@ -46,7 +46,7 @@ class Place(ABC):
 
     @abstractmethod
     def scrub(self) -> bool:
-        """Overwrite what was deleted. False where others hold on to it: it goes when they end, or by itself later."""
+        """Leave nothing of what was deleted in the files. False where others hold on to it: to be done again later."""
 
     @abstractmethod
     def leave(self) -> None:

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Generator, Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import event
-from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError, ProgrammingError
 
 from orchestrator.core.errors import StoreError
 from orchestrator.store.place import BUSY_S, Place
@@ -30,6 +30,18 @@ _SESSION = f"""
 SET lock_timeout = '{BUSY_S}s'; SET idle_in_transaction_session_timeout = '{BUSY_S // 2}s';
 SET tcp_keepalives_idle = 10; SET tcp_keepalives_interval = 5; SET tcp_keepalives_count = 2;
 SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'
+"""
+FREE_MS = 5000  # how long erasing waits for those who read payloads, while all who write wait for it
+_LOCK_NOT_AVAILABLE = "55P03"
+_FILE = "SELECT pg_relation_filepath('payloads')"
+# While nobody writes: what may still be shown what was deleted before.
+_OLD_SNAPSHOTS = """
+SELECT EXISTS (
+    SELECT FROM pg_stat_activity
+    WHERE pid <> pg_backend_pid() AND (datname = current_database() OR datname IS NULL)
+    AND (age(backend_xmin) > 0 OR age(backend_xid) > 0)
+) OR EXISTS (SELECT FROM pg_replication_slots WHERE xmin IS NOT NULL)
+OR EXISTS (SELECT FROM pg_prepared_xacts WHERE database = current_database())
 """
 _LOOK = "look at AIRLOCK_DATABASE, or at `database` in airlock.toml"
 
@@ -86,10 +98,28 @@ class PostgresServer(Place):
             return [owner for owner in named if connection.scalar(sa.select(free(_key(owner))))]
 
     def scrub(self) -> bool:
-        """Its own write-ahead log and its backups keep what they have; without the tenant's key nobody can read it."""
+        """Write the table anew, and remove the old files: what is only deleted stays in them.
+
+        A snapshot from before is shown what was deleted, and so it would be written anew, too. The server's write-ahead
+        log and its backups keep what they have until they are removed.
+        """
         with self.engine.connect().execution_options(isolation_level="AUTOCOMMIT", readonly=True) as connection:
-            connection.exec_driver_sql("VACUUM payloads")
-        return True
+            connection.detach()  # closed after this, and with it the patience and the lock of this session end
+            connection.exec_driver_sql(f"SET lock_timeout = {FREE_MS}")
+            try:
+                connection.exec_driver_sql(f"SELECT pg_advisory_lock{_WRITERS}")
+                if connection.exec_driver_sql(_OLD_SNAPSHOTS).scalar_one():
+                    return False
+                before = connection.exec_driver_sql(_FILE).scalar_one()
+                connection.exec_driver_sql("VACUUM FULL payloads")
+            except OperationalError as error:
+                if getattr(error.orig, "sqlstate", "") == _LOCK_NOT_AVAILABLE:
+                    return False
+                raise
+            with suppress(ProgrammingError):  # not everybody may; the server does it by itself in a while
+                connection.exec_driver_sql("CHECKPOINT")
+            # Who does not own the table gets a warning, and nothing is done.
+            return connection.exec_driver_sql(_FILE).scalar_one() != before
 
     def leave(self) -> None:
         self.engine.dispose()

@@ -108,6 +108,19 @@ def test_what_is_erased_is_nowhere_on_the_disk(asked: Airlock) -> None:
     assert asked.rows("SELECT count(*) FROM records WHERE query='tenants/default'") == [(2,)]
 
 
+def test_what_cannot_be_signed_is_not_erased_and_not_scored(asked: Airlock) -> None:
+    """It is one transaction: a log that does not go on from what was signed has nothing added to it."""
+    query, database = query_of(asked), asked.home / "airlock.db"
+    whole = database.read_bytes()
+    with closing(sqlite3.connect(database)) as db, db:
+        db.execute("UPDATE records SET hash=? WHERE query=? AND seq=1", ("0" * 64, query))
+    before = asked.rows("SELECT count(*) FROM records"), asked.rows("SELECT count(*) FROM payloads")
+    for command in (["erase", query], ["score", query, "1"]):
+        assert "is not the one that was signed" in asked("audit", *command, code=4).said
+        assert before == (asked.rows("SELECT count(*) FROM records"), asked.rows("SELECT count(*) FROM payloads"))
+    database.write_bytes(whole)
+
+
 def test_exports_in_the_formats_of_others(asked: Airlock) -> None:
     asked("audit", "score", "last", "0.9", "--by", "me", code=0)
     for name in ("otlp", "ocsf", "chat"):
@@ -184,6 +197,10 @@ def test_no_secret_gets_into_the_journal(asked: Airlock) -> None:
         (["export", "--out", "x", "--format", "ocsf", "--status", "answered"], "--format chat"),
         (["erase", "nothing"], "there is no query"),
         (["erase", "last", "--payload", "prompt"], "give its number with --record"),
+        (["erase", "last", "--record", "9" * 20], "is not in the range 0<=x<=2147483647"),
+        (["erase", "last", "--record", "1", "--payload", "x" * 20_000], "asked, order; not 'xxxxxxxx"),
+        (["prove", "last", "9" * 20], "is not in the range 0<=x<=2147483647"),
+        (["prove", "last", "2147483647"], "has no record 2147483647"),
         (["score", "last", "2"], "not a number from 0 to 1"),
         (["score", "last", "nan"], "not a number from 0 to 1"),
         (["prove", "last", "one"], "'one' is not a valid integer range"),

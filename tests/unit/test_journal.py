@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from hypothesis import given
 from hypothesis import strategies as st
 
+from orchestrator.core.errors import NotKept, RequestError
 from orchestrator.core.events import Event
 from orchestrator.loop.recovery import recover
 from orchestrator.store import journal, ledger
@@ -264,6 +265,42 @@ def test_one_alone_resumes_a_query(store: Store):
     kinds = [json.loads(record)["type"] for record, _ in links]
     assert kinds[-5:] == [*["query.interrupted", "query.resumed"] * 2, "query.closed"]
     second.close()
+
+
+def test_what_anything_was_erased_of_is_not_resumed(store: Store):
+    """It was read before, in another transaction."""
+    die_with_money_held(store, {"payloads": "keep"})
+    db = store.open()
+    recover(db)
+
+    def resume() -> object:
+        return db.write_sync(lambda tx: journal.resume_query(tx, KEY, db.owner, Event("query.resumed", "root", {})))
+
+    assert db.write_sync(lambda tx: journal.erase(tx, "q1", 7, None, "none is there")) == 0
+    assert resume()
+    append(db, code="x")
+    db.close()
+    db = store.open()
+    assert recover(db) == 1
+    other = opened(db, replace(KEY, id="q2"))
+    close(db, other)
+    assert db.write_sync(lambda tx: journal.erase(tx, "q2", None, None, '"query":"q1"')) == 2
+    assert resume()
+    db.close()
+    db = store.open()
+    assert recover(db) == 1
+    assert db.write_sync(lambda tx: journal.erase(tx, "q1", 4, "code", "")) == 1
+    with pytest.raises(NotKept, match="payloads of query q1 were erased: it cannot be resumed any more"):
+        resume()
+    assert status(db) == "interrupted"
+    db.close()
+
+
+def test_nothing_is_erased_of_an_open_query(db: Database):
+    opened(db)
+    with pytest.raises(RequestError, match="query q1 is not closed: its payloads are still needed"):
+        db.write_sync(lambda tx: journal.erase(tx, "q1", None, None, ""))
+    assert [len(part) for part in read(db)] == [1, 1]
 
 
 def test_an_interruption_that_was_cut_off_or_moved_does_not_match(store: Store):

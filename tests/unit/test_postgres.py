@@ -19,14 +19,14 @@ import sqlalchemy as sa
 from orchestrator.core.errors import StoreError
 from orchestrator.core.events import Event
 from orchestrator.loop.recovery import recover
-from orchestrator.store import journal, ledger
+from orchestrator.store import journal, ledger, postgres
 from orchestrator.store.db import Database
 from orchestrator.store.journal import QueryKey
 from orchestrator.store.ledger import Scope
 from orchestrator.store.schema import queries, scopes
 from tests.command import until
 from tests.postgres import PASSWORD, ROLE, Postgres
-from tests.unit.helpers import Store
+from tests.unit.helpers import Store, keeper
 
 pytestmark = pytest.mark.anyio
 KEY = QueryKey("q", "tenant", "policy")
@@ -191,6 +191,79 @@ def test_readers_find_a_server_that_was_started_again(store: Store, tmp_path: Pa
         with pytest.raises(StoreError, match=BROKE):
             db.write_sync(put("b"))
         db.close()
+
+
+# Erasing
+
+
+def with_payloads(db: Database) -> list[bytes]:
+    """Two small ones, and one that is kept out of line."""
+    key = QueryKey("q", "tenant", "policy", keeper("q"))
+    texts = {"code": "x" * 20, "stdout": "y" * 500, "answer": "z" * 20_000}
+
+    def work(tx: journal.Connection) -> list[bytes]:
+        journal.open_query(tx, key, db.owner, Event("query.opened", "root", {}))
+        journal.close_query(tx, key, "answered", Event("query.closed", "root", {}, texts))
+        return [sealed for _seq, _name, sealed in journal.kept_payloads(tx, "q")]
+
+    return db.write_sync(work)
+
+
+def erase(db: Database) -> None:
+    assert db.write_sync(lambda tx: journal.erase(tx, "q", None, None, "")) == 3
+
+
+def on_disk(server: Postgres, db: Database, sealed: list[bytes]) -> list[bytes]:
+    """Those of which anything is in a file of the database."""
+    server.admin("CHECKPOINT")
+    path = db.read(lambda tx: tx.exec_driver_sql("SELECT pg_relation_filepath('payloads')").scalar_one())
+    files = [file.read_bytes() for file in (server.folder / "data" / path).parent.iterdir()]
+    parts = {blob: [blob[at : at + 24] for at in range(0, len(blob) - 24, 24)] for blob in sealed}
+    return [blob for blob in sealed if any(part in file for file in files for part in parts[blob])]
+
+
+def test_what_is_erased_is_in_no_file_of_the_database(db: Database, server: Postgres):
+    sealed = with_payloads(db)
+    assert on_disk(server, db, sealed) == sealed
+    erase(db)
+    assert on_disk(server, db, sealed) == sealed
+    assert db.scrub()
+    assert on_disk(server, db, sealed) == []
+
+
+@pytest.mark.parametrize("table", ["payloads", "queries"])
+def test_what_somebody_still_reads_is_told_not_to_be_gone(
+    db: Database, server: Postgres, store: Store, monkeypatch: pytest.MonkeyPatch, table: str
+):
+    """A lock on the table, or a snapshot of before."""
+    monkeypatch.setattr(postgres, "FREE_MS", 100)
+    sealed, other = with_payloads(db), store.open()
+
+    def work(tx: journal.Connection) -> None:
+        tx.exec_driver_sql(f"SELECT count(*) FROM {table}")  # noqa: S608
+        erase(db)
+        assert not db.scrub()
+
+    other.read(work)
+    assert on_disk(server, db, sealed) == sealed
+    with other.read(lambda tx: tx.engine).begin() as tx:
+        assert tx.exec_driver_sql("SHOW lock_timeout").scalar() == "30s"
+        assert not db.scrub()  # somebody writes
+    assert db.scrub()
+    assert on_disk(server, db, sealed) == []
+    other.close()
+
+
+def test_a_role_that_may_not_erase_for_good_is_told(store: Store, server: Postgres, tmp_path: Path):
+    url = str(store.url)
+    name = url.partition("@/")[2].partition("?")[0]
+    server.admin(f"GRANT ALL ON ALL TABLES IN SCHEMA public TO {ROLE}", name)
+    db = Database(tmp_path, url.replace("postgres@", f"{ROLE}:{quote(PASSWORD, safe='')}@"))
+    assert not db.scrub()
+    server.admin(f"ALTER TABLE payloads OWNER TO {ROLE}", name)
+    server.admin(f"GRANT CREATE ON SCHEMA public TO {ROLE}", name)
+    assert db.scrub()  # without a checkpoint, which it may not ask for
+    db.close()
 
 
 def test_a_server_that_is_not_there_is_said(tmp_path: Path):

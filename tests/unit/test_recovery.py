@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 from collections.abc import Iterator
+from functools import partial
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 import anyio
 import pytest
+import sqlalchemy as sa
 
 from orchestrator.core.errors import BudgetInFlight, RateLimited, StoreError
 from orchestrator.core.events import Event
+from orchestrator.core.notes import Signer
 from orchestrator.loop import recovery
-from orchestrator.loop.recovery import sweep
+from orchestrator.loop.recovery import recover, sweep
 from orchestrator.store import journal, ledger
 from orchestrator.store.db import Database
 from orchestrator.store.journal import QueryKey
 from orchestrator.store.ledger import NotEnough, Scope
+from orchestrator.store.schema import queries, records
+from orchestrator.store.signing import Notary
 from tests.command import until
 from tests.unit.helpers import Store
 
@@ -30,10 +37,10 @@ def scope(name: str) -> Scope:
     return Scope(f"query:{name}", 1000)
 
 
-def begin(tx: Any, db: Database, name: str) -> None:
+def begin(tx: Any, db: Database, name: str, tenant: str = "t", day: Scope = DAY) -> None:
     """A query with a call in flight, and last words set aside for itself and for a child."""
-    journal.open_query(tx, QueryKey(name, "t", "p"), db.owner, Event("query.opened", "root", {}))
-    purses = [scope(name), DAY]
+    journal.open_query(tx, QueryKey(name, tenant, "p"), db.owner, Event("query.opened", "root", {}))
+    purses = [scope(name), day]
     ledger.open_scopes(tx, purses)
     for node in ("root", "root.1"):
         ledger.reserve(tx, ledger.set_aside(name, node), name, node, 20, purses, calls=0)
@@ -178,3 +185,74 @@ async def test_a_sweep_that_cannot_write_says_so_and_the_next_one_waits_its_turn
     with pytest.raises(StoreError, match="no room"):
         await sweep(db)
     assert await sweep(db) == 0
+
+
+TENANTS = {"q1": "damaged", "q2": "damaged", "q3": "well"}  # query -> its tenant
+
+
+@pytest.fixture
+def notary(tmp_path: Path) -> Notary:
+    return Notary(Signer("airlock-test", bytes(32)), tmp_path / "heads")
+
+
+def die_with(store: Store) -> None:
+    """A process that runs TENANTS, and ends as `kill -9` ends it."""
+    child = os.fork()
+    if not child:
+        try:
+            mine = store.open()
+            for name, tenant in TENANTS.items():
+                day = Scope(f"tenant-day:{tenant}:2026-11-25", 1000)
+                mine.write_sync(partial(begin, db=mine, name=name, tenant=tenant, day=day))
+            os.kill(os.getpid(), signal.SIGKILL)
+        finally:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+
+
+def statuses(db: Database) -> dict[str, str]:
+    rows = db.read(lambda tx: tx.execute(sa.select(queries.c.id, queries.c.status)).all())
+    return {row.id: row.status for row in rows}
+
+
+UNUSABLE = {
+    "gone": sa.delete(records),
+    "no JSON": sa.update(records).values(record=b"{"),
+    "no object": sa.update(records).values(record=b"[]"),
+    "no body": sa.update(records).values(record=b'{"at":"","body":""}'),
+}
+
+
+@pytest.mark.parametrize("damage", UNUSABLE.values(), ids=UNUSABLE.keys())
+def test_a_query_whose_chain_is_unusable_stops_no_other(db: Database, store: Store, notary: Notary, damage: Any):
+    die_with(store)
+    until(lambda: len(db.dead_owners()) == 1)
+    (dead,) = db.dead_owners()
+    db.write_sync(lambda tx: tx.execute(damage.where(records.c.query == "q1")))
+    assert recover(db, notary) == 2
+    assert statuses(db) == {"q1": "open", "q2": "failed", "q3": "failed"}
+    assert db.read(lambda tx: len(ledger.open_reservations(tx, "q1"))) == 3  # nothing of it is done by halves
+    assert db.read(lambda tx: ledger.open_reservations(tx, "q2")) == []
+    assert db.dead_owners() == [dead]  # so the next one comes by it again
+    assert recover(db, notary) == 0
+
+
+def test_a_tenant_whose_log_is_damaged_stops_no_other(db: Database, store: Store, notary: Notary):
+    die_with(store)
+    until(lambda: len(db.dead_owners()) == 1)
+    signed = db.write_sync(lambda tx: notary.sign(tx, "damaged"))
+    notary.remember(signed)
+    db.write_sync(lambda tx: tx.execute(sa.update(records).where(records.c.query == "q2").values(hash="0" * 64)))
+    assert recover(db, notary) == 1
+    assert statuses(db) == {"q1": "open", "q2": "open", "q3": "failed"}
+    assert db.read(lambda tx: len(ledger.open_reservations(tx, "q1"))) == 3
+    assert notary.remembered("tenants/well")
+    assert len(db.dead_owners()) == 1
+
+
+def test_an_owner_of_nothing_more_is_forgotten(db: Database, store: Store, notary: Notary):
+    die_with(store)
+    until(lambda: len(db.dead_owners()) == 1)
+    assert recover(db, notary) == 3
+    assert set(statuses(db).values()) == {"failed"}
+    assert db.dead_owners() == []
