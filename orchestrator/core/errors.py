@@ -40,6 +40,11 @@ class AirlockError(Exception):
     kind: ClassVar[str] = "error"
     exit_code: ClassVar[int] = 1
 
+    @property
+    def told(self) -> str:
+        """What a guest is told of it."""
+        return str(self)
+
 
 class RequestError(AirlockError):
     kind = "bad-request"
@@ -155,8 +160,15 @@ class StoreError(MachineError):
 
 
 class ProviderError(AirlockError):
+    """server: what the message calls the provider's server; where that is, is no affair of a guest's."""
+
     kind = "provider"
     exit_code = 5
+    server: str = ""
+
+    @property
+    def told(self) -> str:
+        return str(self).replace(self.server, "the provider") if self.server else str(self)
 
 
 class ProviderRefused(ProviderError):

@@ -169,7 +169,7 @@ class Children:
             raise
         except AirlockError as error:
             status: Status = "refused" if isinstance(error, LimitError) else "failed"
-            outcome = run.stopped(status, f"{error.kind}: {error}")
+            outcome = run.stopped(status, f"{error.kind}: {error.told}")
         finally:
             await run.close(outcome, started)
         if outcome.status == "answered" and outcome.answer is not None:

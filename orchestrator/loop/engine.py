@@ -170,7 +170,7 @@ class Loop:
         except LimitError:
             return self.stopped("limit", reason)
         except ProviderError as error:  # what stopped the query is still the limit
-            return self.stopped("limit", f"{reason}; no last word came: {error}")
+            return self.stopped("limit", f"{reason}; no last word came: {error.told}")
         step = parse(reply.text)
         answer = step.final
         if answer is None and step.final_var is not None:
