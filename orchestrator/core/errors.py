@@ -20,6 +20,7 @@
     │   ├── ProtocolViolation     the guest broke the channel's rules, and was killed
     │   ├── NotKept               what a replay takes is gone: payloads, or the context
     │   ├── NotRebuilt            an interrupted query's REPL cannot be had again by running its cells again
+    │   ├── Interrupted           a query that has just been resumed cannot go on now; it can be resumed again
     │   └── StoreError            ledger, journal or context store cannot be written
     └── ProviderError           try later, or fix the key               exit 5
         ├── ProviderRefused       the provider refused the request (401, 400, 404 ...)
@@ -153,6 +154,16 @@ class NotRebuilt(MachineError):
 
     def __init__(self, why: str) -> None:
         super().__init__(f"the REPL cannot be rebuilt: {why}")
+
+
+class Interrupted(MachineError):
+    """cause: the error that passes. Never told to a guest, and never recorded."""
+
+    kind = "interrupted"
+
+    def __init__(self, cause: AirlockError) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
 
 
 class StoreError(MachineError):

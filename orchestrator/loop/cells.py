@@ -100,6 +100,7 @@ class Cells:
         if past and past.result:
             self._compare(result, past.result)
             return past.result
+        self._account.news()
         for lost in past.children_left if past else ():
             self._record("node.closed", never_asked_for(lost), node=lost.name)
         self._record("cell.ended", *ended(self._count, result))

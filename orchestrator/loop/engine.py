@@ -35,7 +35,7 @@ MAX_CONTINUATIONS = 3
 SCHEMA_S = 10.0  # for checking one answer
 MAX_CELLS = 8  # of one reply; a model that writes more has stopped looking at what comes out
 
-Status = Literal["answered", "limit", "refused", "failed", "cancelled"]
+Status = Literal["answered", "limit", "refused", "failed", "cancelled", "interrupted"]
 
 
 @dataclass(frozen=True, slots=True)
