@@ -156,6 +156,19 @@ def test_a_cell_that_was_ended_is_run_and_not_compared(airlock: Airlock, query: 
     ]
 
 
+def test_a_batch_that_was_ended_while_calls_waited_for_their_turn(airlock: Airlock, query: Query) -> None:
+    """These have left no word of themselves on record."""
+    policy = airlock.policy(time_cell="2 s", counts_in_flight="2")
+    root: list[Behaviour] = [cell("llm_query_batched([f'p{n}' for n in range(10)])"), cell("x = 'on'"), Hang()]
+    query.killed("--policy", policy, root=root, sub=[Say("1"), Say("2"), Hang()], turns=3)
+    assert len([body for body in query.records("call.intent") if body["role"] == "sub"]) < 10
+    assert query.records("cell.ended")[0]["status"] == "timeout"
+    done = airlock("audit", "replay", query.id, code=0)
+    assert done.out.splitlines()[0].startswith("root cell 1: not compared: it ended with timeout")
+    assert query.resume(root=[Say("FINAL_VAR(x)", usage=USED)]).out == "on\n"
+    assert [body["status"] for body in query.records("cell.replayed")] == ["timeout", "ok"]
+
+
 def test_a_replay_that_cannot_be_made(airlock: Airlock, query: Query) -> None:
     root: list[Behaviour] = [cell("print(1)"), Say("FINAL(42)", usage=USED)]
     query.run("--policy", airlock.policy(audit_payloads="hash"), root=root)
