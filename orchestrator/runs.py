@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 Start = Callable[..., Awaitable[Any]]  # of a query: given `watch`
 
 INTERRUPTED = 130
-_STATUS_EXIT = {"answered": 0, "limit": 3, "refused": 3, "cancelled": INTERRUPTED}
+_STATUS_EXIT = {"answered": 0, "limit": 3, "refused": 3, "cancelled": INTERRUPTED, "interrupted": INTERRUPTED}
 _CELL_EXIT = {"ok": 0, "error": 1, "timeout": 3, "killed": 4}
 
 
@@ -79,8 +79,13 @@ def _answer(closed: Closed | None, platform: Platform, options: dict[str, Any]) 
         _give(outcome.answer, closed, platform)
     if outcome.status != "answered":
         why = "" if outcome.reason == outcome.status else f": {outcome.reason}"  # cancelled is all there is to say
-        say(sys.stderr, f"airlock: {outcome.status}{why}")
+        say(sys.stderr, f"airlock: {outcome.status}{why}{_again(closed)}")
     return closed.error.exit_code if closed.error else _STATUS_EXIT[outcome.status]
+
+
+def _again(closed: Closed) -> str:
+    """What can be done about a query that was interrupted."""
+    return f"; go on with airlock run --resume {closed.query_id}" if closed.outcome.status == "interrupted" else ""
 
 
 def _give(text: str, closed: Closed, platform: Platform) -> None:
@@ -175,7 +180,9 @@ class _Printed:
             raise _undelivered(self._printer.broken, closed, platform)
         cell = closed.cell
         status = cell.status if cell else "timeout" if closed.outcome.status == "limit" else "killed"
-        reason = closed.outcome.reason
+        reason = closed.outcome.reason + _again(closed)
+        if closed.outcome.status == "interrupted":
+            status = "interrupted"
         if self._as_json:
             report = {
                 "status": status,
@@ -188,11 +195,11 @@ class _Printed:
             _give(json.dumps(report), closed, platform)
         elif closed.outcome.answer is not None and self._printer.whole:
             _give(closed.outcome.answer, closed, platform)
-        if status in ("timeout", "killed"):
+        if status in ("timeout", "killed", "interrupted"):
             say(sys.stderr, f"airlock: {status}: {reason}")
         if closed.error:
             return closed.error.exit_code
-        interrupted = closed.outcome.status == "cancelled" or not self._printer.whole
+        interrupted = closed.outcome.status in ("cancelled", "interrupted") or not self._printer.whole
         return INTERRUPTED if interrupted else _CELL_EXIT[status]
 
 

@@ -16,6 +16,7 @@ import anyio.from_thread
 
 from orchestrator import settings
 from orchestrator.choices import Choices, effective_policy
+from orchestrator.core import address
 from orchestrator.core.context import Context
 from orchestrator.core.errors import (
     ContextError,
@@ -117,6 +118,9 @@ class Platform:
         variables = {self.config.api_key_env, self.choices.api_key_env, *self._key_variables()} - {None}
         found = [settings.api_key(name) for name in variables if name]
         given = [self.choices.api_key, settings.database_password(self.config)]
+        own = [model.base_url for model in self.config.models.values()]
+        servers = [self.choices.base_url, self.config.base_url, *own]
+        given += [address.secret(server) for server in servers if server]
         return [*(secret.get_secret_value() for secret in found if secret), *filter(None, given)]
 
     def _key_variables(self) -> list[str | None]:
@@ -257,7 +261,9 @@ class Platform:
         base_url = self.choices.base_url or own.base_url or self.config.base_url
         variable = self.choices.api_key_env or own.api_key_env or self.config.api_key_env
         if base_url is not None and not base_url.startswith(("http://", "https://")):
-            raise ModelError(f"the server of {name} has to be an address with http:// or https://, not {base_url!r}")
+            raise ModelError(
+                f"the server of {name} has to be an address with http:// or https://, not {address.shown(base_url)!r}"
+            )
         key = self.choices.api_key
         if key is None:
             secret = settings.api_key(variable)

@@ -20,6 +20,7 @@
     │   ├── ProtocolViolation     the guest broke the channel's rules, and was killed
     │   ├── NotKept               what a replay takes is gone: payloads, or the context
     │   ├── NotRebuilt            an interrupted query's REPL cannot be had again by running its cells again
+    │   ├── Interrupted           a query that has just been resumed cannot go on now; it can be resumed again
     │   └── StoreError            ledger, journal or context store cannot be written
     └── ProviderError           try later, or fix the key               exit 5
         ├── ProviderRefused       the provider refused the request (401, 400, 404 ...)
@@ -39,6 +40,11 @@ class AirlockError(Exception):
 
     kind: ClassVar[str] = "error"
     exit_code: ClassVar[int] = 1
+
+    @property
+    def told(self) -> str:
+        """What a guest is told of it."""
+        return str(self)
 
 
 class RequestError(AirlockError):
@@ -150,13 +156,30 @@ class NotRebuilt(MachineError):
         super().__init__(f"the REPL cannot be rebuilt: {why}")
 
 
+class Interrupted(MachineError):
+    """cause: the error that passes. Never told to a guest, and never recorded."""
+
+    kind = "interrupted"
+
+    def __init__(self, cause: AirlockError) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+
+
 class StoreError(MachineError):
     kind = "store-unavailable"
 
 
 class ProviderError(AirlockError):
+    """server: what the message calls the provider's server; where that is, is no affair of a guest's."""
+
     kind = "provider"
     exit_code = 5
+    server: str = ""
+
+    @property
+    def told(self) -> str:
+        return str(self).replace(self.server, "the provider") if self.server else str(self)
 
 
 class ProviderRefused(ProviderError):

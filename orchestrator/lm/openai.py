@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 
+from orchestrator.core import address
 from orchestrator.core.errors import OutcomeUnknown, ProviderBusy, ProviderError, ProviderRefused
 from orchestrator.lm import parameters, replies
 from orchestrator.lm.base import LM, Reply, Request
@@ -43,11 +44,19 @@ class OpenAILM(LM):
         self._base_url = base_url
         self._api_key = api_key
         self._extra = parameters.checked(extra or {})
+        self._secrets = [text for text in (api_key, address.secret(base_url or "")) if text]
         self._session: aiohttp.ClientSession | None = None
         self._url: yarl.URL | None = None
         self._way = 0
 
     async def ask(self, request: Request) -> Reply:
+        try:
+            return await self._ask(request)
+        except ProviderError as error:
+            error.server = error.server or self._where
+            raise
+
+    async def _ask(self, request: Request) -> Reply:
         import aiohttp  # a tenth of a second: only when something is asked
 
         way = self._way
@@ -113,7 +122,7 @@ class OpenAILM(LM):
 
     @property
     def _where(self) -> str:
-        return self._base_url or "OpenAI"
+        return address.shown(self._base_url) if self._base_url else "OpenAI"
 
     def _translate(self, error: aiohttp.ClientError) -> ProviderError:
         import aiohttp
@@ -122,6 +131,9 @@ class OpenAILM(LM):
 
         if isinstance(error, aiohttp.InvalidURL):
             return ProviderRefused(f"{self._where} is not the address of a server: write it again")
+        if isinstance(error, aiohttp.ClientConnectorCertificateError):  # which no further attempt will change
+            remedy = "mend the address, or name its authority's file in SSL_CERT_FILE"
+            return ProviderRefused(f"nobody here trusts the certificate of {self._where}: {remedy}")
         if never_sent(error):
             return ProviderBusy(f"cannot connect to {self._where}")
         return OutcomeUnknown(f"the connection to {self._where} broke before the answer was whole")
@@ -152,8 +164,9 @@ class OpenAILM(LM):
         return False
 
     def _quoted(self, said: str) -> str:
-        """A provider's words, as part of an error of one line. The key is taken out before they are cut, and it too."""
-        said = said.replace(self._api_key, "***") if self._api_key else said
+        """A provider's words, as part of an error of one line. What is secret is taken out before they are cut."""
+        for secret in self._secrets:
+            said = said.replace(secret, "***")
         return " ".join(replies.clean(said).split())[:300]
 
     async def aclose(self) -> None:

@@ -75,12 +75,15 @@ def _proxy(url: yarl.URL) -> str | None:
     """What HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY say of this address."""
     named = urllib.request.getproxies()
     proxy = named.get(url.scheme) or named.get("all")
-    if not proxy or urllib.request.proxy_bypass(url.host_port_subcomponent or ""):
+    # NO_PROXY names an IPv6 address without brackets, which the address with its port has.
+    if not proxy or any(map(urllib.request.proxy_bypass, (url.host_port_subcomponent or "", url.host or ""))):
         return None
     if "://" not in proxy:
         return f"http://{proxy}"
     if not proxy.startswith(("http://", "https://")):
-        raise ProviderRefused(f"the environment names a proxy for {url.host} that is no HTTP proxy: set NO_PROXY")
+        error = ProviderRefused(f"the environment names a proxy for {url.host} that is no HTTP proxy: set NO_PROXY")
+        error.server = url.host or ""
+        raise error
     return proxy
 
 

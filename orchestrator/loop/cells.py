@@ -49,6 +49,8 @@ class Recall:
         """Of a cell under way when its process died, what the journal has not is asked for real. Else NotRebuilt."""
         asked = past.recall(call, self.handed.peek(call.context))
         if asked is None:
+            if past.result and past.result.status in ("timeout", "killed") and call.op not in PIECES:
+                await anyio.sleep_forever()  # it may have waited for its turn when the cell was ended
             if past.result and call.op not in PIECES:  # these are not on record
                 what = f"{call.op}({call.prompt[:100]!r})"
                 raise NotRebuilt(f"cell {past.number} of {self.node} asks for what the journal has not: {what}")
@@ -100,6 +102,7 @@ class Cells:
         if past and past.result:
             self._compare(result, past.result)
             return past.result
+        self._account.news()
         for lost in past.children_left if past else ():
             self._record("node.closed", never_asked_for(lost), node=lost.name)
         self._record("cell.ended", *ended(self._count, result))

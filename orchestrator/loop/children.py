@@ -16,6 +16,7 @@ from orchestrator.core.errors import (
     BudgetExhausted,
     ContextError,
     CountExceeded,
+    Interrupted,
     LimitError,
     NotPermitted,
     NotRebuilt,
@@ -148,7 +149,7 @@ class Children:
         return mine
 
     async def _run(self, work: Work, name: str, mine: Scope, past: PastNode | None = None) -> str:
-        """Run it, and its answer. Raises ChildStopped with its best answer, StoreError, NotRebuilt."""
+        """Run it, and its answer. Raises ChildStopped with its best answer, StoreError, NotRebuilt, Interrupted."""
         parent, models = self._node, work.models
         node = Node(
             account=self._account,
@@ -165,11 +166,11 @@ class Children:
         outcome, started = Outcome("cancelled", None, "cancelled"), time.monotonic()
         try:
             outcome = await run.run()
-        except (StoreError, NotRebuilt):
+        except (StoreError, NotRebuilt, Interrupted):
             raise
         except AirlockError as error:
             status: Status = "refused" if isinstance(error, LimitError) else "failed"
-            outcome = run.stopped(status, f"{error.kind}: {error}")
+            outcome = run.stopped(status, f"{error.kind}: {error.told}")
         finally:
             await run.close(outcome, started)
         if outcome.status == "answered" and outcome.answer is not None:

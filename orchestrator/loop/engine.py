@@ -35,7 +35,7 @@ MAX_CONTINUATIONS = 3
 SCHEMA_S = 10.0  # for checking one answer
 MAX_CELLS = 8  # of one reply; a model that writes more has stopped looking at what comes out
 
-Status = Literal["answered", "limit", "refused", "failed", "cancelled"]
+Status = Literal["answered", "limit", "refused", "failed", "cancelled", "interrupted"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +170,7 @@ class Loop:
         except LimitError:
             return self.stopped("limit", reason)
         except ProviderError as error:  # what stopped the query is still the limit
-            return self.stopped("limit", f"{reason}; no last word came: {error}")
+            return self.stopped("limit", f"{reason}; no last word came: {error.told}")
         step = parse(reply.text)
         answer = step.final
         if answer is None and step.final_var is not None:

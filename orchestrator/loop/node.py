@@ -13,7 +13,14 @@ from typing import Any
 import anyio
 import anyio.to_thread
 
-from orchestrator.core.errors import AirlockError, ChildStopped, NotPermitted
+from orchestrator.core.errors import (
+    AirlockError,
+    ChildStopped,
+    Interrupted,
+    NotPermitted,
+    ProviderError,
+    SandboxUnusable,
+)
 from orchestrator.core.events import Event, EventType
 from orchestrator.core.policy import Policy
 from orchestrator.core.units import usd
@@ -56,12 +63,15 @@ class NodeRun:
         return self._loop.turns if self._loop else 0
 
     async def run(self) -> Outcome:
-        """To the end of the work, or of its time. Raises what is no limit of the loop's own."""
+        """To the end of the work, or of its time. Raises what is no limit of the loop's own, and Interrupted."""
         messages = self._messages()
         if self._work.code is None:
             await self._set_aside(messages)
         with anyio.move_on_after(self._node.remaining_s()):
-            return await self._in_sandbox(messages)
+            try:
+                return await self._in_sandbox(messages)
+            except SandboxUnusable as error:
+                raise self._passing(error) from error
         text = f"time-exceeded: the query's {self._policy.time.query / 1000:g} s are over"
         limit = f"{self._policy.time.query} ms"
         self._record("limit.hit", {"kind": "time-exceeded", "detail": text, "limit": limit, "rule": "time.query"})
@@ -190,7 +200,14 @@ class NodeRun:
         if self._past and self._past.limit and not last:  # which was before the last word that is to come
             raise self._past.limit
         aside = self._aside if last else None
-        return await self._m.proxy.ask(self._node, "root", self._work.model, messages, output_tokens, aside)
+        try:
+            return await self._m.proxy.ask(self._node, "root", self._work.model, messages, output_tokens, aside)
+        except ProviderError as error:
+            raise self._passing(error) from error
+
+    def _passing(self, error: AirlockError) -> AirlockError:
+        """What a query that has just been resumed was stopped by is not its end: what was paid for would be lost."""
+        return Interrupted(error) if self._account.nothing_new else error
 
     def _limit_hit(self, kind: EventType, body: Mapping[str, str]) -> None:
         if not (self._past and self._past.limit):  # else it is on record
@@ -255,11 +272,17 @@ class NodeRun:
                 ledger.void(tx, aside.reservation)
             journal.append(tx, account.key, event)
 
+        def end() -> None:
+            account.writer.post(work)
+            account.recorded(event)
+
         with anyio.CancelScope(shield=True):
             if not self._work.inherited:
                 await self.verify()
-            account.writer.post(work)
-            account.recorded(event)
+            if outcome.status == "cancelled" and account.nothing_new:
+                account.late.append(end)  # if the whole query is what is cancelled, this node goes on with it later
+            else:
+                end()
 
     async def verify(self) -> None:
         """Whether the context is still what it was, on record, if the policy asks for that."""

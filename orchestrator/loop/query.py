@@ -24,6 +24,7 @@ from orchestrator.core.errors import (
     AirlockError,
     BudgetExhausted,
     CountExceeded,
+    Interrupted,
     LimitError,
     NotPermitted,
     RequestError,
@@ -41,7 +42,7 @@ from orchestrator.loop.shelter import Shelter
 from orchestrator.proxy.account import Account, Answered, ModelUsage, Node
 from orchestrator.sandbox.sandbox import CellResult
 from orchestrator.store import journal, ledger
-from orchestrator.store.db import Database
+from orchestrator.store.db import Database, now
 from orchestrator.store.journal import QueryKey
 from orchestrator.store.ledger import Scope
 from orchestrator.store.signing import Notary, Signed
@@ -114,7 +115,8 @@ async def run_query(order: Order, machinery: Machinery) -> Closed:
     """Run it. Raises only StoreError, when the end cannot be recorded; every other end is in the result.
 
     One that goes on is not touched, and an error is raised, where it cannot be taken: RequestError when it is not
-    interrupted any more, LimitError when the tenant has no room or no money for it.
+    interrupted any more, LimitError when the tenant has no room or no money for it. As long as nothing new has come of
+    it, a provider or a sandbox that is not to be had, and a cancellation, interrupt it again; they do not close it.
 
     When it is cancelled, it closes the query as `cancelled`, tells `on_closed`, and lets the cancellation go on.
     """
@@ -192,15 +194,21 @@ class _Query:
             self._admit(running)
             outcome = await self._root.run()
         except AirlockError as caught:
-            error = caught
-            status: Status = "refused" if isinstance(caught, LimitError) else "failed"
-            if isinstance(caught, LimitError):
-                self._record(Event("limit.hit", ROOT, limit_hit(caught)))
-            outcome = self._root.stopped(status, f"{caught.kind}: {caught}")
+            error = caught.cause if isinstance(caught, Interrupted) else caught
+            status: Status = "refused" if isinstance(error, LimitError) else "failed"
+            if isinstance(error, LimitError):
+                self._record(Event("limit.hit", ROOT, limit_hit(error)))
+            if error is not caught and self._account.nothing_new:
+                status = "interrupted"
+            outcome = self._root.stopped(status, f"{error.kind}: {error}")
         except BaseException as stopped:  # cancelled, or a fault of our own: the chain is closed all the same
             cancelled = isinstance(stopped, anyio.get_cancelled_exc_class())
             how: Status = "cancelled" if cancelled else "failed"
-            await self._close(Outcome(how, None, how if cancelled else f"internal: {type(stopped).__name__}"), None)
+            if cancelled and self._account.nothing_new:
+                how = "interrupted"
+            await self._close(
+                Outcome(how, None, "cancelled" if cancelled else f"internal: {type(stopped).__name__}"), None
+            )
             raise
         return await self._close(outcome, error)
 
@@ -288,7 +296,8 @@ class _Query:
     async def _close(self, outcome: Outcome, error: AirlockError | None) -> Closed:
         with anyio.CancelScope(shield=True):
             try:
-                closed = await self._settle_and_close(outcome)
+                end = self._interrupt if outcome.status == "interrupted" else self._settle_and_close
+                closed = await end(outcome)
             except StoreError:
                 self._m.unclosed.append(self._key)
                 raise
@@ -297,7 +306,22 @@ class _Query:
             return closed
         raise AssertionError("a shielded scope is not cancelled")
 
+    async def _interrupt(self, outcome: Outcome) -> Closed:
+        """As it was before it was resumed, but for what that has cost."""
+
+        def work(tx: journal.Connection) -> tuple[str, int, Event, Signed]:
+            settle_open(tx, self._key, outcome.reason[:500], self._account.sent.__contains__)
+            if lost := self._writer.lost():
+                raise StoreError(f"a record was lost: {lost}")
+            event = Event("query.interrupted", ROOT, {"why": outcome.reason[:1000], "until": now()})
+            spent, _held = ledger.balance(tx, self._scopes[0].id)
+            head = journal.interrupt_query(tx, self._key, event).hash
+            return head, spent, event, self._m.notary.sign(tx, self._order.tenant)
+
+        return self._ended(outcome, *await self._writer.write(work))
+
     async def _settle_and_close(self, outcome: Outcome) -> Closed:
+        self._account.news()
         await self._root.verify()
         duration = time.monotonic() - self._started
         body = {
@@ -322,7 +346,9 @@ class _Query:
             head = journal.close_query(tx, self._key, how["status"], event).hash
             return head, spent, event, self._m.notary.sign(tx, self._order.tenant)
 
-        head, spent, event, signed = await self._writer.write(work)
+        return self._ended(outcome, *await self._writer.write(work))
+
+    def _ended(self, outcome: Outcome, head: str, spent: int, event: Event, signed: Signed) -> Closed:
         self._m.notary.remember(signed)
         self._order.observe(event)
         return Closed(
@@ -332,7 +358,7 @@ class _Query:
             usage=self._account.usage,
             turns=self._root.turns,
             sub_calls=self._account.sub_calls,
-            duration_s=duration,
+            duration_s=time.monotonic() - self._started,
             journal_head=head,
             checkpoint=signed.note,
             cell=self._root.cell,
@@ -343,6 +369,7 @@ def _go_on(account: Account, root: Node, past: Past) -> None:
     """Count on from where it was, so that no name is used twice and every limit holds across the interruption."""
     account.sub_calls, account.children = past.sub_calls, past.children
     account.refused, account.told = past.refused, past.told
+    account.nothing_new = True
     account.usage.update(past.usage)
     root.spent, root.calls, root.children = past.root.spent, past.root.calls, past.root.children
     for model, prompt, call, text in past.answers:

@@ -144,10 +144,15 @@ class _Reader:
 
     # Calls
 
-    def _ask(self, node: PastNode, key: str, outcome: Any = None) -> Asked:
-        asked = Asked(outcome)
+    def _ask(self, node: PastNode, key: str, outcome: Any = None, number: int = 0) -> Asked:
+        """number: of a sub-call. One that had to wait may be on record after others that were asked later."""
+        asked = Asked(outcome, number)
         if cell := node.open_cell:
-            cell.asked[key].append(asked)
+            waiting = cell.asked[key]
+            place = len(waiting)
+            while number and place and waiting[place - 1].number > number:
+                place -= 1
+            waiting.insert(place, asked)
         return asked
 
     def _intent(self, record: Recorded, body: Mapping[str, Any]) -> None:
@@ -164,7 +169,7 @@ class _Reader:
             self._prompts[call] = json.loads(text)[-1]["content"] if text else ""
         if number not in self._sub_calls:  # else a fallback is asked
             key = fingerprint("llm_query", self._prompts[call], body["asked"])
-            self._sub_calls[number] = self._ask(node, key)
+            self._sub_calls[number] = self._ask(node, key, number=number)
             self.past.sub_calls = max(self.past.sub_calls, number)
 
     def _result(self, record: Recorded, body: Mapping[str, Any]) -> None:
@@ -192,13 +197,15 @@ class _Reader:
         self.past.refused += 1
         number = body["sub_call"]
         self.past.sub_calls = max(self.past.sub_calls, number or 0)
-        asked = self._sub_calls.get(number) or self._ask(self._node(record), self._text(record, "asked"))
+        asked = self._sub_calls.get(number) or self._ask(
+            self._node(record), self._text(record, "asked"), number=number or 0
+        )
         asked.outcome = _error(body)
 
     def _repeated(self, record: Recorded, body: Mapping[str, Any]) -> None:
         self.past.sub_calls = max(self.past.sub_calls, body["sub_call"])
         key = fingerprint("llm_query", self._prompts[body["of"]], body["asked"])
-        self._ask(self._node(record), key, self._answers[body["of"]])
+        self._ask(self._node(record), key, self._answers[body["of"]], body["sub_call"])
 
     def _told(self, record: Recorded, body: Mapping[str, Any]) -> None:
         self.past.told += 1

@@ -53,6 +53,8 @@ class Account:
     sign: signs the log now and then, inside a transaction; what it returns is called when that is committed.
     sent: what was asked for real, and is to be paid whatever happens to its record. running: requests under way.
     refused, told: how many refusals there were, and how often a cell was told its budget: some of each are recorded.
+    nothing_new: it goes on after an interruption, and all that has come of it since was on record before: it can still
+    be interrupted again. late: records of child queries that were cancelled meanwhile, written when that is over.
     turns: how far the root's loop has come. answers: (model, SHA-256 of the prompt) -> where calls are answered once.
     """
 
@@ -63,6 +65,8 @@ class Account:
     in_flight: anyio.Semaphore
     sign: Callable[[Connection], Callable[[], None] | None] = lambda _tx: None
     sent: set[str] = field(default_factory=set[str])
+    nothing_new: bool = False
+    late: list[Callable[[], None]] = field(default_factory=list[Callable[[], None]])
     turns: int = 0
     sub_calls: int = 0
     children: int = 0
@@ -71,6 +75,12 @@ class Account:
     told: int = 0
     usage: dict[str, ModelUsage] = field(default_factory=dict[str, ModelUsage])
     answers: dict[tuple[str, bytes], Answered] = field(default_factory=dict[tuple[str, bytes], Answered])
+
+    def news(self) -> None:
+        """Something has come of it that an interruption would lose."""
+        self.nothing_new = False
+        while self.late:
+            self.late.pop(0)()
 
     @property
     def spent(self) -> int:

@@ -143,6 +143,8 @@ class Booking:
         aside: Aside | None,
     ) -> None:
         account, usage = node.account, reply.usage if reply else None
+        if reply:
+            account.news()
         settled = settlement(reply, error)
         price = self._prices.cost(plan.name, usage) if usage else None
         cost = charged(settled, hold.bound, price)

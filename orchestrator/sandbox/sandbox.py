@@ -231,7 +231,7 @@ async def _no_calls(call: Call) -> str:
 
 
 def _for_guest(error: AirlockError) -> dict[str, Any]:
-    fields: dict[str, Any] = {"kind": error.kind, "message": str(error)}
+    fields: dict[str, Any] = {"kind": error.kind, "message": error.told}
     if isinstance(error, LimitError):
         fields |= {"limit": error.limit, "asked": error.asked, "left": error.left}
     if isinstance(error, RateLimited):

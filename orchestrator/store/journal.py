@@ -99,7 +99,7 @@ def append(tx: sa.Connection, key: QueryKey, event: Event) -> Sealed:
 
 def _clean(event: Event, keeper: Keeper | None) -> Event:
     """Errors of providers and of guests' code may have a key in them."""
-    said = {name: event.body[name] for name in ("detail", "reason") if event.body.get(name)} if keeper else {}
+    said = {name: event.body[name] for name in ("detail", "reason", "why") if event.body.get(name)} if keeper else {}
     # A mark may be longer than what it stands for.
     clean = {name: keeper.redact(text)[0][: len(text)] for name, text in said.items()} if keeper else {}
     return event if clean == said else replace(event, body={**event.body, **clean})

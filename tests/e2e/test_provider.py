@@ -319,4 +319,33 @@ def test_a_failed_sub_call_is_a_typed_exception(airlock: Airlock, behaviour: Beh
         done = airlock("exec", airlock.file("cell.py", CELL), "--context", "context.txt", *options, code=0)
     assert done.out.startswith(f"ProviderFailed {kind} ")
     assert done.out.endswith("\nProviderFailed\n")
-    assert provider.url not in done.out.split("\n")[-1]
+    assert "127.0.0.1" not in done.out  # where the server is, the cell is not told
+    (result,) = [r["body"]["detail"] for r in airlock.records() if r["type"] == "call.result"][:1]
+    assert provider.url in result  # and the host is
+
+
+PASSWORD = "hunter2-secret"  # noqa: S105  of no account
+
+
+@pytest.mark.parametrize("behaviour", [Fail(401), Fail(500, message=f"you said {PASSWORD}"), HangUp()])
+def test_a_password_in_the_address_is_told_to_nobody(airlock: Airlock, behaviour: Behaviour) -> None:
+    with Provider(sub=[behaviour], root=[behaviour]) as provider:
+        url = provider.url.replace("://", f"://me:{PASSWORD}@")
+        policy = airlock.policy(counts_retries="0")
+        options = ["--model", "mine", "--base-url", url, *PRICED, "--policy", policy]
+        cell = airlock("exec", airlock.file("cell.py", CELL), *options, code=0)
+        query = airlock("run", "What?", "--context", "context.txt", *options, code=5)
+        stray = airlock("run", "What?", "--context", "context.txt", *options[:3], url.replace("http", "ftp"), code=2)
+    for done in (cell, query, stray):
+        assert PASSWORD not in done.out + done.err
+    assert all(PASSWORD.encode() not in path.read_bytes() for path in airlock.home.rglob("*") if path.is_file())
+
+
+def test_a_cell_that_writes_the_password_of_the_address_leaves_it_out_of_the_journal(airlock: Airlock) -> None:
+    with Provider() as provider:
+        url = provider.url.replace("://", f"://me:{PASSWORD}@")
+        file = airlock.file("cell.py", f"print('{PASSWORD}')")
+        airlock("exec", file, "--model", "mine", "--base-url", url, *PRICED, code=0)
+    shown = airlock("audit", "show", "last", code=0)
+    assert PASSWORD not in shown.out
+    assert "[redacted: known secret]" in shown.out

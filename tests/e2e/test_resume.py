@@ -14,7 +14,7 @@ import pytest
 from orchestrator.store.db import Database
 from orchestrator.store.schema import scopes
 from tests.command import Airlock, Done, until
-from tests.fakes.provider import Behaviour, Hang, Provider, Say
+from tests.fakes.provider import Behaviour, Fail, Hang, Provider, Say
 
 USED = (100, 50)
 DEEP = ("--policy", "development", "--depth", 2)
@@ -154,6 +154,19 @@ def test_a_cell_that_was_ended_is_run_and_not_compared(airlock: Airlock, query: 
         "root cell 2: same",
         f"query {query.id}, 2 cells again in bubblewrap (namespace): 1 the same, 0 different, 1 not compared",
     ]
+
+
+def test_a_batch_that_was_ended_while_calls_waited_for_their_turn(airlock: Airlock, query: Query) -> None:
+    """These have left no word of themselves on record."""
+    policy = airlock.policy(time_cell="2 s", counts_in_flight="2")
+    root: list[Behaviour] = [cell("llm_query_batched([f'p{n}' for n in range(10)])"), cell("x = 'on'"), Hang()]
+    query.killed("--policy", policy, root=root, sub=[Say("1"), Say("2"), Hang()], turns=3)
+    assert len([body for body in query.records("call.intent") if body["role"] == "sub"]) < 10
+    assert query.records("cell.ended")[0]["status"] == "timeout"
+    done = airlock("audit", "replay", query.id, code=0)
+    assert done.out.splitlines()[0].startswith("root cell 1: not compared: it ended with timeout")
+    assert query.resume(root=[Say("FINAL_VAR(x)", usage=USED)]).out == "on\n"
+    assert [body["status"] for body in query.records("cell.replayed")] == ["timeout", "ok"]
 
 
 def test_a_replay_that_cannot_be_made(airlock: Airlock, query: Query) -> None:
@@ -472,10 +485,111 @@ def test_options_that_do_not_go_with_resume(airlock: Airlock, query: Query) -> N
 
 
 def test_a_resumption_that_is_interrupted_in_good_order_is_closed(airlock: Airlock, query: Query) -> None:
+    """As soon as it has brought something new."""
     query.killed(root=[cell("print(1)"), Hang()], turns=2)
-    query.provider.behaviours = {"root": [Hang()], "sub": []}
+    query.provider.behaviours = {"root": [cell("print(2)"), Hang()], "sub": []}
     with airlock.started("run", "--resume", query.id, *query.options()) as running:
-        query.provider.wait("root")
+        query.provider.wait("root", 2)
         assert running.interrupt(signal.SIGTERM).code == 130
     assert airlock.closing()["status"] == "cancelled"
-    assert airlock.closing()["turns"] == 2
+    assert airlock.closing()["turns"] == 3
+
+
+def goes_on(airlock: Airlock, query: Query, done: Done, code: int, why: str) -> None:
+    """It was interrupted again, and comes to its answer without asking for what it had."""
+    assert (done.code, done.out) == (code, "")
+    assert done.said == f"interrupted: {why}; go on with airlock run --resume {query.id}"
+    assert query.records("query.interrupted")[-1]["why"] == why
+    assert airlock.rows("SELECT status, owner FROM queries WHERE id=?", query.id) == [("interrupted", "")]
+    query.provider.requests.clear()
+    assert query.resume(root=[Say("FINAL_VAR(x)", usage=USED)]).out == "dear\n"
+    assert [seen.role for seen in query.provider.requests] == ["root"]
+    closing = airlock.closing()
+    assert Decimal(closing["cost_usd"]) == sum(Decimal(body["cost_usd"]) for body in query.records("call.result"))
+
+
+def dear(query: Query) -> None:
+    query.killed(root=[cell("x = llm_query('dear')"), Hang()], sub=[Say("dear")], turns=2)
+
+
+def test_a_wrong_key_does_not_end_a_query_that_is_resumed(airlock: Airlock, query: Query) -> None:
+    dear(query)
+    done = query.resume(root=[Fail(401)], code=5)
+    why = f"{query.provider.url} refused the API key (401): check the key and what it may use"
+    goes_on(airlock, query, done, 5, f"provider-refused: {why}")
+    assert airlock("audit", "verify", code=0).out
+
+
+def test_a_provider_that_fails_at_the_last_word_neither(airlock: Airlock, query: Query) -> None:
+    policy = airlock.policy(counts_iterations="1", counts_retries="0")
+    query.killed("--policy", policy, root=[cell("x = llm_query('dear')"), Hang()], sub=[Say("dear")], turns=2)
+    done = query.resume(root=[Fail(500)], code=5)
+    assert done.said.startswith("interrupted: provider-busy: ")
+    assert query.resume(root=[Say("FINAL_VAR(x)", usage=USED)], code=3).out == "dear\n"
+
+
+def test_a_backend_that_is_not_to_be_had_neither(airlock: Airlock, query: Query) -> None:
+    dear(query)
+    airlock.env["DOCKER_HOST"] = "unix:///nowhere/docker.sock"
+    done = query.resume("--backend", "docker", root=[], code=4)
+    assert done.said.startswith("interrupted: sandbox-unusable: ")
+    assert query.resume(root=[Say("FINAL_VAR(x)", usage=USED)]).out == "dear\n"
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_whoever_stops_it_while_it_is_rebuilt_can_resume_it(airlock: Airlock, query: Query, sign: int) -> None:
+    code = "import time\ntime.sleep(1)\nx = llm_query('dear')"
+    query.killed(root=[cell(code), Hang()], sub=[Say("dear")], turns=2)
+    with airlock.started("run", "--resume", query.id, *query.options()) as running:
+        until(lambda: len(query.records("sandbox.started")) == 2)
+        done = running.interrupt(sign)
+    assert query.records("cell.replayed") == []
+    goes_on(airlock, query, done, 130, "cancelled")
+
+
+@pytest.mark.parametrize("how", ["refused", "stopped"])
+def test_a_child_query_under_way_is_interrupted_with_it(airlock: Airlock, query: Query, how: str) -> None:
+    root = [cell("x = rlm_query('deep?', 'its text')\nFINAL(x)"), cell("y = llm_query('dear')"), Hang()]
+    query.killed(*DEEP, root=root, sub=[Say("dear")], turns=3)
+    if how == "refused":
+        done = query.resume(root=[Fail(401)], code=5)
+    else:
+        query.provider.behaviours = {"root": [Hang()], "sub": []}
+        with airlock.started("run", "--resume", query.id, *query.options()) as running:
+            query.provider.wait("root")
+            done = running.interrupt()
+    assert done.said.startswith("interrupted: ")
+    assert query.records("node.closed") == []
+    query.provider.requests.clear()
+    assert query.resume(root=[Say("FINAL_VAR(y)", usage=USED)]).out == "dear\n"
+    assert [seen.role for seen in query.provider.requests] == ["root"]
+    assert [record["body"]["status"] for record in airlock.records(query.id) if record["type"] == "node.closed"] == [
+        "answered"
+    ]
+
+
+def test_a_child_query_that_its_cell_gave_up_is_closed_all_the_same(airlock: Airlock, query: Query) -> None:
+    """The cell ends at its limit, while the child waits: nothing new had come before."""
+    root = [cell("rlm_query('deep?', 'its text')"), Hang()]
+    query.killed("--policy", airlock.policy("development", time_cell="2 s"), "--depth", 2, root=root, turns=2)
+    done = query.resume(root=[Hang(), Say("FINAL(42)", usage=USED)])
+    assert done.out == "42\n"
+    records = [(record["node"], record["type"]) for record in airlock.records(query.id)]
+    assert records.index(("root.1", "node.closed")) < records.index(("root", "cell.ended"))
+
+
+def test_a_cell_alone_is_interrupted_again_as_well(airlock: Airlock, query: Query, provider: Provider) -> None:
+    provider.behaviours = {"root": [], "sub": [Say("1"), Hang()]}
+    file = airlock.file("cell.py", "print(llm_query('a'))\nprint(llm_query('b'))\nFINAL('done')")
+    with airlock.started("exec", file, "--model", "m", *query.options()) as running:
+        provider.wait("sub", 2)
+        running.process.kill()
+        running.process.wait()
+    query.find()
+    provider.requests.clear()
+    provider.behaviours = {"root": [], "sub": [Hang()]}
+    with airlock.started("run", "--resume", query.id, *query.options()) as running:
+        provider.wait("sub")
+        done = running.interrupt()
+    assert (done.code, done.said) == (130, f"interrupted: cancelled; go on with airlock run --resume {query.id}")
+    assert query.resume(root=[], sub=[Say("2")]).out == "1\n2\ndone\n"

@@ -202,6 +202,31 @@ async def test_a_name_and_password_in_the_address_go_before_the_key():
     assert sent[0].headers["authorization"] == "Basic bWU6c2VjcmV0"
 
 
+@pytest.mark.parametrize("info", ["me:hunter2-secret@", "me:hunter2/secret@", "hunter2-secret@", "a@b:hunter2-secret@"])
+@pytest.mark.parametrize("tail", [":9/v1", ":port/v1", "[v1"])
+async def test_no_error_tells_a_password_of_the_address(info: str, tail: str):
+    async with asking(f"http://{info}127.0.0.1{tail}") as lm:
+        with pytest.raises(ProviderError) as caught:
+            await lm.ask(REQUEST)
+    assert f"http://127.0.0.1{tail}" in str(caught.value)
+    assert "hunter2" not in str(caught.value)
+
+
+async def test_a_password_that_a_server_repeats_is_not_told():
+    handler = says({"error": {"message": "who is me with hunter2-secret?"}}, 400)
+    async with answering(handler) as port, asking(f"http://me:hunter2%2Dsecret@127.0.0.1:{port}/v1") as lm:
+        with pytest.raises(ProviderRefused, match=r"who is me with \*\*\*\?"):
+            await lm.ask(REQUEST)
+
+
+@pytest.mark.parametrize("status", [400, 401, 404, 408, 429, 500, 307])
+async def test_a_guest_is_not_told_where_the_server_is(status: int):
+    error = await refusal(says({"error": {"message": "no"}}, status))
+    assert "http://127.0.0.1:" in str(error)
+    assert "127.0.0.1" not in error.told
+    assert error.told.startswith("the provider ")
+
+
 async def test_a_large_prompt_arrives_whole():
     prompt = "\u20ac" * (4 << 20)
 
@@ -723,13 +748,13 @@ async def test_a_certificate_has_to_be_trusted(tmp_path: Path, monkeypatch: pyte
     async with answering(says(WHOLE), context) as port:
         address = f"https://127.0.0.1:{port}/v1"
         async with asking(address) as lm:
-            with pytest.raises(ProviderBusy, match="cannot connect"):
+            with pytest.raises(ProviderRefused, match=r"trusts the certificate of https://127\.0\.0\.1:\d+/v1: mend"):
                 await lm.ask(REQUEST)
         monkeypatch.setenv("SSL_CERT_FILE", str(trusted))
         async with asking(address) as lm:
             assert await lm.ask(REQUEST) == await lm.ask(REQUEST) == Reply("42", "stop", Usage(3, 2))
         async with asking(address.replace("127.0.0.1", "localhost")) as lm:  # trusted, and not for that name
-            with pytest.raises(ProviderBusy, match="cannot connect"):
+            with pytest.raises(ProviderRefused, match="trusts the certificate of"):
                 await lm.ask(REQUEST)
 
 
@@ -788,6 +813,24 @@ async def test_a_proxy_of_the_environment_is_used(name: str, monkeypatch: pytest
     assert len(seen) == 1
 
 
+@pytest.mark.parametrize("exempt", ["::1", "[::1]", "localhost, ::1"])
+async def test_an_ipv6_address_is_exempt_from_the_proxy(exempt: str, monkeypatch: pytest.MonkeyPatch):
+    asked: list[Asked] = []
+
+    def handler(one: Asked) -> Answer:
+        asked.append(one)
+        return reply(b"", 503)
+
+    with socket.socket(socket.AF_INET6) as nobody:
+        nobody.bind(("::1", 0))  # and no listen(): connections are refused
+        async with answering(handler) as port, asking(f"http://[::1]:{nobody.getsockname()[1]}/v1") as lm:
+            monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{port}")
+            monkeypatch.setenv("NO_PROXY", exempt)
+            with pytest.raises(ProviderBusy, match="cannot connect to"):
+                await lm.ask(REQUEST)
+    assert asked == []
+
+
 async def test_a_proxy_that_speaks_no_http_is_refused(monkeypatch: pytest.MonkeyPatch):
     """Else it would be sent the key as it is."""
     monkeypatch.setenv("ALL_PROXY", "socks5://me:secret@127.0.0.1:1")
@@ -795,3 +838,4 @@ async def test_a_proxy_that_speaks_no_http_is_refused(monkeypatch: pytest.Monkey
         with pytest.raises(ProviderRefused, match="no HTTP proxy") as caught:
             await lm.ask(REQUEST)
     assert "secret" not in str(caught.value)
+    assert "nobody.invalid" not in caught.value.told

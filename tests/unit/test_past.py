@@ -163,6 +163,23 @@ def test_equal_calls_are_answered_in_the_order_in_which_they_were_asked():
     assert cell.recall(llm("never"), Given(None)) is None
 
 
+def test_a_call_that_had_to_wait_is_on_record_after_those_that_overtook_it():
+    """The order in which they were asked is that of their numbers."""
+    story = Story()
+    story.cell()
+    story.asks(2, "same", "second")
+    story.add("call.repeated", {"of": "root.c2", "model": "m", "sub_call": 5, "asked": None})
+    story.refused(RateLimited("later", retry_after=1.5), llm("same"), 4)
+    story.asks(3, "same", None)
+    story.asks(1, "same", "first")
+    story.result("root.c3", "third")
+    story.ends()
+    (cell,) = story.past().root.cells
+    came = [came_of(cell, llm("same")) for _ in range(5)]
+    assert [came[0], came[1], came[2], came[4]] == ["first", "second", "third", "second"]
+    assert isinstance(came[3], RateLimited)
+
+
 def test_attempts_and_fallbacks_are_one_call():
     story = Story()
     story.cell()
