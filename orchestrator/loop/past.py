@@ -28,7 +28,7 @@ BUDGET = "budget"
 
 @dataclass(slots=True)
 class Asked:
-    """Something that a cell asked for. outcome: None as long as nothing has come of it. number: of a sub-call, else 0."""
+    """Something that a cell asked for. outcome: None as long as nothing has come of it. number: of a sub-call, or 0."""
 
     outcome: str | Mapping[str, Any] | AirlockError | PastNode | None = None
     number: int = 0
