@@ -55,6 +55,7 @@ def journals(home: Path, quick: bool) -> list[Figure]:
     home.mkdir()
     db = Database(home)
     keys = open_vault(db, home, None, journal.key_created)
+    keys.signer()  # is the first thing that a new database has
     rate = anyio.run(written, db, keys, SECONDS / 2 if quick else SECONDS, backend_options={"use_uvloop": True})
     with_records, alone = anyio.run(a_call, db, keys, 300 if quick else 1500, backend_options={"use_uvloop": True})
     added = percentile(with_records, 50) - percentile(alone, 50)
