@@ -13,6 +13,7 @@ import anyio
 import click
 
 from orchestrator import settings
+from orchestrator.console import counted
 from orchestrator.core.errors import RequestError
 from orchestrator.files import Unreadable, read_text
 from orchestrator.streams import say
@@ -139,7 +140,7 @@ def export(query: str | None, out: Path | None, name: Any, endpoint: str | None,
         histories = auditing.histories(books, query)
         if endpoint is not None:
             sent = writing.send(histories, endpoint, content=options["content"])
-            click.echo(f"{sent:,} spans are sent", err=True)
+            click.echo(f"{counted(sent, 'span')} sent", err=True)
             return
         scores = auditing.scores(books)
         chosen = writing.Options(options["content"], scores, options["status"], options["least_score"])
@@ -147,7 +148,8 @@ def export(query: str | None, out: Path | None, name: Any, endpoint: str | None,
         with writing.draft(out) as file:
             done = writing.write(cast("writing.Format", name), histories, file, chosen)
     lacking = f"; {done.left_out:,} left out, for their texts are not all kept" if done.left_out else ""
-    click.echo(f"{out} is written: {done.lines:,} lines of {done.queries:,} queries{lacking}", err=True)
+    what = f"{counted(done.lines, 'line')} of {done.queries:,} {'query' if done.queries == 1 else 'queries'}"
+    click.echo(f"{out} is written: {what}{lacking}", err=True)
 
 
 @audit.command(name="replay")
@@ -215,7 +217,7 @@ def erase(query: str, record: int | None, payload: str | None, why: str) -> None
     if payload is not None and record is None:
         raise RequestError("--payload is of a record: give its number with --record")
     count, clean = auditing.erase(settings.home(), query, record, payload, why)
-    click.echo(f"{count} payloads are erased", err=True)
+    click.echo(f"{counted(count, 'payload')} erased", err=True)
     if not clean:
         click.echo("others still use the database, and what was erased is on its disk: run this again later", err=True)
 

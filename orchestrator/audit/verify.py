@@ -434,7 +434,7 @@ class _Verification:
         report = self._report
         report["integrity"].note = f"{self._records:,} records, {self._checkpoints:,} checkpoints of {signer}"
         report["append-only"].note = (
-            f"{self._held} checkpoints that you hold"
+            f"{self._held} checkpoint{'s' * (self._held != 1)} that you hold"
             if self._held
             else "you hold no checkpoint: pass one with --checkpoint, or a rewritten log that was signed again passes"
         )
