@@ -302,7 +302,7 @@ class _Query:
         duration = time.monotonic() - self._started
         body = {
             "status": outcome.status,
-            "reason": outcome.reason[:1000],
+            "reason": outcome.reason,
             "sub_calls": self._account.sub_calls,
             "refused": self._account.refused,
             "children": self._account.children,
