@@ -28,6 +28,7 @@ from orchestrator.core.errors import (
 )
 from orchestrator.core.events import Event
 from orchestrator.core.policy import MOST_DEPTH, Policy
+from orchestrator.core.tenants import is_tenant
 from orchestrator.core.turns import Turns
 from orchestrator.core.units import nano
 from orchestrator.lm.base import LM
@@ -137,6 +138,7 @@ class Platform:
     ) -> Closed:
         """One query, or with `code` one cell. Raises RequestError before anything is opened, StoreError at its end."""
         watch = watch or Watch()
+        require_name(tenant)
         self.require(question if code is None else None)
         month = self.config.platform.month_usd
         order = Order(
@@ -163,6 +165,7 @@ class Platform:
         where the journal or the store has not all that it takes, LimitError, SandboxUnusable, and as `run` does.
         """
         watch = watch or Watch()
+        require_name(tenant)
         past = await anyio.to_thread.run_sync(self._interrupted, query_id, tenant)
         past.require_to_resume()
         policy = past.rules
@@ -364,6 +367,13 @@ def standing(tx: journal.Connection, query: str, tenant: str) -> str:
     if status not in ("open", journal.INTERRUPTED):
         raise RequestError(f"query {query} is closed ({status}): there is nothing to resume")
     return status
+
+
+def require_name(tenant: str) -> None:
+    """Raises RequestError."""
+    if not is_tenant(tenant):
+        rule = "1 to 64 letters, digits, `.`, `_` and `-`, the first of them a letter or a digit"
+        raise RequestError(f"{tenant[:80]!r} is no name for a tenant: take {rule}")
 
 
 def require_isolation(backend: Backend, policy: Policy) -> None:

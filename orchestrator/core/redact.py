@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import urllib.parse
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from ahocorasick_rs import BytesAhoCorasick, Implementation
 
@@ -86,6 +86,17 @@ class Redactor:
             for which, start, end in sorted(hits, key=_by_place):
                 if start < _WINDOW:  # else it is the next one's
                     yield begin + start, begin + end, self._found[which]
+
+
+def excerpt(text: str, most: int, redact: Callable[[str], tuple[str, int]] | None) -> str:
+    """At most `most` characters of it, without secrets: of one that is cut first, a half stays.
+
+    redact: as a Redactor does; None where the text is one of our own. Doing it again changes nothing.
+    """
+    if redact is None:
+        return text[:most]
+    text = redact(text)[0][:most]
+    return redact(text)[0][:most]  # what a cut has parted from the rest may look like one
 
 
 def _without(data: bytes, spans: list[tuple[int, int, str]]) -> bytes:

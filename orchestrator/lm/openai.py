@@ -29,6 +29,7 @@ REASON_BYTES = 1 << 16
 _BUSY = (409, 429)
 _TIMED_OUT = (408, 504, 524)  # on the way to or from the model, which may have answered all the same
 _REFUSED = (400, 422)
+MOST_SAID = 300  # characters of a provider's words
 # How to ask: the first that a server takes. One that streams without telling its usage is asked without a stream, for
 # what it does not tell is charged at the bound.
 _WAYS: tuple[dict[str, Any], ...] = ({"stream": True, "stream_options": {"include_usage": True}}, {"stream": True}, {})
@@ -164,10 +165,14 @@ class OpenAILM(LM):
         return False
 
     def _quoted(self, said: str) -> str:
-        """A provider's words, as part of an error of one line. What is secret is taken out before they are cut."""
+        """A provider's words, as part of an error of one line. What is secret is taken out before they are cut.
+
+        They are cut between two of them: half of somebody else's key would not be known for one when it is recorded.
+        """
         for secret in self._secrets:
             said = said.replace(secret, "***")
-        return " ".join(replies.clean(said).split())[:300]
+        line = " ".join(replies.clean(said).split())
+        return line if len(line) <= MOST_SAID else line[: MOST_SAID + 1].rpartition(" ")[0] + " ..."
 
     async def aclose(self) -> None:
         if self._session is not None:

@@ -18,14 +18,16 @@ import anyio
 
 from orchestrator.core.errors import AirlockError, NotPermitted, NotRebuilt, TimeExceeded
 from orchestrator.core.events import Event, EventType
+from orchestrator.core.redact import excerpt
 from orchestrator.core.units import usd
 from orchestrator.loop.handed import Handed
 from orchestrator.loop.past import Asked, PastCell, PastNode
 from orchestrator.proxy.account import Node
 from orchestrator.sandbox.sandbox import Call, CellResult, Sandbox
 from orchestrator.store import journal
+from orchestrator.store.vault import Keeper
 
-DETAIL_CHARS = 1000  # of how a cell ended; what is recorded is what the loop is told, and a record is bounded
+DETAIL_CHARS = journal.SAID["cell.ended"]["detail"]
 NAMES_BYTES = 4096
 PIECES = ("context_text", "context_list", "context_more")
 
@@ -96,7 +98,7 @@ class Cells:
 
         timeout = min(self._account.policy.time.cell / 1000, self._node.remaining_s())
         try:
-            result = bounded(await sandbox.run(code, timeout, on_call, on_output))
+            result = bounded(await sandbox.run(code, timeout, on_call, on_output), self._account.key.keeper)
         finally:
             self._handed.clear()
         if past and past.result:
@@ -140,9 +142,9 @@ class Cells:
         self._account.recorded(event)
 
 
-def bounded(result: CellResult) -> CellResult:
-    """What is recorded of a cell's end is what is looked at of it, and is bounded."""
-    result.detail = result.detail[:DETAIL_CHARS]
+def bounded(result: CellResult, keeper: Keeper | None = None) -> CellResult:
+    """What is looked at of a cell's end is what is recorded of it, so that it is the same in a replay."""
+    result.detail = excerpt(result.detail, DETAIL_CHARS, keeper.redact if keeper else None)
     result.names = tuple(_some_of(result.names))
     return result
 

@@ -197,7 +197,7 @@ class Loop:
 
 def limit_hit(limit: LimitError) -> dict[str, str]:
     """Body of the record."""
-    return {"kind": limit.kind, "detail": str(limit)[:1000], "limit": limit.limit[:500], "rule": limit.rule}
+    return {"kind": limit.kind, "detail": str(limit), "limit": limit.limit[:500], "rule": limit.rule}
 
 
 def schema_check(schema: Mapping[str, object] | None, most: int) -> Callable[[str], Awaitable[str | None]]:

@@ -258,7 +258,7 @@ class NodeRun:
         node.count(held=-aside.nano if aside else 0)
         body = {
             "status": outcome.status,
-            "reason": outcome.reason[:1000],
+            "reason": outcome.reason,
             "turns": self.turns,
             "calls": node.calls,
             "duration_ms": int((time.monotonic() - started) * 1000),

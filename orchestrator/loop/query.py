@@ -313,7 +313,7 @@ class _Query:
             settle_open(tx, self._key, outcome.reason[:500], self._account.sent.__contains__)
             if lost := self._writer.lost():
                 raise StoreError(f"a record was lost: {lost}")
-            event = Event("query.interrupted", ROOT, {"why": outcome.reason[:1000], "until": now()})
+            event = Event("query.interrupted", ROOT, {"why": outcome.reason, "until": now()})
             spent, _held = ledger.balance(tx, self._scopes[0].id)
             head = journal.interrupt_query(tx, self._key, event).hash
             return head, spent, event, self._m.notary.sign(tx, self._order.tenant)
@@ -326,7 +326,7 @@ class _Query:
         duration = time.monotonic() - self._started
         body = {
             "status": outcome.status,
-            "reason": outcome.reason[:1000],
+            "reason": outcome.reason,
             "sub_calls": self._account.sub_calls,
             "refused": self._account.refused,
             "children": self._account.children,

@@ -151,7 +151,7 @@ class Booking:
         body: dict[str, Any] = {
             "call": plan.call,
             "outcome": settled.outcome,
-            "detail": detail[:500],
+            "detail": detail,
             "cost_usd": usd(cost),
             "usage": None,
             "finish": reply.finish_reason[:64] if reply else None,

@@ -308,7 +308,7 @@ def _size(policy: Policy, messages: Sequence[Message]) -> int:
 
 def refusal_of(error: AirlockError, role: str, model: str) -> dict[str, Any]:
     """Body of `call.refused`, but for the number of the sub-call."""
-    fields: dict[str, Any] = {"role": role, "model": model[:200], "kind": error.kind, "detail": error.told[:1000]}
+    fields: dict[str, Any] = {"role": role, "model": model[:200], "kind": error.kind, "detail": error.told}
     if isinstance(error, LimitError):
         fields |= {"limit": error.limit[:500], "asked": error.asked[:200], "left": error.left, "rule": error.rule}
     if isinstance(error, RateLimited):

@@ -15,6 +15,7 @@ import sqlalchemy as sa
 
 from orchestrator.core.errors import NotKept, RequestError
 from orchestrator.core.events import GENESIS, Event, Recorded, Sealed, chain_fault, commitment, read_record, seal
+from orchestrator.core.redact import excerpt
 from orchestrator.store import logs
 from orchestrator.store.db import now, stamp_of
 from orchestrator.store.prepared import Prepared
@@ -35,6 +36,16 @@ _count_open = Prepared(
     .where(queries.c.status == "open", queries.c.tenant == sa.bindparam("of"))
 )
 INTERRUPTED = "interrupted"
+SAID: dict[str, dict[str, int]] = {  # what others may have said: characters of it that are recorded, as in the schema
+    "call.result": {"detail": 500},
+    "call.refused": {"detail": 1000},
+    "cell.ended": {"detail": 1000},
+    "limit.hit": {"detail": 1000},
+    "node.closed": {"reason": 1000},
+    "query.interrupted": {"why": 1000},
+    "query.closed": {"reason": 1000},
+    "admin.action": {"detail": 1000},
+}
 Connection = sa.Connection  # the transaction that callers hand through, named here so that they need no SQLAlchemy
 
 
@@ -98,10 +109,11 @@ def append(tx: sa.Connection, key: QueryKey, event: Event) -> Sealed:
 
 
 def _clean(event: Event, keeper: Keeper | None) -> Event:
-    """Errors of providers and of guests' code may have a key in them."""
-    said = {name: event.body[name] for name in ("detail", "reason", "why") if event.body.get(name)} if keeper else {}
-    # A mark may be longer than what it stands for.
-    clean = {name: keeper.redact(text)[0][: len(text)] for name, text in said.items()} if keeper else {}
+    """Errors of providers and of guests' code may have a key in them, and are as long as they please."""
+    most = SAID.get(event.type, {})
+    said = {name: event.body[name] for name in most if event.body.get(name)}
+    redact = keeper.redact if keeper else None
+    clean = {name: excerpt(text, most[name], redact) for name, text in said.items()}
     return event if clean == said else replace(event, body={**event.body, **clean})
 
 

@@ -11,7 +11,9 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from orchestrator.core.errors import StoreError
 from orchestrator.core.merkle import HASH, HEIGHT, WIDTH, Tiles, Tree, whole
+from orchestrator.core.tenants import is_tenant
 from orchestrator.store.prepared import Prepared
 from orchestrator.store.schema import records, tiles
 
@@ -35,6 +37,9 @@ _add_tile = Prepared(sa.insert(tiles))
 
 
 def tenants_log(tenant: str) -> str:
+    """Raises StoreError for what is no tenant's name: an empty one or `a/b` would be a log of somebody else."""
+    if not is_tenant(tenant):
+        raise StoreError(f"{tenant[:80]!r} is no name of a tenant: it has no log")
     return f"tenants/{tenant}"
 
 

@@ -11,6 +11,7 @@ import anyio
 import pytest
 
 from orchestrator.choices import Choices
+from orchestrator.core.errors import RequestError
 from orchestrator.wiring import Platform, open_platform
 from tests.command import Airlock
 from tests.fakes.provider import Behaviour, Provider, Say, Seen
@@ -48,6 +49,20 @@ async def test_what_was_there_before_is_not_collected_over_and_over(fresh: Airlo
     async with opened(fresh, provider, ""):
         assert gc.get_freeze_count() > before + 10_000
     assert gc.get_freeze_count() == 0
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "../x", "a\nb", "x" * 65])
+async def test_a_tenant_of_no_name_is_refused_before_anything_is_done(
+    fresh: Airlock, provider: Provider, name: str
+) -> None:
+    async with opened(fresh, provider, "") as platform:
+        context = platform.contexts.ingest_value("text")
+        for run in (platform.run("What?", context, tenant=name), platform.resume("20261125", tenant=name)):
+            with pytest.raises(RequestError, match="is no name for a tenant: take 1 to 64 letters") as caught:
+                await run
+            assert "\n" not in str(caught.value)
+    assert not fresh.rows("SELECT id FROM keys WHERE id != 'signer'")
+    assert not fresh.rows("SELECT id FROM queries")
 
 
 async def test_who_queues_many_queries_does_not_keep_others_from_a_sandbox(fresh: Airlock, provider: Provider) -> None:

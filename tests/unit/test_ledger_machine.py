@@ -44,7 +44,7 @@ from tests.postgres import Postgres
 from tests.unit.helpers import Store, fill
 
 # Each comes up against a limit of its own: calls, tokens, calls in flight. Their names begin alike.
-TENANTS: dict[str, dict[str, int]] = {"a": {"calls": 6}, "a:b": {"tokens": 30}, "c": {"in_flight": 3}}
+TENANTS: dict[str, dict[str, int]] = {"a": {"calls": 6}, "a.b": {"tokens": 30}, "c": {"in_flight": 3}}
 PLATFORM = Scope("platform:2026-11", 350_000, in_flight=9)
 PRICES = Prices({"m": (Decimal(1), Decimal(2))})
 SIZES = st.tuples(st.integers(0, 25), st.integers(0, 15))  # the most tokens of a call, in and out

@@ -390,6 +390,11 @@ async def test_the_key_is_not_told_where_the_providers_words_are_cut():
     assert KEY[:8] not in str(await refusal(says(long, 400)))
 
 
+async def test_half_of_another_key_is_not_told_where_the_providers_words_are_cut():
+    long = {"error": {"message": "x" * 280 + " not sk-proj-" + "a1B2c3D4" * 8}}
+    assert str(await refusal(says(long, 400))).endswith("x not ...")
+
+
 async def test_half_a_character_in_an_error_or_a_reason():
     assert "bad ? thing" in str(await refusal(lambda _asked: reply(BAD, 400)))
     whole = json.loads(json.dumps(WHOLE))

@@ -24,6 +24,7 @@ from orchestrator.core.errors import (
 )
 from orchestrator.core.events import GENESIS, Event, Recorded, seal
 from orchestrator.core.policy import Policy
+from orchestrator.core.redact import Redactor, excerpt
 from orchestrator.loop.cells import bounded, ended, order_of
 from orchestrator.loop.handed import Given, asked_by
 from orchestrator.loop.past import Past, PastCell, PastNode
@@ -31,6 +32,7 @@ from orchestrator.loop.reader import read_past
 from orchestrator.proxy.account import ModelUsage
 from orchestrator.proxy.proxy import refusal_of
 from orchestrator.sandbox.sandbox import Call, CellResult
+from orchestrator.store.vault import Keeper
 from tests.unit.helpers import DEFAULT, policy, quick
 
 CONTEXT = {"id": "c" * 64}
@@ -367,6 +369,17 @@ def test_the_record_of_a_cells_end_is_bounded_whatever_a_guest_says(character: s
     )
     assert len(link.record) < 16 * 1024
     assert result.names  # and something is left
+
+
+def test_secrets_go_before_a_cells_end_is_cut_and_the_loop_is_told_what_is_recorded():
+    keeper = Keeper(bytes(32), "q", (), Redactor().redact)
+    token = "sk-proj-" + "a1B2c3D4" * 8
+    for room in (1, 20, len(token)):
+        result = bounded(CellResult("error", "x" * (999 - room) + " " + token), keeper)
+        assert "sk-" not in result.detail
+        assert len(result.detail) <= 1000
+        body, _ = ended(1, result)
+        assert excerpt(body["detail"], 1000, keeper.redact) == result.detail  # as it is recorded
 
 
 def test_what_is_missing_is_said_once_it_is_needed():

@@ -7,7 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -32,6 +32,7 @@ from orchestrator.core.errors import (
     TimeExceeded,
 )
 from orchestrator.core.policy import Policy
+from orchestrator.core.redact import Redactor
 from orchestrator.core.turns import Turns
 from orchestrator.lm.base import LM, Message, Reply, Request, Usage
 from orchestrator.proxy import booking, circuit
@@ -41,6 +42,7 @@ from orchestrator.proxy.prices import Prices
 from orchestrator.proxy.proxy import MESSAGE_TOKENS, RECORDED, REQUEST_TOKENS, Proxy
 from orchestrator.store import journal, ledger
 from orchestrator.store.db import Database
+from orchestrator.store.vault import Keeper
 from tests.unit.helpers import DEFAULT, FakeLM, HangingLM, Query, database, policy, said, user
 
 pytestmark = pytest.mark.anyio
@@ -115,6 +117,17 @@ async def test_how_a_request_ends_decides_what_it_costs(db: Database, answer: An
     assert at.query.balance() == at.query.balance(1) == (cost, 0)
     assert [body["outcome"] for body in at.bodies("call.result")] == [outcome]
     assert Decimal(at.bodies("call.result")[0]["cost_usd"]) * 10**9 == cost == at.query.account.spent
+
+
+async def test_half_a_key_is_not_recorded_of_an_error(db: Database):
+    token = "sk-proj-" + "a1B2c3D4" * 8
+    at = desk(db, FakeLM(ProviderRefused("x" * 479 + " " + token)))
+    account = at.query.account
+    account.key = replace(account.key, keeper=Keeper(bytes(32), account.key.id, (), Redactor().redact))
+    with pytest.raises(ProviderRefused):
+        await at.root("hi")
+    (detail,) = [body["detail"] for body in at.bodies("call.result")]
+    assert detail == "x" * 479 + " [redacted: API key]"
 
 
 async def test_a_request_that_is_cancelled_may_have_been_billed(db: Database):

@@ -14,6 +14,7 @@ from orchestrator.core import errors, events
 from orchestrator.core.errors import AirlockError, LimitError
 from orchestrator.core.events import Event, canonical, seal
 from orchestrator.core.policy import PAYLOADS
+from orchestrator.store.journal import SAID
 from tests.records import check_record, schema
 
 SCHEMA = schema()
@@ -188,6 +189,15 @@ def test_it_has_every_type_of_event_that_there_is() -> None:
     assert known <= set(EVENTS) == set(SCHEMA["properties"]["type"]["enum"]) == set(BODIES)
     assert [rule["then"]["$ref"].rpartition("/")[2] for rule in SCHEMA["allOf"]] == list(EVENTS)
     assert [rule["if"]["properties"]["type"]["const"] for rule in SCHEMA["allOf"]] == list(EVENTS)
+
+
+def test_what_others_may_have_said_is_cut_where_it_says() -> None:
+    said: dict[str, dict[str, int]] = {}
+    for event, schema_of in EVENTS.items():
+        for name, field in schema_of["properties"]["body"]["properties"].items():
+            if name in ("detail", "reason"):
+                said.setdefault(event, {})[name] = field["maxLength"]
+    assert said == SAID
 
 
 def test_it_has_every_kind_of_error_that_there_is() -> None:

@@ -250,6 +250,16 @@ def test_a_tenant_whose_log_is_damaged_stops_no_other(db: Database, store: Store
     assert len(db.dead_owners()) == 1
 
 
+@pytest.mark.parametrize("name", ["", "a/b"])
+def test_a_query_of_no_tenant_stops_no_other(db: Database, store: Store, notary: Notary, name: str):
+    die_with(store)
+    until(lambda: len(db.dead_owners()) == 1)
+    db.write_sync(lambda tx: tx.execute(sa.update(queries).where(queries.c.id == "q1").values(tenant=name)))
+    assert recover(db, notary) == 2
+    assert statuses(db) == {"q1": "open", "q2": "failed", "q3": "failed"}
+    assert not [record for record, _ in db.read(lambda tx: journal.chain(tx, "q1")) if b"query.closed" in record]
+
+
 def test_an_owner_of_nothing_more_is_forgotten(db: Database, store: Store, notary: Notary):
     die_with(store)
     until(lambda: len(db.dead_owners()) == 1)
