@@ -28,7 +28,10 @@ BUDGET = "budget"
 
 @dataclass(slots=True)
 class Asked:
-    """Something that a cell asked for. outcome: None as long as nothing has come of it. number: of a sub-call, else 0."""
+    """Something that a cell asked for.
+
+    outcome: None as long as nothing has come of it. number: of a sub-call; else 0.
+    """
 
     outcome: str | Mapping[str, Any] | AirlockError | PastNode | None = None
     number: int = 0
@@ -66,13 +69,15 @@ class PastCell:
 
 @dataclass(slots=True)
 class PastNode:
-    """replies, last_words: of the root LM, in order. limit: that the loop ran into, if it did. most: nano-USD it may
-    spend; spent: of it and of all below it. calls, children: the highest number that a name of each has."""
+    """model: its own; empty at the root. replies, last_words: of the root LM, in order. limit: that the loop ran into,
+    if it did. most: nano-USD it may spend; spent: of it and of all below it. calls, children: the highest number that a
+    name of each has."""
 
     name: str
     question: str
     context: Mapping[str, Any]
     most: int = 0
+    model: str = ""
     replies: deque[Reply] = field(default_factory=deque[Reply])
     last_words: deque[Reply] = field(default_factory=deque[Reply])
     cells: list[PastCell] = field(default_factory=list[PastCell])
@@ -96,8 +101,8 @@ class PastNode:
 class Past:
     """One query. model: None for a cell alone, whose `code` it is then. may_ask: the models that cells may name.
 
-    sub_calls, children, refused, told, usage: as in an Account. answered: how many calls were. answers: (model, prompt,
-    call, text) of sub-calls.
+    sub_calls, children, refused, told, usage: as in an Account. answered: how many calls were. answers: (model that was
+    asked for, prompt, call, text) of sub-calls whose texts are kept as they were. records: of the chain, all there are.
     ran_s: seconds that it is known to have run. missing: payloads that are not kept any more, of those that a replay
     takes; redacted: those of which something was taken out; both with the node that takes them.
     """
@@ -119,6 +124,7 @@ class Past:
     usage: dict[str, ModelUsage] = field(default_factory=dict[str, ModelUsage])
     answered: int = 0
     answers: list[tuple[str, str, str, str]] = field(default_factory=list[tuple[str, str, str, str]])
+    records: int = 0
     ran_s: float = 0.0
     missing: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
     redacted: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])

@@ -150,6 +150,11 @@ def resume_query(tx: sa.Connection, key: QueryKey, owner: str, event: Event) -> 
     return append(tx, key, event) if taken else None
 
 
+def length(tx: sa.Connection, query: str) -> int:
+    """How many records the chain has."""
+    return _next(tx, query)[0]
+
+
 def status_of(tx: sa.Connection, query: str) -> tuple[str, str]:
     """(open, interrupted, or how it was closed; its tenant) of a query that there is."""
     row = tx.execute(sa.select(queries.c.status, queries.c.tenant).where(queries.c.id == query)).one()

@@ -9,10 +9,16 @@ from collections.abc import Iterator
 from decimal import Decimal
 from typing import Any
 
+import anyio
 import pytest
 
+from orchestrator.auditing import past_of
+from orchestrator.choices import Choices
+from orchestrator.core.context import Context
+from orchestrator.core.errors import RequestError
 from orchestrator.store.db import Database
 from orchestrator.store.schema import scopes
+from orchestrator.wiring import Platform, open_platform
 from tests.command import Airlock, Done, until
 from tests.fakes.provider import Behaviour, Fail, Hang, Provider, Say
 
@@ -349,7 +355,7 @@ def test_without_money_or_room_it_waits(airlock: Airlock, query: Query) -> None:
     all_of_it = 20 * 10**9
     spend(all_of_it)
     said = query.resume(root=[], code=3).said
-    assert said == "0.00 USD are left, which do not pay for a last word: resume it later"
+    assert said == "0.00 USD are left, which do not pay for the last words: resume it later"
     spend(-all_of_it)
     other = query.id
     query.provider.behaviours = {"root": [Hang()], "sub": []}
@@ -360,6 +366,80 @@ def test_without_money_or_room_it_waits(airlock: Airlock, query: Query) -> None:
         assert running.interrupt().code == 130
     assert airlock.rows("SELECT status FROM queries WHERE id=?", other) == [("interrupted",)]
     assert query.resume(root=[Say("FINAL(42)", usage=USED)]).out == "42\n"
+
+
+def test_without_money_for_every_last_word_it_waits(airlock: Airlock, query: Query) -> None:
+    """That of a child query under way is not set aside any more either, and others may have spent the rest."""
+    root = [cell("FINAL(rlm_query('deep?', 'its text'))"), Hang()]
+    query.killed(*DEEP, root=root, turns=2)
+    airlock("exec", airlock.file("nothing.py", "1"), code=0)  # which interrupts it
+    (word, _) = [int(Decimal(body["usd"]) * 10**9) for body in query.records("budget.held")]
+    day, spent = airlock.rows("SELECT id, spent FROM scopes WHERE id LIKE 'tenant-day:%'")[0]
+    most = int(past_of(airlock.home, query.id).rules.money.tenant_day)
+
+    def set_spent(nano_usd: int) -> None:  # by others
+        db = Database(airlock.home)
+        db.write_sync(lambda tx: tx.execute(scopes.update().where(scopes.c.id == day).values(spent=nano_usd)))
+        db.close()
+
+    set_spent(most - word * 3 // 2)
+    said = query.resume(root=[], code=3).said
+    assert said.endswith(" USD are left, which do not pay for the last words: resume it later")
+    assert query.records("query.resumed") == []
+    set_spent(spent)
+    assert query.resume(root=[Say("FINAL(42)", usage=USED)]).out == "42\n"
+
+
+def test_a_past_that_is_out_of_date_is_not_gone_on_with(
+    airlock: Airlock, query: Query, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read by one; then another went on with it and died; it is interrupted as before, and has more records."""
+    query.killed(root=[cell("print(1)"), Hang()], turns=2)
+    choices = Choices(base_url=query.provider.url, prices={"m": (Decimal(1), Decimal(2))}, pool=0)
+
+    def meanwhile(platform: Platform) -> None:
+        verify = platform.contexts.verify
+
+        def after_another(context: Context) -> bool:
+            query.provider.behaviours = {"root": [cell("x = llm_query('dear')"), Hang()], "sub": [Say("1")]}
+            with airlock.started("run", "--resume", query.id, *query.options()) as running:
+                query.provider.wait("root", 2)
+                running.process.kill()
+                running.process.wait()
+            airlock("exec", airlock.file("nothing.py", "1"), code=0)  # which interrupts it
+            query.provider.requests.clear()
+            return verify(context)
+
+        monkeypatch.setattr(platform.contexts, "verify", after_another)
+
+    async def resume() -> None:
+        async with open_platform(choices, airlock.home) as platform:
+            meanwhile(platform)
+            with pytest.raises(RequestError, match="is not interrupted any more"):
+                await platform.resume(query.id)
+
+    anyio.run(resume)
+    assert query.provider.requests == []
+    assert len(query.records("query.resumed")) == 1
+    assert query.resume(root=[Say("FINAL_VAR(x)", usage=USED)]).out == "1\n"
+
+
+def test_a_child_query_does_not_go_on_with_another_context(airlock: Airlock, query: Query) -> None:
+    query.killed(*DEEP, root=[cell("FINAL(rlm_query('deep?', 'its text'))"), Hang()], turns=2)
+    (data,) = (path for path in airlock.home.glob("contexts/data/*") if path.read_bytes() == b"its text")
+    data.write_bytes(b"not this")
+    said = query.resume(root=[Say("FINAL_VAR(context)", usage=USED)], code=4).said
+    assert "the context of root.1 is not what it was: its hash is another one" in said
+    assert query.provider.requests == []
+
+
+def test_an_answer_of_a_fallback_is_not_asked_for_again(airlock: Airlock, query: Query) -> None:
+    policy = airlock.policy(models_dedupe="true", models_fallbacks="[f]", counts_retries="0")
+    same = cell("x = llm_query('same')")
+    query.killed("--policy", policy, "--price", "f=1,2", root=[same, Hang()], sub=[Fail(503), Say("dear")], turns=2)
+    done = query.resume("--price", "f=1,2", root=[cell("x = llm_query('same')"), Say("FINAL_VAR(x)", usage=USED)])
+    assert done.out == "dear\n"
+    assert query.provider.of("sub") == []
 
 
 def test_a_limit_that_was_hit_is_not_hit_twice(airlock: Airlock, query: Query) -> None:
