@@ -100,6 +100,7 @@ class PastNode:
 @dataclass(slots=True)
 class Past:
     """One query. model: None for a cell alone, whose `code` it is then. may_ask: the models that cells may name.
+    servers: model -> SHA-256 of its server's address; None for a model of this machine.
 
     sub_calls, children, refused, told, usage: as in an Account. answered: how many calls were. answers: (model that was
     asked for, prompt, call, text) of sub-calls whose texts are kept as they were. records: of the chain, all there are.
@@ -113,6 +114,7 @@ class Past:
     sub_models: Sequence[str]
     may_ask: Sequence[str]
     keeps_payloads: bool
+    servers: Mapping[str, str | None]
     policy: Policy | None = None
     schema: Mapping[str, Any] | None = None
     code: str | None = None

@@ -58,6 +58,7 @@ class Order:
     """What is asked. code: run as one cell instead of a root LM's loop (`airlock exec`). policy: the effective one.
     past: of an interrupted query, which this one goes on with; all that the journal has of its order is from there.
 
+    servers: where each model is, as a hash; None for one of this machine.
     schema: a JSON Schema, for the answer. sub_models: the first is asked at depth 1, the next at depth 2, and so on,
     the last one at all further down; empty when there is nobody to ask. platform_month: what all tenants together may
     spend in a month, in nano-USD.
@@ -70,6 +71,7 @@ class Order:
     sub_models: Sequence[str]
     policy: Policy
     schema: Mapping[str, Any] | None = None
+    servers: Mapping[str, str | None] = field(default_factory=dict[str, "str | None"])
     platform_month: int | None = None
     code: str | None = None
     past: Past | None = None
@@ -233,6 +235,7 @@ class _Query:
             "model": order.model if order.code is None else None,
             "sub_models": list(order.sub_models),
             "may_ask": list(self._may_ask),  # what cells may name
+            "servers": dict(order.servers),
             "backend": self._m.nodes.backend.name,
             "isolation": self._m.nodes.backend.isolation.name,
             "context": context.facts(),

@@ -46,6 +46,7 @@ class _Reader:
             body["sub_models"],
             body["may_ask"],
             body["payloads"] != "hash",
+            body.get("servers", {}),  # not in a journal that is older
         )
         self._models: dict[str, str] = {}  # call -> model
         self._roles: dict[str, str] = {}  # call -> root, last or sub

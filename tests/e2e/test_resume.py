@@ -23,6 +23,7 @@ from tests.command import Airlock, Done, until
 from tests.fakes.provider import Behaviour, Fail, Hang, Provider, Say
 
 USED = (100, 50)
+AS_IT_HAD = ", with --base-url and --api-key-env as it had them"
 DEEP = ("--policy", "development", "--depth", 2)
 
 
@@ -442,6 +443,29 @@ def test_an_answer_of_a_fallback_is_not_asked_for_again(airlock: Airlock, query:
     assert query.provider.of("sub") == []
 
 
+def test_a_query_does_not_go_on_at_another_server(airlock: Airlock, query: Query) -> None:
+    """What it was told would be sent to whoever is there: without the option, to OpenAI, if there is a key for that."""
+    query.provider.requests.clear()
+    query.provider.behaviours = {"root": [cell("x = 1"), Hang()], "sub": []}
+    url = query.provider.url.replace("://", "://me:hunter2-secret@")
+    given = ("--context", "context.txt", "--model", "gpt-4o-mini", "--base-url", url)
+    with airlock.started("run", "What?", *given) as running:
+        query.provider.wait("root", 2)
+        running.process.kill()
+        running.process.wait()
+    query.find()
+    query.provider.requests.clear()
+    airlock.env["OPENAI_API_KEY"] = "sk-test-0123456789"
+    airlock.env["HTTPS_PROXY"] = "http://127.0.0.1:9"  # nothing leaves this machine
+    says = f"query {query.id} ran with another --base-url for gpt-4o-mini: give it again"
+    assert airlock("run", "--resume", query.id, code=2).said == says
+    assert airlock("run", "--resume", query.id, "--base-url", url.replace("/v1", "/v2"), code=2).said == says
+    assert query.records("query.resumed") == query.provider.requests == []
+    query.provider.behaviours = {"root": [Say("FINAL(42)", usage=USED)], "sub": []}
+    other = url.replace("hunter2-secret", "another-password")  # whoever asks, it is the same server
+    assert airlock("run", "--resume", query.id, "--base-url", f"{other}/", code=0).out == "42\n"
+
+
 def test_a_limit_that_was_hit_is_not_hit_twice(airlock: Airlock, query: Query) -> None:
     policy = airlock.policy(counts_iterations="1")
     query.killed("--policy", policy, root=[cell("print(1)"), Hang()], turns=2)
@@ -488,7 +512,7 @@ def test_who_is_told_of_a_query_that_was_interrupted(airlock: Airlock, query: Qu
     interrupted = query.id
     done = query.run(root=[Say("FINAL(42)", usage=USED)])
     assert done.lines[0] == (
-        f"query {interrupted} was interrupted when its process died: airlock run --resume {interrupted}"
+        f"query {interrupted} was interrupted when its process died: airlock run --resume {interrupted}{AS_IT_HAD}"
     )
     assert "interrupted" not in query.run(root=[Say("FINAL(42)", usage=USED)]).err
     query.id = interrupted
@@ -578,7 +602,7 @@ def test_a_resumption_that_is_interrupted_in_good_order_is_closed(airlock: Airlo
 def goes_on(airlock: Airlock, query: Query, done: Done, code: int, why: str) -> None:
     """It was interrupted again, and comes to its answer without asking for what it had."""
     assert (done.code, done.out) == (code, "")
-    assert done.said == f"interrupted: {why}; go on with airlock run --resume {query.id}"
+    assert done.said == f"interrupted: {why}; airlock run --resume {query.id}{AS_IT_HAD}"
     assert query.records("query.interrupted")[-1]["why"] == why
     assert airlock.rows("SELECT status, owner FROM queries WHERE id=?", query.id) == [("interrupted", "")]
     query.provider.requests.clear()
@@ -648,6 +672,16 @@ def test_a_child_query_under_way_is_interrupted_with_it(airlock: Airlock, query:
     ]
 
 
+def test_a_child_query_that_had_only_begun_is_interrupted_with_it(airlock: Airlock, query: Query) -> None:
+    root: list[Behaviour] = [cell("import time\nFINAL(rlm_query(f'deep at {time.time_ns()}?'))"), Hang()]
+    query.killed(*DEEP, root=root, turns=2)
+    assert query.resume(root=[Fail(401)], code=5).said.startswith("interrupted: provider-refused: ")
+    assert query.records("call.refused") == query.records("node.closed") == []
+    assert query.resume(root=[Say("FINAL(again)", usage=USED)]).out == "again\n"
+    nodes = [(r["node"], r["body"]["status"]) for r in airlock.records(query.id) if r["type"] == "node.closed"]
+    assert nodes == [("root.3", "answered"), ("root.1", "cancelled"), ("root.2", "cancelled")]
+
+
 def test_a_child_query_that_its_cell_gave_up_is_closed_all_the_same(airlock: Airlock, query: Query) -> None:
     """The cell ends at its limit, while the child waits: nothing new had come before."""
     root = [cell("rlm_query('deep?', 'its text')"), Hang()]
@@ -671,5 +705,5 @@ def test_a_cell_alone_is_interrupted_again_as_well(airlock: Airlock, query: Quer
     with airlock.started("run", "--resume", query.id, *query.options()) as running:
         provider.wait("sub")
         done = running.interrupt()
-    assert (done.code, done.said) == (130, f"interrupted: cancelled; go on with airlock run --resume {query.id}")
+    assert (done.code, done.said) == (130, f"interrupted: cancelled; airlock run --resume {query.id}{AS_IT_HAD}")
     assert query.resume(root=[], sub=[Say("2")]).out == "1\n2\ndone\n"
