@@ -20,6 +20,7 @@ from orchestrator.lm.base import Reply
 from orchestrator.loop.handed import Given, asked_by
 from orchestrator.loop.recovery import ROOT
 from orchestrator.proxy.account import ModelUsage
+from orchestrator.proxy.proxy import RECORDED
 from orchestrator.sandbox.sandbox import Call, CellResult
 
 NO_POLICY = "the policy of query {} is none that this version of Airlock can read"
@@ -39,12 +40,14 @@ class Asked:
 
 @dataclass(slots=True)
 class PastCell:
-    """result: None for one that was under way when its process died."""
+    """result: None for one that was under way when its process died. cut: of what it was refused, or told of its
+    budget, the rest may not be on record."""
 
     number: int
     code: str
     asked: dict[str, deque[Asked]] = field(default_factory=lambda: defaultdict[str, deque[Asked]](deque))
     result: CellResult | None = None
+    cut: bool = False
 
     def recall(self, call: Call, given: Given | None) -> Asked | None:
         """The next of what the cell asked for in these words; None where the journal has no more of it."""
@@ -158,6 +161,11 @@ class Past:
             self._require([(node, where) for node, where in found if node in names], what)
         if self.policy is None:
             raise NotKept(NO_POLICY.format(self.query))
+        for node in self.under_way:
+            for cell in node.cells:
+                if cell.cut and cell.result:
+                    what = f"{RECORDED} refusals and {RECORDED} budgets told are all that is on record"
+                    raise NotKept(f"cell {cell.number} of {node.name} cannot be run again as it was: {what} of a query")
 
     def _require(self, lacking: Sequence[tuple[str, str]], what: str) -> None:
         if not self.keeps_payloads:

@@ -19,6 +19,7 @@ from orchestrator.lm.base import Reply
 from orchestrator.loop.past import BUDGET, Asked, Past, PastCell, PastNode, child_stopped
 from orchestrator.loop.recovery import ROOT
 from orchestrator.proxy.account import ModelUsage
+from orchestrator.proxy.proxy import RECORDED
 from orchestrator.sandbox.sandbox import CellResult
 
 
@@ -214,6 +215,7 @@ class _Reader:
 
     def _refused(self, record: Recorded, body: Mapping[str, Any]) -> None:
         self.past.refused += 1
+        self._count(record, self.past.refused)
         number = body["sub_call"]
         self.past.sub_calls = max(self.past.sub_calls, number or 0)
         asked = self._sub_calls.get(number) or self._ask(
@@ -230,7 +232,12 @@ class _Reader:
 
     def _told(self, record: Recorded, body: Mapping[str, Any]) -> None:
         self.past.told += 1
+        self._count(record, self.past.told)
         self._ask(self._node(record), BUDGET, body)
+
+    def _count(self, record: Recorded, count: int) -> None:
+        if count >= RECORDED and (cell := self._node(record).open_cell):
+            cell.cut = True
 
     # Cells
 

@@ -466,6 +466,17 @@ def test_a_query_does_not_go_on_at_another_server(airlock: Airlock, query: Query
     assert airlock("run", "--resume", query.id, "--base-url", f"{other}/", code=0).out == "42\n"
 
 
+def test_a_cell_of_which_too_little_is_on_record_is_not_run_again(airlock: Airlock, query: Query) -> None:
+    """And the query stays as it is. A cell under way asks for the rest."""
+    budgets = "n = sum('usd_left' in budget() for _ in range(101))"
+    query.killed(root=[cell(budgets), Hang()], turns=2)
+    said = query.resume(root=[], code=4).said
+    assert said.startswith("cell 1 of root cannot be run again as it was: 100 refusals and 100 budgets told are all")
+    assert airlock.rows("SELECT status FROM queries")[0] == ("open",)  # and nobody's: not even looked at
+    query.killed(root=[cell(f"{budgets}\nx = llm_query('p')"), Hang()], sub=[Hang()], calls=1)
+    assert query.resume(root=[Say("FINAL_VAR(n)", usage=USED)], sub=[Say("1")]).out == "101\n"
+
+
 def test_a_limit_that_was_hit_is_not_hit_twice(airlock: Airlock, query: Query) -> None:
     policy = airlock.policy(counts_iterations="1")
     query.killed("--policy", policy, root=[cell("print(1)"), Hang()], turns=2)
