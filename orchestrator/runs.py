@@ -42,7 +42,7 @@ async def run(question: str, options: dict[str, Any], schema: Any) -> int:
     async with open_platform(_choices(options, schema)) as platform:
         platform.require(question)
         for query in platform.interrupted:
-            click.echo(f"query {query} was interrupted when its process died: airlock run --resume {query}", err=True)
+            click.echo(f"query {query} was interrupted when its process died: {_resume(query)}", err=True)
         closed = await _viewed(_with_context(platform, options, partial(platform.run, question)))
     return _answer(closed, platform, options)
 
@@ -85,7 +85,11 @@ def _answer(closed: Closed | None, platform: Platform, options: dict[str, Any]) 
 
 def _again(closed: Closed) -> str:
     """What can be done about a query that was interrupted."""
-    return f"; go on with airlock run --resume {closed.query_id}" if closed.outcome.status == "interrupted" else ""
+    return f"; {_resume(closed.query_id)}" if closed.outcome.status == "interrupted" else ""
+
+
+def _resume(query: str) -> str:
+    return f"airlock run --resume {query}, with --base-url and --api-key-env as it had them"
 
 
 def _give(text: str, closed: Closed, platform: Platform) -> None:

@@ -52,7 +52,8 @@ from orchestrator.store.signing import Notary
 from orchestrator.store.vault import Vault, open_vault
 
 TENANT = "default"
-MOST_NAMES = 4096  # bytes of JSON, of the names of a query's models: records hold them, and are bounded
+MOST_NAMES = 3072  # bytes of JSON, of the names of a query's models: records hold them, and are bounded
+MOST_MODELS = 32  # of a query, and so are their servers
 NO_KEY = "none"  # what servers that need none are told
 LOCAL_PROMPT_BYTES = 14 * 1024  # of a window of 8,192 tokens, at 2.5 bytes a token, less the output
 LOCAL_OUTPUT_TOKENS = 512
@@ -150,6 +151,7 @@ class Platform:
             policy=self.policy,
             platform_month=None if month is None else nano(month),
             schema=self.choices.answer_schema,
+            servers={name: self._server(name) for name in self._names},
             code=code,
             observe=watch.event,
             on_output=watch.output,
@@ -170,6 +172,7 @@ class Platform:
         past.require_to_resume()
         policy = past.rules
         require_isolation(self.backend, policy)
+        self._require_servers(past)
         self._require_models({past.model or "", *past.may_ask, *policy.models.fallbacks}, priced=past.model is not None)
         context = await anyio.to_thread.run_sync(self._stored, past, abandon_on_cancel=True)
         month = self.config.platform.month_usd
@@ -205,6 +208,12 @@ class Platform:
         keeper = self.vault.opener(tenant, query_id)
         return read_past(self.db.read(partial(journal.history, query=query_id, keeper=keeper)))
 
+    def _require_servers(self, past: Past) -> None:
+        """That everything goes to the server that it went to. Raises RequestError."""
+        for name, server in past.servers.items():
+            if self._server(name) != server:
+                raise RequestError(f"query {past.query} ran with another --base-url for {name}: give it again")
+
     def _stored(self, past: Past) -> Context:
         """Its context. Raises NotKept."""
         try:
@@ -226,12 +235,22 @@ class Platform:
                 raise RequestError("the question is empty: say what you want to know of the context")
             if not self.model:
                 raise ModelError(NO_MODEL)
-        names = [self.model, *self.sub_models, *self.policy.models.fallbacks]
+        names = self._names
+        if len(names) > MOST_MODELS:
+            raise ModelError(
+                f"{len(names)} models are named, and a query has at most {MOST_MODELS}: name fewer of them"
+            )
         if len(json.dumps(names)) > MOST_NAMES:
             raise ModelError(
                 f"the names of the models have more than {MOST_NAMES:,} bytes together: name fewer of them"
             )
         self._require_models({*names}, priced=question is not None)
+
+    @property
+    def _names(self) -> list[str]:
+        """All models that a query may ask."""
+        named = (self.model, *self.sub_models, *self.policy.models.fallbacks)
+        return [name for name in dict.fromkeys(named) if name]
 
     def _require_models(self, names: set[str], *, priced: bool) -> None:
         for name in names - {""}:
@@ -260,8 +279,7 @@ class Platform:
         from orchestrator.lm.openai import OpenAILM
 
         own = self.config.models.get(name, settings.ModelSettings())
-        # What is said with the query goes before what the file says: a key given for one server is for that one.
-        base_url = self.choices.base_url or own.base_url or self.config.base_url
+        base_url = self._base_url(name)
         variable = self.choices.api_key_env or own.api_key_env or self.config.api_key_env
         if base_url is not None and not base_url.startswith(("http://", "https://")):
             raise ModelError(
@@ -279,6 +297,21 @@ class Platform:
         if not (key.isascii() and key.isprintable()):
             raise ModelError(f"the API key for {name} has characters that no key has: look at {variable} again")
         return OpenAILM(base_url, key, own.extra)
+
+    def _base_url(self, name: str) -> str | None:
+        """None for OpenAI's own. What is said with the query goes before what the file says: a key given for one server
+        is for that one.
+        """
+        own = self.config.models.get(name, settings.ModelSettings())
+        return self.choices.base_url or own.base_url or self.config.base_url
+
+    def _server(self, name: str) -> str | None:
+        """Which server a model is at, as a hash; None for one of this process."""
+        if name.startswith(("scripted:", "local:")):
+            return None
+        from orchestrator.lm.openai import OPENAI
+
+        return address.digest(self._base_url(name) or OPENAI)
 
     def _root_limits(self, model: str, policy: Policy) -> RootLimits:
         own = self.config.models.get(model, settings.ModelSettings())

@@ -104,6 +104,9 @@ class Children:
                 context = await anyio.to_thread.run_sync(self._m.open_context, past.context["id"])
             except ContextError as error:
                 raise NotRebuilt(f"the context of {past.name} is gone: {error}") from None
+            checked = self._policy.audit.verify_context
+            if checked and not await anyio.to_thread.run_sync(self._m.verify, context):
+                raise NotRebuilt(f"the context of {past.name} is not what it was: its hash is another one")
         mine = Scope(f"node:{self._account.key.id}:{past.name}", past.most)
         work = Work(past.question, context, self._models(call), self._any)
         async with self._places:

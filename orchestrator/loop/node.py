@@ -232,7 +232,7 @@ class NodeRun:
             if call.op != "rlm_query":
                 return {"context": self._handed.take(call.op, call.prompt, call.context)}
             prompt = self._handed.give(call.context).as_prompt(call.prompt)
-        except ChildStopped:  # on record as the end of its node
+        except (ChildStopped, Interrupted):  # on record as the end of its node; to be on record as that of the query
             raise
         except AirlockError as error:
             self._m.proxy.refuse(self._node, error, call.model or "", lambda: asked or asked_by(call, None))

@@ -20,6 +20,7 @@ from orchestrator.lm.base import Reply
 from orchestrator.loop.handed import Given, asked_by
 from orchestrator.loop.recovery import ROOT
 from orchestrator.proxy.account import ModelUsage
+from orchestrator.proxy.proxy import RECORDED
 from orchestrator.sandbox.sandbox import Call, CellResult
 
 NO_POLICY = "the policy of query {} is none that this version of Airlock can read"
@@ -28,7 +29,10 @@ BUDGET = "budget"
 
 @dataclass(slots=True)
 class Asked:
-    """Something that a cell asked for. outcome: None as long as nothing has come of it. number: of a sub-call, or 0."""
+    """Something that a cell asked for.
+
+    outcome: None as long as nothing has come of it. number: of a sub-call; else 0.
+    """
 
     outcome: str | Mapping[str, Any] | AirlockError | PastNode | None = None
     number: int = 0
@@ -36,12 +40,14 @@ class Asked:
 
 @dataclass(slots=True)
 class PastCell:
-    """result: None for one that was under way when its process died."""
+    """result: None for one that was under way when its process died. cut: of what it was refused, or told of its
+    budget, the rest may not be on record."""
 
     number: int
     code: str
     asked: dict[str, deque[Asked]] = field(default_factory=lambda: defaultdict[str, deque[Asked]](deque))
     result: CellResult | None = None
+    cut: bool = False
 
     def recall(self, call: Call, given: Given | None) -> Asked | None:
         """The next of what the cell asked for in these words; None where the journal has no more of it."""
@@ -66,13 +72,15 @@ class PastCell:
 
 @dataclass(slots=True)
 class PastNode:
-    """replies, last_words: of the root LM, in order. limit: that the loop ran into, if it did. most: nano-USD it may
-    spend; spent: of it and of all below it. calls, children: the highest number that a name of each has."""
+    """model: its own; empty at the root. replies, last_words: of the root LM, in order. limit: that the loop ran into,
+    if it did. most: nano-USD it may spend; spent: of it and of all below it. calls, children: the highest number that a
+    name of each has."""
 
     name: str
     question: str
     context: Mapping[str, Any]
     most: int = 0
+    model: str = ""
     replies: deque[Reply] = field(default_factory=deque[Reply])
     last_words: deque[Reply] = field(default_factory=deque[Reply])
     cells: list[PastCell] = field(default_factory=list[PastCell])
@@ -95,9 +103,10 @@ class PastNode:
 @dataclass(slots=True)
 class Past:
     """One query. model: None for a cell alone, whose `code` it is then. may_ask: the models that cells may name.
+    servers: model -> SHA-256 of its server's address; None for a model of this machine.
 
-    sub_calls, children, refused, told, usage: as in an Account. answered: how many calls were. answers: (model, prompt,
-    call, text) of sub-calls.
+    sub_calls, children, refused, told, usage: as in an Account. answered: how many calls were. answers: (model that was
+    asked for, prompt, call, text) of sub-calls whose texts are kept as they were. records: of the chain, all there are.
     ran_s: seconds that it is known to have run. missing: payloads that are not kept any more, of those that a replay
     takes; redacted: those of which something was taken out; both with the node that takes them.
     """
@@ -108,6 +117,7 @@ class Past:
     sub_models: Sequence[str]
     may_ask: Sequence[str]
     keeps_payloads: bool
+    servers: Mapping[str, str | None]
     policy: Policy | None = None
     schema: Mapping[str, Any] | None = None
     code: str | None = None
@@ -119,6 +129,7 @@ class Past:
     usage: dict[str, ModelUsage] = field(default_factory=dict[str, ModelUsage])
     answered: int = 0
     answers: list[tuple[str, str, str, str]] = field(default_factory=list[tuple[str, str, str, str]])
+    records: int = 0
     ran_s: float = 0.0
     missing: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
     redacted: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
@@ -150,6 +161,11 @@ class Past:
             self._require([(node, where) for node, where in found if node in names], what)
         if self.policy is None:
             raise NotKept(NO_POLICY.format(self.query))
+        for node in self.under_way:
+            for cell in node.cells:
+                if cell.cut and cell.result:
+                    what = f"{RECORDED} refusals and {RECORDED} budgets told are all that is on record"
+                    raise NotKept(f"cell {cell.number} of {node.name} cannot be run again as it was: {what} of a query")
 
     def _require(self, lacking: Sequence[tuple[str, str]], what: str) -> None:
         if not self.keeps_payloads:

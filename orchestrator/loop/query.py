@@ -33,6 +33,7 @@ from orchestrator.core.errors import (
 from orchestrator.core.events import Event
 from orchestrator.core.policy import Policy
 from orchestrator.core.units import usd
+from orchestrator.loop import prompts
 from orchestrator.loop.engine import Outcome, Status, limit_hit, schema_check
 from orchestrator.loop.machine import Machine, Work
 from orchestrator.loop.node import NodeRun
@@ -57,6 +58,7 @@ class Order:
     """What is asked. code: run as one cell instead of a root LM's loop (`airlock exec`). policy: the effective one.
     past: of an interrupted query, which this one goes on with; all that the journal has of its order is from there.
 
+    servers: where each model is, as a hash; None for one of this machine.
     schema: a JSON Schema, for the answer. sub_models: the first is asked at depth 1, the next at depth 2, and so on,
     the last one at all further down; empty when there is nobody to ask. platform_month: what all tenants together may
     spend in a month, in nano-USD.
@@ -69,6 +71,7 @@ class Order:
     sub_models: Sequence[str]
     policy: Policy
     schema: Mapping[str, Any] | None = None
+    servers: Mapping[str, str | None] = field(default_factory=dict[str, "str | None"])
     platform_month: int | None = None
     code: str | None = None
     past: Past | None = None
@@ -232,6 +235,7 @@ class _Query:
             "model": order.model if order.code is None else None,
             "sub_models": list(order.sub_models),
             "may_ask": list(self._may_ask),  # what cells may name
+            "servers": dict(order.servers),
             "backend": self._m.nodes.backend.name,
             "isolation": self._m.nodes.backend.isolation.name,
             "context": context.facts(),
@@ -260,14 +264,23 @@ class _Query:
         if not self._order.past:
             journal.open_query(tx, self._key, self._m.db.owner, opened)
             return journal.open_queries(tx, self._order.tenant)
-        if not journal.resume_query(tx, self._key, self._m.db.owner, opened):
+        taken = journal.resume_query(tx, self._key, self._m.db.owner, opened)
+        # Another process may have gone on with it since its past was read, and may have been interrupted as well.
+        if not taken or journal.length(tx, self._key.id) != self._order.past.records + 1:
             raise RequestError(f"query {self._key.id} is not interrupted any more: another process goes on with it")
         running = journal.open_queries(tx, self._order.tenant)
         self._admit_one_more(running)
-        if (left := ledger.left(tx, self._scopes)) < self._root.last_word:  # it can wait until there is money again
-            text = f"{usd(left)} USD are left, which do not pay for a last word: resume it later"
+        if (left := ledger.left(tx, self._scopes)) < self._last_words(self._order.past):  # it can wait for money
+            text = f"{usd(left)} USD are left, which do not pay for the last words: resume it later"
             raise BudgetExhausted(text, left=f"{usd(left)} USD", rule="money.query")
         return running
+
+    def _last_words(self, past: Past) -> int:
+        """nano-USD that is set aside by all nodes that go on."""
+        bound = partial(
+            self._m.nodes.proxy.bound, input_bytes=prompts.LAST_WORD_BYTES, output_tokens=prompts.LAST_WORD_TOKENS
+        )
+        return self._root.last_word + sum(bound(node.model) for node in past.under_way if node is not past.root)
 
     def _admit(self, running: int) -> None:
         """Refuse what cannot come to a good end, before anything is started. Raises LimitError, RequestError."""

@@ -19,6 +19,7 @@ from orchestrator.lm.base import Reply
 from orchestrator.loop.past import BUDGET, Asked, Past, PastCell, PastNode, child_stopped
 from orchestrator.loop.recovery import ROOT
 from orchestrator.proxy.account import ModelUsage
+from orchestrator.proxy.proxy import RECORDED
 from orchestrator.sandbox.sandbox import CellResult
 
 
@@ -28,6 +29,7 @@ def read_past(history: Sequence[Recorded]) -> Past:
         reader = _Reader(history[0])
         for record in history:
             reader.take(record)
+        reader.past.records = len(history)
     except (LookupError, TypeError, ValueError) as error:
         raise NotKept(
             f"query {history[0].query}: its records are not as this version of Airlock writes them ({error!r})"
@@ -45,12 +47,17 @@ class _Reader:
             body["sub_models"],
             body["may_ask"],
             body["payloads"] != "hash",
+            body.get("servers", {}),  # not in a journal that is older
         )
         self._models: dict[str, str] = {}  # call -> model
         self._roles: dict[str, str] = {}  # call -> root, last or sub
         self._prompts: dict[str, str] = {}  # of sub-calls, by call
+        self._texts: dict[str, list[tuple[Recorded, str]]] = {}  # call -> where its prompt and its completion are
+        self._first = {ROOT: next(iter(body["may_ask"]), "")}  # node -> the model that its cells ask without a name
+        self._levels = [body["model"] or "", *body["sub_models"]]
         self._numbers: dict[str, int] = {}
         self._sub_calls: dict[int, Asked] = {}
+        self._asked: dict[int, str] = {}  # the model that a sub-call asked for; a fallback may have answered
         self._answers: dict[str, str] = {}
         self._begun: dict[str, Asked] = {}  # child queries, by node
         self._since = opened.at
@@ -84,6 +91,11 @@ class _Reader:
         if name not in record.payloads:
             self.past.missing.append(where)
         return record.payloads.get(name, "")
+
+    @staticmethod
+    def _is_whole(record: Recorded, name: str) -> bool:
+        """Whether a payload is kept, and nothing was taken out of it."""
+        return name in record.payloads and not record.committed[name].get("redacted")
 
     def _if_any(self, record: Recorded, name: str) -> str:
         return self._text(record, name) if name in record.committed else ""
@@ -124,10 +136,13 @@ class _Reader:
 
     def _node_opened(self, record: Recorded, body: Mapping[str, Any]) -> None:
         parent = self.past.nodes[body["parent"]]
-        node = PastNode(record.node, self._text(record, "question"), body["context"], _money(body["limit_usd"]))
+        most = _money(body["limit_usd"])
+        node = PastNode(record.node, self._text(record, "question"), body["context"], most, body["model"])
         self.past.nodes[record.node] = node
         self.past.children += 1
         parent.children = max(parent.children, int(record.node.rpartition(".")[2]))
+        below = self._levels[body["depth"] + 1 :]
+        self._first[record.node] = below[0] if below else body["model"]
         self._begun[record.node] = self._ask(parent, self._text(record, "asked", parent.name), node)
 
     def _node_closed(self, record: Recorded, body: Mapping[str, Any]) -> None:
@@ -167,8 +182,10 @@ class _Reader:
         if call not in self._prompts:  # else it is a further attempt
             text = self._text(record, "prompt")
             self._prompts[call] = json.loads(text)[-1]["content"] if text else ""
+            self._texts[call] = [(record, "prompt")]
         if number not in self._sub_calls:  # else a fallback is asked
             key = fingerprint("llm_query", self._prompts[call], body["asked"])
+            self._asked[number] = body["asked"] or self._first[node.name]
             self._sub_calls[number] = self._ask(node, key, number=number)
             self.past.sub_calls = max(self.past.sub_calls, number)
 
@@ -187,14 +204,18 @@ class _Reader:
         self.past.answered += 1
         text = self._text(record, "completion")
         if self._roles[call] == "sub":
-            self._sub_calls[self._numbers[call]].outcome = self._answers[call] = text
-            self.past.answers.append((self._models[call], self._prompts[call], call, text))
+            number = self._numbers[call]
+            self._sub_calls[number].outcome = self._answers[call] = text
+            self._texts[call].append((record, "completion"))
+            if all(self._is_whole(*where) for where in self._texts[call]):
+                self.past.answers.append((self._asked[number], self._prompts[call], call, text))
             return
         replies = node.last_words if self._roles[call] == "last" else node.replies
         replies.append(Reply(text, body["finish"], None))
 
     def _refused(self, record: Recorded, body: Mapping[str, Any]) -> None:
         self.past.refused += 1
+        self._count(record, self.past.refused)
         number = body["sub_call"]
         self.past.sub_calls = max(self.past.sub_calls, number or 0)
         asked = self._sub_calls.get(number) or self._ask(
@@ -204,12 +225,19 @@ class _Reader:
 
     def _repeated(self, record: Recorded, body: Mapping[str, Any]) -> None:
         self.past.sub_calls = max(self.past.sub_calls, body["sub_call"])
+        for where, name in self._texts[body["of"]]:  # perhaps of a node that is not run again; this one may be
+            self._text(where, name, record.node)
         key = fingerprint("llm_query", self._prompts[body["of"]], body["asked"])
         self._ask(self._node(record), key, self._answers[body["of"]], body["sub_call"])
 
     def _told(self, record: Recorded, body: Mapping[str, Any]) -> None:
         self.past.told += 1
+        self._count(record, self.past.told)
         self._ask(self._node(record), BUDGET, body)
+
+    def _count(self, record: Recorded, count: int) -> None:
+        if count >= RECORDED and (cell := self._node(record).open_cell):
+            cell.cut = True
 
     # Cells
 

@@ -177,6 +177,11 @@ def _was_erased(tx: sa.Connection, key: QueryKey) -> bool:
     return any(query in record and b'"payloads":0,' not in record for record in erasures)
 
 
+def length(tx: sa.Connection, query: str) -> int:
+    """How many records the chain has."""
+    return _next(tx, query)[0]
+
+
 def status_of(tx: sa.Connection, query: str) -> tuple[str, str]:
     """(open, interrupted, or how it was closed; its tenant) of a query that there is."""
     row = tx.execute(sa.select(queries.c.status, queries.c.tenant).where(queries.c.id == query)).one()

@@ -9,14 +9,21 @@ from collections.abc import Iterator
 from decimal import Decimal
 from typing import Any
 
+import anyio
 import pytest
 
+from orchestrator.auditing import past_of
+from orchestrator.choices import Choices
+from orchestrator.core.context import Context
+from orchestrator.core.errors import RequestError
 from orchestrator.store.db import Database
 from orchestrator.store.schema import scopes
+from orchestrator.wiring import Platform, open_platform
 from tests.command import Airlock, Done, until
 from tests.fakes.provider import Behaviour, Fail, Hang, Provider, Say
 
 USED = (100, 50)
+AS_IT_HAD = ", with --base-url and --api-key-env as it had them"
 DEEP = ("--policy", "development", "--depth", 2)
 
 
@@ -349,7 +356,7 @@ def test_without_money_or_room_it_waits(airlock: Airlock, query: Query) -> None:
     all_of_it = 20 * 10**9
     spend(all_of_it)
     said = query.resume(root=[], code=3).said
-    assert said == "0.00 USD are left, which do not pay for a last word: resume it later"
+    assert said == "0.00 USD are left, which do not pay for the last words: resume it later"
     spend(-all_of_it)
     other = query.id
     query.provider.behaviours = {"root": [Hang()], "sub": []}
@@ -360,6 +367,114 @@ def test_without_money_or_room_it_waits(airlock: Airlock, query: Query) -> None:
         assert running.interrupt().code == 130
     assert airlock.rows("SELECT status FROM queries WHERE id=?", other) == [("interrupted",)]
     assert query.resume(root=[Say("FINAL(42)", usage=USED)]).out == "42\n"
+
+
+def test_without_money_for_every_last_word_it_waits(airlock: Airlock, query: Query) -> None:
+    """That of a child query under way is not set aside any more either, and others may have spent the rest."""
+    root = [cell("FINAL(rlm_query('deep?', 'its text'))"), Hang()]
+    query.killed(*DEEP, root=root, turns=2)
+    airlock("exec", airlock.file("nothing.py", "1"), code=0)  # which interrupts it
+    (word, _) = [int(Decimal(body["usd"]) * 10**9) for body in query.records("budget.held")]
+    day, spent = airlock.rows("SELECT id, spent FROM scopes WHERE id LIKE 'tenant-day:%'")[0]
+    most = int(past_of(airlock.home, query.id).rules.money.tenant_day)
+
+    def set_spent(nano_usd: int) -> None:  # by others
+        db = Database(airlock.home)
+        db.write_sync(lambda tx: tx.execute(scopes.update().where(scopes.c.id == day).values(spent=nano_usd)))
+        db.close()
+
+    set_spent(most - word * 3 // 2)
+    said = query.resume(root=[], code=3).said
+    assert said.endswith(" USD are left, which do not pay for the last words: resume it later")
+    assert query.records("query.resumed") == []
+    set_spent(spent)
+    assert query.resume(root=[Say("FINAL(42)", usage=USED)]).out == "42\n"
+
+
+def test_a_past_that_is_out_of_date_is_not_gone_on_with(
+    airlock: Airlock, query: Query, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read by one; then another went on with it and died; it is interrupted as before, and has more records."""
+    query.killed(root=[cell("print(1)"), Hang()], turns=2)
+    choices = Choices(base_url=query.provider.url, prices={"m": (Decimal(1), Decimal(2))}, pool=0)
+
+    def meanwhile(platform: Platform) -> None:
+        verify = platform.contexts.verify
+
+        def after_another(context: Context) -> bool:
+            query.provider.behaviours = {"root": [cell("x = llm_query('dear')"), Hang()], "sub": [Say("1")]}
+            with airlock.started("run", "--resume", query.id, *query.options()) as running:
+                query.provider.wait("root", 2)
+                running.process.kill()
+                running.process.wait()
+            airlock("exec", airlock.file("nothing.py", "1"), code=0)  # which interrupts it
+            query.provider.requests.clear()
+            return verify(context)
+
+        monkeypatch.setattr(platform.contexts, "verify", after_another)
+
+    async def resume() -> None:
+        async with open_platform(choices, airlock.home) as platform:
+            meanwhile(platform)
+            with pytest.raises(RequestError, match="is not interrupted any more"):
+                await platform.resume(query.id)
+
+    anyio.run(resume)
+    assert query.provider.requests == []
+    assert len(query.records("query.resumed")) == 1
+    assert query.resume(root=[Say("FINAL_VAR(x)", usage=USED)]).out == "1\n"
+
+
+def test_a_child_query_does_not_go_on_with_another_context(airlock: Airlock, query: Query) -> None:
+    query.killed(*DEEP, root=[cell("FINAL(rlm_query('deep?', 'its text'))"), Hang()], turns=2)
+    (data,) = (path for path in airlock.home.glob("contexts/data/*") if path.read_bytes() == b"its text")
+    data.write_bytes(b"not this")
+    said = query.resume(root=[Say("FINAL_VAR(context)", usage=USED)], code=4).said
+    assert "the context of root.1 is not what it was: its hash is another one" in said
+    assert query.provider.requests == []
+
+
+def test_an_answer_of_a_fallback_is_not_asked_for_again(airlock: Airlock, query: Query) -> None:
+    policy = airlock.policy(models_dedupe="true", models_fallbacks="[f]", counts_retries="0")
+    same = cell("x = llm_query('same')")
+    query.killed("--policy", policy, "--price", "f=1,2", root=[same, Hang()], sub=[Fail(503), Say("dear")], turns=2)
+    done = query.resume("--price", "f=1,2", root=[cell("x = llm_query('same')"), Say("FINAL_VAR(x)", usage=USED)])
+    assert done.out == "dear\n"
+    assert query.provider.of("sub") == []
+
+
+def test_a_query_does_not_go_on_at_another_server(airlock: Airlock, query: Query) -> None:
+    """What it was told would be sent to whoever is there: without the option, to OpenAI, if there is a key for that."""
+    query.provider.requests.clear()
+    query.provider.behaviours = {"root": [cell("x = 1"), Hang()], "sub": []}
+    url = query.provider.url.replace("://", "://me:hunter2-secret@")
+    given = ("--context", "context.txt", "--model", "gpt-4o-mini", "--base-url", url)
+    with airlock.started("run", "What?", *given) as running:
+        query.provider.wait("root", 2)
+        running.process.kill()
+        running.process.wait()
+    query.find()
+    query.provider.requests.clear()
+    airlock.env["OPENAI_API_KEY"] = "sk-test-0123456789"
+    airlock.env["HTTPS_PROXY"] = "http://127.0.0.1:9"  # nothing leaves this machine
+    says = f"query {query.id} ran with another --base-url for gpt-4o-mini: give it again"
+    assert airlock("run", "--resume", query.id, code=2).said == says
+    assert airlock("run", "--resume", query.id, "--base-url", url.replace("/v1", "/v2"), code=2).said == says
+    assert query.records("query.resumed") == query.provider.requests == []
+    query.provider.behaviours = {"root": [Say("FINAL(42)", usage=USED)], "sub": []}
+    other = url.replace("hunter2-secret", "another-password")  # whoever asks, it is the same server
+    assert airlock("run", "--resume", query.id, "--base-url", f"{other}/", code=0).out == "42\n"
+
+
+def test_a_cell_of_which_too_little_is_on_record_is_not_run_again(airlock: Airlock, query: Query) -> None:
+    """And the query stays as it is. A cell under way asks for the rest."""
+    budgets = "n = sum('usd_left' in budget() for _ in range(101))"
+    query.killed(root=[cell(budgets), Hang()], turns=2)
+    said = query.resume(root=[], code=4).said
+    assert said.startswith("cell 1 of root cannot be run again as it was: 100 refusals and 100 budgets told are all")
+    assert airlock.rows("SELECT status FROM queries")[0] == ("open",)  # and nobody's: not even looked at
+    query.killed(root=[cell(f"{budgets}\nx = llm_query('p')"), Hang()], sub=[Hang()], calls=1)
+    assert query.resume(root=[Say("FINAL_VAR(n)", usage=USED)], sub=[Say("1")]).out == "101\n"
 
 
 def test_a_limit_that_was_hit_is_not_hit_twice(airlock: Airlock, query: Query) -> None:
@@ -408,7 +523,7 @@ def test_who_is_told_of_a_query_that_was_interrupted(airlock: Airlock, query: Qu
     interrupted = query.id
     done = query.run(root=[Say("FINAL(42)", usage=USED)])
     assert done.lines[0] == (
-        f"query {interrupted} was interrupted when its process died: airlock run --resume {interrupted}"
+        f"query {interrupted} was interrupted when its process died: airlock run --resume {interrupted}{AS_IT_HAD}"
     )
     assert "interrupted" not in query.run(root=[Say("FINAL(42)", usage=USED)]).err
     query.id = interrupted
@@ -498,7 +613,7 @@ def test_a_resumption_that_is_interrupted_in_good_order_is_closed(airlock: Airlo
 def goes_on(airlock: Airlock, query: Query, done: Done, code: int, why: str) -> None:
     """It was interrupted again, and comes to its answer without asking for what it had."""
     assert (done.code, done.out) == (code, "")
-    assert done.said == f"interrupted: {why}; go on with airlock run --resume {query.id}"
+    assert done.said == f"interrupted: {why}; airlock run --resume {query.id}{AS_IT_HAD}"
     assert query.records("query.interrupted")[-1]["why"] == why
     assert airlock.rows("SELECT status, owner FROM queries WHERE id=?", query.id) == [("interrupted", "")]
     query.provider.requests.clear()
@@ -568,6 +683,16 @@ def test_a_child_query_under_way_is_interrupted_with_it(airlock: Airlock, query:
     ]
 
 
+def test_a_child_query_that_had_only_begun_is_interrupted_with_it(airlock: Airlock, query: Query) -> None:
+    root: list[Behaviour] = [cell("import time\nFINAL(rlm_query(f'deep at {time.time_ns()}?'))"), Hang()]
+    query.killed(*DEEP, root=root, turns=2)
+    assert query.resume(root=[Fail(401)], code=5).said.startswith("interrupted: provider-refused: ")
+    assert query.records("call.refused") == query.records("node.closed") == []
+    assert query.resume(root=[Say("FINAL(again)", usage=USED)]).out == "again\n"
+    nodes = [(r["node"], r["body"]["status"]) for r in airlock.records(query.id) if r["type"] == "node.closed"]
+    assert nodes == [("root.3", "answered"), ("root.1", "cancelled"), ("root.2", "cancelled")]
+
+
 def test_a_child_query_that_its_cell_gave_up_is_closed_all_the_same(airlock: Airlock, query: Query) -> None:
     """The cell ends at its limit, while the child waits: nothing new had come before."""
     root = [cell("rlm_query('deep?', 'its text')"), Hang()]
@@ -591,5 +716,5 @@ def test_a_cell_alone_is_interrupted_again_as_well(airlock: Airlock, query: Quer
     with airlock.started("run", "--resume", query.id, *query.options()) as running:
         provider.wait("sub")
         done = running.interrupt()
-    assert (done.code, done.said) == (130, f"interrupted: cancelled; go on with airlock run --resume {query.id}")
+    assert (done.code, done.said) == (130, f"interrupted: cancelled; airlock run --resume {query.id}{AS_IT_HAD}")
     assert query.resume(root=[], sub=[Say("2")]).out == "1\n2\ndone\n"

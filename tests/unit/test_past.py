@@ -89,6 +89,7 @@ class Story:
 
     def child(self, name: str, call: Call, given: Given | None = None) -> None:
         body = {"parent": name.rpartition(".")[0], "context": CONTEXT, "limit_usd": "0.50"}
+        body |= {"model": "s", "depth": name.count(".")}
         self.add("node.opened", body, name, question=call.prompt, asked=asked_by(call, given or Given(None)))
 
     def closes(self, name: str, status: str, reason: str = "", **answer: str) -> None:
@@ -211,7 +212,57 @@ def test_a_call_that_was_answered_as_another_one():
     (cell,) = past.root.cells
     assert came_of(cell, llm("p", "m")) == came_of(cell, llm("p")) == "answer"
     assert past.sub_calls == 2
-    assert past.answers == [("m", "p", "root.c1", "answer")]
+    assert past.answers == [("s", "p", "root.c1", "answer")]
+
+
+def test_answers_are_found_by_the_model_that_was_asked_for():
+    """Whichever was asked in its place: a fallback, from the first, where the circuit was open."""
+    story = Story(sub_models=["s", "t"])
+    story.cell()
+    story.intent("root.c1", "p", sub_call=1, asked="big", model="big")
+    story.result("root.c1", None)
+    story.intent("root.c2", "p", sub_call=1, asked="big", model="fallback")
+    story.result("root.c2", "one")
+    story.intent("root.c3", "p", sub_call=2, asked=None, model="fallback")
+    story.result("root.c3", "two")
+    story.child("root.1", rlm("deep?"))
+    story.cell(1, "root.1")
+    story.intent("root.1.c1", "p", "root.1", sub_call=3, asked=None, model="fallback")
+    story.result("root.1.c1", "three", "root.1")
+    story.child("root.1.1", rlm("deeper?"))
+    story.cell(1, "root.1.1")
+    story.intent("root.1.1.c1", "q", "root.1.1", sub_call=4, asked=None, model="fallback")
+    story.result("root.1.1.c1", "four", "root.1.1")
+    assert story.past().answers == [
+        ("big", "p", "root.c2", "one"),
+        ("s", "p", "root.c3", "two"),
+        ("t", "p", "root.1.c1", "three"),
+        ("s", "q", "root.1.1.c1", "four"),  # the last of all is asked at all further depths: its own here
+    ]
+
+
+@pytest.mark.parametrize("which", ["prompt", "completion"])
+@pytest.mark.parametrize("how", ["erased", "redacted"])
+def test_what_is_not_kept_as_it_was_is_no_answer_to_others(which: str, how: str):
+    story = Story()
+    story.cell()
+    story.child("root.1", rlm("deep?"))
+    story.cell(1, "root.1")
+    story.intent("root.1.c1", "p", "root.1", sub_call=1)
+    story.result("root.1.c1", "below", "root.1")
+    record = next(record for record in reversed(story.records) if which in record.committed)
+    if how == "erased":
+        del record.payloads[which]  # pyright: ignore[reportIndexIssue]
+    else:
+        record.committed[which]["redacted"] = 1  # pyright: ignore[reportIndexIssue]
+    story.ends(node="root.1")
+    story.closes("root.1", "answered", answer="a")
+    past = story.past()
+    past.require_to_resume()
+    assert past.answers == []
+    story.add("call.repeated", {"of": "root.1.c1", "model": "m", "sub_call": 2, "asked": None})
+    with pytest.raises(NotKept, match=f"record {record.seq}, {which}"):  # the root takes it now
+        story.past().require_to_resume()
 
 
 def test_refusals_are_the_errors_that_they_were():
