@@ -7,7 +7,7 @@ import gc
 import json
 from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -138,10 +138,8 @@ class Platform:
         tenant: str = TENANT,
     ) -> Closed:
         """One query, or with `code` one cell. Raises RequestError before anything is opened, StoreError at its end."""
-        watch = watch or Watch()
         require_name(tenant)
         self.require(question if code is None else None)
-        month = self.config.platform.month_usd
         order = Order(
             tenant=tenant,
             question=question,
@@ -149,16 +147,11 @@ class Platform:
             model=self.model,
             sub_models=self.sub_models,
             policy=self.policy,
-            platform_month=None if month is None else nano(month),
             schema=self.choices.answer_schema,
             servers={name: self._server(name) for name in self._names},
             code=code,
-            observe=watch.event,
-            on_output=watch.output,
-            on_account=watch.account,
-            on_closed=watch.closed,
         )
-        return await run_query(order, self._machinery)
+        return await self._run(order, watch or Watch())
 
     async def resume(self, query_id: str, *, watch: Watch | None = None, tenant: str = TENANT) -> Closed:
         """Go on with a query that was interrupted: its REPL is rebuilt, and no call that had a result is asked again.
@@ -166,7 +159,6 @@ class Platform:
         All that was asked for comes from the journal. Raises RequestError where it is not there to be resumed, NotKept
         where the journal or the store has not all that it takes, LimitError, SandboxUnusable, and as `run` does.
         """
-        watch = watch or Watch()
         require_name(tenant)
         past = await anyio.to_thread.run_sync(self._interrupted, query_id, tenant)
         past.require_to_resume()
@@ -175,7 +167,6 @@ class Platform:
         self._require_servers(past)
         self._require_models({past.model or "", *past.may_ask, *policy.models.fallbacks}, priced=past.model is not None)
         context = await anyio.to_thread.run_sync(self._stored, past, abandon_on_cancel=True)
-        month = self.config.platform.month_usd
         order = Order(
             tenant=tenant,
             question=past.root.question,
@@ -184,15 +175,22 @@ class Platform:
             sub_models=past.sub_models,
             policy=policy,
             schema=past.schema,
-            platform_month=None if month is None else nano(month),
             code=past.code,
             past=past,
+        )
+        return await self._run(order, watch or Watch())
+
+    async def _run(self, order: Order, watch: Watch) -> Closed:
+        month = self.config.platform.month_usd
+        complete = replace(
+            order,
+            platform_month=None if month is None else nano(month),
             observe=watch.event,
             on_output=watch.output,
             on_account=watch.account,
             on_closed=watch.closed,
         )
-        return await run_query(order, self._machinery)
+        return await run_query(complete, self._machinery)
 
     def _interrupted(self, query_id: str, tenant: str) -> Past:
         """What there is of it. Raises RequestError, NotKept, StoreError where its records are not whole."""

@@ -19,13 +19,14 @@ from orchestrator.audit.evidence import Entry, Evidence, Reservation
 from orchestrator.audit.trees import Growing
 from orchestrator.core.merkle import HASH, HEIGHT, WIDTH, leaf_hash, path
 from orchestrator.core.notes import Verifier
+from orchestrator.core.tenants import NAME
 from orchestrator.core.units import read_usd, usd
 from orchestrator.files import open_regular
 
 FORMAT = Path(__file__).with_name("FORMAT.md")
 _MOST_MEMBER = 64 << 20  # bytes of one that is read as a whole
 _MOST_LINE = 1 << 20
-_LOG = r"(platform|tenants/[A-Za-z0-9][A-Za-z0-9._-]{0,63})"
+_LOG = rf"(platform|tenants/{NAME})"
 _QUERY = r"[0-9A-Za-z][0-9A-Za-z._-]{0,63}"
 _TILE = re.compile(
     rf"logs/{_LOG}/tile/(entries|[0-9]|[1-5][0-9]|6[0-3])/((?:x\d{{3}}/)*\d{{3}})(?:\.p/([1-9]\d{{0,2}}))?"
@@ -130,7 +131,7 @@ class _Plain(tarfile.TarInfo):
     def _proc_member(self, tar: tarfile.TarFile) -> Any:
         if self.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or self.size < 0:
             raise tarfile.ReadError("it holds what is no plain file, and so has no place in an export")
-        return super()._proc_member(tar)  # type: ignore[misc]  # pyright: ignore
+        return super()._proc_member(tar)  # pyright: ignore
 
 
 class Archive(Evidence):

@@ -6,7 +6,7 @@
     payloads       what is kept is what was recorded; what is not, was erased on record or never kept
     freshness      time goes forward, and every query that has ended is under a signed head
 
-One pass over each log, in memory that grows with the number of queries, not of records.
+One pass over each log. Of a query that has ended a few numbers are remembered, of one that goes on its commitments.
 """
 
 from __future__ import annotations

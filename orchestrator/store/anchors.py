@@ -62,7 +62,14 @@ class Anchor(ABC):
 
 
 def anchor(text: str) -> Anchor:
-    """The place that an operator names. Raises RequestError."""
+    """The place that an operator names. Raises RequestError.
+
+    An address is recorded and shown, so it may have no password; a bucket's keys come from the environment (boto3).
+    """
+    if "@" in text.partition("?")[0] and not text.startswith("file:"):
+        raise RequestError("the address of an anchor has a user or a password in it, and would be shown: leave it out")
+    if "@" in dict(parse_qsl(text.partition("?")[2])).get("endpoint", ""):
+        raise RequestError("the endpoint of an anchor has a user or a password in it, and would be shown: leave it out")
     if text.startswith("rfc3161+"):
         return TimestampAnchor(text.removeprefix("rfc3161+"))
     try:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -300,7 +300,7 @@ def is_closed(tx: sa.Connection, query: str) -> bool:
 
 def fault(
     links: list[tuple[bytes, str]],
-    kept: list[tuple[int, str, bytes]] = [],  # noqa: B006  read only
+    kept: Sequence[tuple[int, str, bytes]] = (),
     keeper: Keeper | None = None,
     *,
     closed: bool = False,

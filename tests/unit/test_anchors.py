@@ -467,3 +467,17 @@ def test_an_authority_that_misbehaves(authority: Authority) -> None:
     with pytest.raises(StoreError, match="cannot anchor at") as error:
         anchor("rfc3161+http://\x00").put(LOG, 7, NOTE)
     one_line(error)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "rfc3161+http://me:hunter2@tsa/",
+        "s3://me:hunter2@bucket/x?days=1",
+        "s3://b/x?days=1&endpoint=http://me:hunter2@h",
+    ],
+)
+def test_a_password_in_an_address_is_refused_and_not_shown(text: str) -> None:
+    with pytest.raises(RequestError) as refused:
+        anchor(text)
+    assert "hunter2" not in str(refused.value)
