@@ -4,8 +4,10 @@
 set -euo pipefail
 
 # What only the tests need of the system, as COMMAND:PACKAGE.
-test_commands=(dockerd:docker.io docker:docker.io docker-compose:docker-compose runsc:runsc openssl:openssl)
-test_files=('/usr/lib/postgresql/*/bin/initdb:postgresql') # likewise, what is on no PATH
+test_commands=(dockerd:docker.io docker:docker.io docker-compose:docker-compose runsc:runsc openssl:openssl
+    chromium:chromium)
+test_files=('/usr/lib/postgresql/*/bin/initdb:postgresql' # likewise, what is on no PATH
+    '/usr/share/fonts/truetype/dejavu/DejaVuSansMono.ttf:fonts-dejavu-core')
 
 # Sandboxes run under a uid of their own: what is installed here must be readable by everyone.
 umask 022

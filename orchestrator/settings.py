@@ -55,6 +55,28 @@ class PlatformSettings(_Strict):
     sandboxes: int = Field(default=96, ge=1, le=10_000)
 
 
+class ServerSettings(_Strict):
+    """What `airlock serve` takes. hosts: names it answers to, besides this machine's own; empty for any.
+
+    queries: that run at once, of all tenants; queue, queue_tenant: that wait, of all and of one. inline_bytes: of a
+    context within a request; upload_bytes: of one context; stored_bytes: of all contexts of a tenant; uploads: under
+    way, of a tenant. requests_minute: HTTP requests of a tenant. streams: event streams of a tenant at once. drain_s:
+    how long running queries have to end when the service stops, before they are left to be resumed.
+    """
+
+    hosts: list[str] = []
+    queries: int = Field(default=16, ge=1, le=10_000)
+    queue: int = Field(default=1000, ge=1, le=100_000)
+    queue_tenant: int = Field(default=100, ge=1, le=100_000)
+    inline_bytes: int = Field(default=8 << 20, ge=1024, le=1 << 30)
+    upload_bytes: int = Field(default=1 << 30, ge=1024, le=1 << 44)
+    stored_bytes: int = Field(default=20 << 30, ge=1024, le=1 << 50)
+    uploads: int = Field(default=20, ge=1, le=10_000)
+    requests_minute: int = Field(default=3000, ge=1, le=10_000_000)
+    streams: int = Field(default=100, ge=1, le=10_000)
+    drain_s: float = Field(default=30, ge=0, le=3600)
+
+
 class AuditSettings(_Strict):
     """anchors: where `airlock audit anchor` puts checkpoints when no place is named; see `store/anchors.py`."""
 
@@ -88,6 +110,7 @@ class Config(_Strict):
     platform: PlatformSettings = PlatformSettings()
     runtimes: Runtimes = Runtimes()
     audit: AuditSettings = AuditSettings()
+    server: ServerSettings = ServerSettings()
     database: SecretStr | None = None
 
 

@@ -16,8 +16,9 @@ queries = sa.Table(
     sa.Column("owner", sa.String(40), nullable=False),
     sa.Column("policy", sa.String(64), nullable=False),
     sa.Column("opened_at", sa.String(32), nullable=False),
-    sa.Column("status", sa.String(16), nullable=False),  # open, interrupted, or how it was closed
+    sa.Column("status", sa.String(16), nullable=False),  # queued, open, interrupted, or how it was closed
     sa.Index("queries_by_status", "status", "tenant"),
+    sa.Index("queries_by_tenant", "tenant", "opened_at", "id"),
 )
 records = sa.Table(
     "records",
@@ -93,4 +94,63 @@ reservations = sa.Table(
     sa.Column("state", sa.String(8), nullable=False),  # open, settled, void
     sa.Column("scopes", sa.Text, nullable=False),  # JSON, as text: some drivers would decode it by themselves
     sa.Index("reservations_by_query", "query", "state"),
+)
+
+tenants = sa.Table(
+    "tenants",
+    metadata,
+    sa.Column("name", sa.String(64), primary_key=True),
+    sa.Column("policy", sa.Text),  # JSON; None: the platform's alone
+    sa.Column("issuer", sa.Text),  # JSON: whose tokens are taken for this tenant's, if anybody's
+    sa.Column("created_at", sa.String(32), nullable=False),
+    sa.Column("suspended_at", sa.String(32)),
+)
+api_keys = sa.Table(
+    "api_keys",
+    metadata,
+    sa.Column("id", sa.String(16), primary_key=True),
+    sa.Column("tenant", sa.String(64), nullable=False),
+    sa.Column("label", sa.String(64), nullable=False),
+    sa.Column("mac", sa.LargeBinary, nullable=False),  # of the secret, under the pepper; see store/registry.py
+    sa.Column("scopes", sa.Text, nullable=False),  # JSON list
+    sa.Column("created_at", sa.String(32), nullable=False),
+    sa.Column("expires_at", sa.String(32)),
+    sa.Column("revoked_at", sa.String(32)),
+    sa.Column("used_at", sa.String(32)),
+    sa.Index("api_keys_by_tenant", "tenant"),
+)
+requests = sa.Table(  # queries that came over HTTP
+    "requests",
+    metadata,
+    sa.Column("query", sa.String(40), primary_key=True),
+    sa.Column("tenant", sa.String(64), nullable=False),
+    sa.Column("asker", sa.String(128), nullable=False),  # id of a key, or who a token is of
+    sa.Column("idempotency", sa.String(64)),  # SHA-256 of the Idempotency-Key
+    sa.Column("fingerprint", sa.String(64), nullable=False),  # SHA-256 of what was asked
+    sa.Column("at", sa.String(32), nullable=False),
+    sa.Column("cancelled_at", sa.String(32)),  # somebody asked for its end
+    sa.Index("requests_by_idempotency", "tenant", "idempotency", unique=True),
+)
+uploads = sa.Table(  # under way; how far they are, the file tells
+    "uploads",
+    metadata,
+    sa.Column("id", sa.String(32), primary_key=True),
+    sa.Column("tenant", sa.String(64), nullable=False),
+    sa.Column("kind", sa.String(16), nullable=False),
+    sa.Column("encoding", sa.String(16), nullable=False),
+    sa.Column("name", sa.String(255), nullable=False),
+    sa.Column("length", sa.BigInteger),
+    sa.Column("context", sa.String(64)),  # what became of it
+    sa.Column("at", sa.String(32), nullable=False),
+    sa.Index("uploads_by_tenant", "tenant"),
+)
+contexts = sa.Table(  # who has given what: the store itself knows of no tenants
+    "contexts",
+    metadata,
+    sa.Column("tenant", sa.String(64), primary_key=True),
+    sa.Column("id", sa.String(64), primary_key=True),
+    sa.Column("name", sa.String(255), nullable=False),
+    sa.Column("kind", sa.String(16), nullable=False),
+    sa.Column("bytes", sa.BigInteger, nullable=False),
+    sa.Column("at", sa.String(32), nullable=False),
 )

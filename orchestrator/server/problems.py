@@ -1,0 +1,100 @@
+"""What the service says when it does not do what was asked: problem details (RFC 9457), one table for all errors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any
+
+from fastapi.responses import JSONResponse
+
+from orchestrator.core.errors import (
+    AirlockError,
+    BudgetExhausted,
+    BudgetInFlight,
+    CountExceeded,
+    LimitError,
+    MachineError,
+    NotKept,
+    NotPermitted,
+    ProviderError,
+    RateLimited,
+    RequestError,
+    SandboxUnusable,
+    StoreError,
+)
+
+MEDIA_TYPE = "application/problem+json"
+RETRY_S = 5  # where nothing tells when to come again
+
+
+class Problem(Exception):
+    """Raised by whatever handles a request. kind: a stable name; detail: one line that says what to do.
+
+    more: further members of the problem, JSON.
+    """
+
+    def __init__(
+        self, status: int, kind: str, detail: str, *, headers: Mapping[str, str] | None = None, **more: Any
+    ) -> None:
+        super().__init__(detail)
+        self.status, self.kind, self.detail = status, kind, detail
+        self.headers = dict(headers or {})
+        self.more = more
+
+    def body(self) -> dict[str, Any]:
+        """The members of RFC 9457, and what is said further."""
+        title = HTTPStatus(self.status).phrase
+        return {
+            "type": f"urn:airlock:{self.kind}",
+            "title": title,
+            "status": self.status,
+            "detail": self.detail,
+            **self.more,
+        }
+
+    def response(self) -> JSONResponse:
+        """As the native routes give it."""
+        return JSONResponse(self.body(), self.status, self.headers, MEDIA_TYPE)
+
+
+def not_found(what: str = "page") -> Problem:
+    """The same words for what is not there and for what is another tenant's."""
+    return Problem(404, "not-found", f"there is no such {what}")
+
+
+def come_again(status: int, kind: str, detail: str, seconds: float = RETRY_S, **more: Any) -> Problem:
+    """One that passes: 429 or 503, with Retry-After in whole seconds."""
+    return Problem(status, kind, detail, headers={"Retry-After": str(max(1, math.ceil(seconds)))}, **more)
+
+
+def problem_of(error: AirlockError) -> Problem:
+    """The status that an error of ours has over HTTP. What machines are like inside is not told."""
+    kind, text = error.kind, str(error)
+    more = {"rule": error.rule} if isinstance(error, LimitError) and error.rule else {}
+    match error:
+        case BudgetExhausted():
+            return Problem(402, kind, text, **more)
+        case RateLimited():
+            return come_again(429, kind, text, error.retry_after, **more)
+        case BudgetInFlight():
+            return come_again(429, kind, text, **more)
+        case CountExceeded(rule="tenant.queries_at_once"):
+            return come_again(429, kind, text, **more)
+        case CountExceeded():
+            return Problem(413, kind, text, **more)
+        case NotPermitted() | LimitError():
+            return Problem(403, kind, text, **more)
+        case NotKept():
+            return Problem(409, kind, text)
+        case StoreError() | SandboxUnusable():
+            return come_again(503, kind, "the service cannot do this now; try again later")
+        case MachineError():
+            return Problem(500, kind, "the sandbox failed")
+        case ProviderError():
+            return Problem(502, kind, error.told)
+        case RequestError():
+            return Problem(422, kind, text)
+        case _:
+            return Problem(500, "error", "something went wrong in the service")
