@@ -73,7 +73,7 @@ def come_again(status: int, kind: str, detail: str, seconds: float = RETRY_S, **
 def problem_of(error: AirlockError) -> Problem:
     """The status that an error of ours has over HTTP. What machines are like inside is not told."""
     kind, text = error.kind, str(error)
-    more = {"rule": error.rule} if isinstance(error, LimitError) and error.rule else {}
+    more: dict[str, Any] = {"rule": error.rule} if isinstance(error, LimitError) and error.rule else {}
     match error:
         case BudgetExhausted():
             return Problem(402, kind, text, **more)
