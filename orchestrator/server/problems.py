@@ -13,6 +13,7 @@ from orchestrator.core.errors import (
     AirlockError,
     BudgetExhausted,
     BudgetInFlight,
+    Conflict,
     CountExceeded,
     LimitError,
     MachineError,
@@ -86,7 +87,7 @@ def problem_of(error: AirlockError) -> Problem:
             return Problem(413, kind, text, **more)
         case NotPermitted() | LimitError():
             return Problem(403, kind, text, **more)
-        case NotKept():
+        case NotKept() | Conflict():
             return Problem(409, kind, text)
         case StoreError() | SandboxUnusable():
             return come_again(503, kind, "the service cannot do this now; try again later")

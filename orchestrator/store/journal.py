@@ -20,6 +20,7 @@ from orchestrator.store import logs
 from orchestrator.store.db import now, stamp_of
 from orchestrator.store.prepared import Prepared
 from orchestrator.store.schema import payloads, queries, records
+from orchestrator.store.schema import tenants as registered
 from orchestrator.store.vault import SALT_BYTES, Keeper, sealed_payload
 
 _head = Prepared(
@@ -271,8 +272,9 @@ def after(
 
 
 def tenants(tx: sa.Connection) -> list[str]:
-    """Those that have queries."""
-    return sorted(tx.execute(sa.select(queries.c.tenant).distinct()).scalars())
+    """Those that have a log: by their queries, or by having been added."""
+    named = sa.union(sa.select(queries.c.tenant), sa.select(registered.c.name))
+    return sorted(tx.execute(named).scalars())
 
 
 def all_queries(tx: sa.Connection) -> list[str]:
