@@ -203,13 +203,22 @@ class Platform:
         )
         return await self.run_order(order, watch)
 
+    @property
+    def month(self) -> int | None:
+        """nano-USD that all tenants together may spend in a month; None is no limit."""
+        month = self.config.platform.month_usd
+        return None if month is None else nano(month)
+
+    def bound(self, model: str, input_bytes: int, output_tokens: int) -> int:
+        """The most, in nano-USD, that a request can cost. Raises PriceUnknown."""
+        return self._proxy.bound(model, input_bytes, output_tokens)
+
     async def run_order(self, order: Order, watch: Watch | None = None) -> Closed:
         """Raises StoreError at its end, RequestError where it does not wait any more."""
         watch = watch or Watch()
-        month = self.config.platform.month_usd
         complete = replace(
             order,
-            platform_month=None if month is None else nano(month),
+            platform_month=self.month,
             observe=watch.event,
             on_output=watch.output,
             on_account=watch.account,

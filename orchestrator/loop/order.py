@@ -25,6 +25,7 @@ from orchestrator.proxy.account import Account, ModelUsage
 from orchestrator.sandbox.sandbox import CellResult
 from orchestrator.store.db import Database
 from orchestrator.store.journal import QueryKey
+from orchestrator.store.ledger import Scope
 from orchestrator.store.signing import Notary
 from orchestrator.store.vault import Vault
 
@@ -133,3 +134,12 @@ def opened_event(order: Order, machinery: Machinery) -> Event:
     if order.code is not None:
         payloads["code"] = order.code
     return Event("query.opened", ROOT, body, payloads)
+
+
+def shared_purses(tenant: str, policy: Policy, platform_month: int | None, now: datetime) -> list[Scope]:
+    """What a query of the tenant spends from, besides its own purse: the tenant's day and month, and the platform's."""
+    return [
+        Scope(f"tenant-day:{tenant}:{now:%Y-%m-%d}", policy.money.tenant_day),
+        Scope(f"tenant-month:{tenant}:{now:%Y-%m}", policy.money.tenant_month, in_flight=policy.tenant.in_flight),
+        Scope(f"platform:{now:%Y-%m}", platform_month),
+    ]

@@ -31,7 +31,7 @@ from orchestrator.loop import prompts
 from orchestrator.loop.engine import Outcome, Status, limit_hit, schema_check
 from orchestrator.loop.machine import Work
 from orchestrator.loop.node import NodeRun
-from orchestrator.loop.order import Closed, Machinery, Order, key_of, may_ask, new_id, opened_event
+from orchestrator.loop.order import Closed, Machinery, Order, key_of, may_ask, new_id, opened_event, shared_purses
 from orchestrator.loop.past import Past
 from orchestrator.loop.recovery import ROOT, close_abandoned, settle_open
 from orchestrator.proxy.account import Account, Answered, Node
@@ -66,13 +66,7 @@ class _Query:
         policy, query_id, past, now = order.policy, key.id, order.past, datetime.now(UTC)
         self._scopes = [
             Scope(f"query:{query_id}", policy.money.query, children=policy.counts.children),
-            Scope(f"tenant-day:{order.tenant}:{now:%Y-%m-%d}", policy.money.tenant_day),
-            Scope(
-                f"tenant-month:{order.tenant}:{now:%Y-%m}",
-                policy.money.tenant_month,
-                in_flight=policy.tenant.in_flight,
-            ),
-            Scope(f"platform:{now:%Y-%m}", order.platform_month),
+            *shared_purses(order.tenant, policy, order.platform_month, now),
         ]
         self._started = time.monotonic() - (past.ran_s if past else 0)
         self._signed = time.monotonic()
