@@ -77,6 +77,7 @@ _SAID = {
     404: "it is not there",
     409: "it does not go together with what is there",
     413: "it is too large",
+    415: "the body is of another media type",
     422: "something in the request is not as it has to be",
     429: "not now: try again after Retry-After",
     503: "the service cannot do this now: try again after Retry-After",
