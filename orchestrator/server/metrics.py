@@ -17,6 +17,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from orchestrator.core.events import Event
+from orchestrator.exports.records import number, text
 from orchestrator.loop.engine import Status
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
@@ -112,7 +113,7 @@ class Metrics:
                 self._open[query] = _Open(whole=event.type == "query.opened")
             case "query.closed":
                 self._queries.labels(_one_of(body, "status", _STATUS)).inc()
-                self._query_s.observe(_number(body, "duration_ms") / 1000)
+                self._query_s.observe(number(body, "duration_ms") / 1000)
                 self._close(query, _usd(body))
             case "query.interrupted":
                 self._queries.labels("interrupted").inc()
@@ -120,7 +121,7 @@ class Metrics:
             case "call.intent" | "call.result" | "call.refused" | "call.repeated":
                 self._call(event, self._open.get(query, _Open(whole=False)))
             case "limit.hit":
-                self.refused("query", str(body.get("kind")))
+                self.refused("query", text(body, "kind"))
             case "sandbox.started":
                 self._sandboxes.labels(_one_of(body, "start", _STARTS)).inc()
             case _:
@@ -128,7 +129,7 @@ class Metrics:
 
     def _call(self, event: Event, of: _Open) -> None:
         body = event.body
-        call, role = str(body.get("call")), _one_of(body, "role", _ROLES)
+        call, role = text(body, "call"), _one_of(body, "role", _ROLES)
         match event.type:
             case "call.intent":
                 of.asked[call] = role, time.monotonic()
@@ -140,7 +141,7 @@ class Metrics:
                 if role == "sub":
                     self._sub_calls.labels(_one_of(body, "outcome", _OUTCOMES)).inc()
             case "call.refused":
-                self.refused("call", str(body.get("kind")))
+                self.refused("call", text(body, "kind"))
                 if role == "sub":
                     self._sub_calls.labels("refused").inc()
             case _:
@@ -176,17 +177,13 @@ class Metrics:
 
 
 def _one_of(body: Mapping[str, Any], name: str, known: frozenset[str]) -> str:
-    value = body.get(name)
+    value = text(body, name)
     return value if value in known else OTHER
-
-
-def _number(body: Mapping[str, Any], name: str) -> int:
-    value = body.get(name)
-    return value if isinstance(value, int) else 0
 
 
 def _usd(body: Mapping[str, Any]) -> Decimal:
     try:
-        return Decimal(body.get("cost_usd", "0"))
-    except (InvalidOperation, TypeError, ValueError):
+        usd = Decimal(text(body, "cost_usd") or "0")
+    except InvalidOperation:
         return _NOTHING
+    return usd if usd.is_finite() else _NOTHING
