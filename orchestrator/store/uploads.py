@@ -23,7 +23,7 @@ from typing import Any, Literal
 import sqlalchemy as sa
 
 from orchestrator.core.context import Context
-from orchestrator.core.errors import CountExceeded, LimitError, RateLimited, RequestError, StoreError
+from orchestrator.core.errors import CountExceeded, RateLimited, StoreError
 from orchestrator.settings import ServerSettings
 from orchestrator.store import holdings
 from orchestrator.store.contexts import ContextStore
@@ -282,11 +282,6 @@ class Incoming:
         holdings.require_room(tx, self.upload.tenant, room - self._room, self._limits.stored_bytes)
         tx.execute(sa.update(uploads).where(uploads.c.id == self.upload.id).values(length=room))
         return room
-
-
-def is_final(error: Exception) -> bool:
-    """Whether the same bytes would be refused again."""
-    return isinstance(error, RequestError | LimitError)
 
 
 def too_large(most: int) -> CountExceeded:
