@@ -1,4 +1,4 @@
-"""What nobody wants any more goes: contexts without an owner, uploads that are old, files that a killed process left."""
+"""What nobody wants any more goes: contexts without an owner, old uploads, files that a killed process left."""
 
 from __future__ import annotations
 

@@ -23,10 +23,10 @@ from starlette.background import BackgroundTask
 from starlette.requests import ClientDisconnect, Request
 
 from orchestrator.core.errors import ContextError
-from orchestrator.server.access import REFUSALS, allowed, problem_answer
+from orchestrator.server.access import allowed
 from orchestrator.server.housekeeping import collect
 from orchestrator.server.inline import INGESTS
-from orchestrator.server.problems import Problem, not_found
+from orchestrator.server.problems import Problem, documented, not_found
 from orchestrator.server.service import Principal, Service, the_service
 from orchestrator.store import holdings
 from orchestrator.store.holdings import Held
@@ -88,14 +88,12 @@ class UploadView(BaseModel):
     context: ContextView | None
 
 
-_GONE = problem_answer("There is no such context or upload of this tenant's.")
-_LARGE = problem_answer("It is larger than a context may be, or than what is left of the tenant's room.")
-_CUT = problem_answer("The request is malformed, or its body ended early.")
-_SLOW = problem_answer("The body came too slowly.")
-_UNFIT = problem_answer("A parameter is wrong, or the bytes are not of the kind or the encoding that was named.")
-_BUSY = problem_answer("Another request has this upload.")
-_VERSION = problem_answer("The request is not of tus 1.0.0.")
-_TUS_HEADERS = {"Tus-Resumable": {"schema": {"type": "string"}}, "Upload-Offset": {"schema": {"type": "integer"}}}
+_ENDS = (403, 429, 503)  # of every route here
+
+
+def _told(*names: str) -> dict[str, Any]:
+    """Headers of an answer, for the document."""
+    return {"headers": {name: {"schema": {"type": "string"}} for name in names}}
 
 
 def _body(media_type: str) -> dict[str, Any]:
@@ -111,14 +109,9 @@ def _body(media_type: str) -> dict[str, Any]:
     status_code=201,
     response_model=ContextView,
     responses={
-        200: {"model": ContextView, "description": "This tenant has it already."},
-        201: {"description": "The context is kept.", "headers": {"Location": {"schema": {"type": "string"}}}},
-        400: _CUT,
-        408: _SLOW,
-        413: _LARGE,
-        415: problem_answer("The body has a Content-Encoding."),
-        422: _UNFIT,
-        **REFUSALS,
+        200: {"model": ContextView, "description": "this tenant has it already", **_told("Location")},
+        201: {"description": "it is kept", **_told("Location")},
+        **documented(400, 408, 413, 415, 422, *_ENDS),
     },
     openapi_extra=_body("application/octet-stream"),
 )
@@ -171,17 +164,8 @@ async def options(request: Request) -> Response:
     response_model=UploadView,
     dependencies=_TUS,
     responses={
-        201: {
-            "description": "Send the pieces to Location.",
-            "headers": {
-                name: {"schema": {"type": "string"}} for name in ("Location", "Upload-Expires", "Tus-Resumable")
-            },
-        },
-        400: _CUT,
-        412: _VERSION,
-        413: _LARGE,
-        422: _UNFIT,
-        **REFUSALS,
+        201: {"description": "send the pieces to Location", **_told("Location", "Upload-Expires", "Tus-Resumable")},
+        **documented(400, 412, 413, 422, *_ENDS),
     },
 )
 async def begin(
@@ -215,13 +199,8 @@ async def upload_options(upload_id: str) -> Response:
     dependencies=_TUS,
     response_class=Response,
     responses={
-        200: {
-            "description": "How far it is.",
-            "headers": {**_TUS_HEADERS, "Upload-Length": {"schema": {"type": "integer"}}},
-        },
-        404: {"description": "There is no such upload of this tenant's."},
-        412: {"description": "The request is not of tus 1.0.0."},
-        **{status: {"description": str(answer["description"])} for status, answer in REFUSALS.items()},
+        200: {"description": "how far it is", **_told("Upload-Offset", "Upload-Length", "Upload-Expires")},
+        **documented(404, 412, *_ENDS),
     },
 )
 async def how_far(request: Request, response: Response, principal: Gives, upload_id: str) -> Response:
@@ -239,17 +218,8 @@ async def how_far(request: Request, response: Response, principal: Gives, upload
     dependencies=_TUS,
     response_class=Response,
     responses={
-        204: {"description": "The piece is kept.", "headers": _TUS_HEADERS},
-        400: _CUT,
-        404: _GONE,
-        408: _SLOW,
-        409: problem_answer("The upload is at another offset: see Upload-Offset."),
-        412: _VERSION,
-        413: _LARGE,
-        415: problem_answer(f"The body has to be {OFFSET_TYPE}."),
-        422: _UNFIT,
-        423: _BUSY,
-        **REFUSALS,
+        204: {"description": "the piece is kept", **_told("Upload-Offset", "Tus-Resumable")},
+        **documented(400, 404, 408, 409, 412, 413, 415, 422, 423, *_ENDS),
     },
     openapi_extra=_body(OFFSET_TYPE),
 )
@@ -272,6 +242,8 @@ async def go_on(
         await _take(request, incoming)
         if incoming.is_complete:
             await _finish(incoming)
+        else:
+            await anyio.to_thread.run_sync(incoming.sync)
         reached = incoming.offset
     return Response(status_code=204, headers={"Upload-Offset": str(reached), "Tus-Resumable": TUS})
 
@@ -279,7 +251,7 @@ async def go_on(
 @router.get(
     "/uploads/{upload_id}",
     response_model=UploadView,
-    responses={404: _GONE, 413: _LARGE, 422: _UNFIT, 423: _BUSY, **REFUSALS},
+    responses=documented(404, 413, 422, 423, *_ENDS),
 )
 async def upload(request: Request, principal: Gives, upload_id: str) -> UploadView:
     """How far an upload is, and what became of it."""
@@ -300,7 +272,7 @@ async def upload(request: Request, principal: Gives, upload_id: str) -> UploadVi
     status_code=204,
     dependencies=_TUS,
     response_class=Response,
-    responses={404: _GONE, 412: _VERSION, 423: _BUSY, **REFUSALS},
+    responses=documented(404, 412, 423, *_ENDS),
 )
 async def end(request: Request, principal: Gives, upload_id: str) -> Response:
     """Give an upload up. The context that became of it stays."""
@@ -316,7 +288,7 @@ async def end(request: Request, principal: Gives, upload_id: str) -> Response:
 # What there is
 
 
-@router.get("", response_model=ContextList, responses={422: _UNFIT, **REFUSALS})
+@router.get("", response_model=ContextList, responses=documented(422, *_ENDS))
 async def contexts(
     request: Request,
     principal: Reads,
@@ -337,7 +309,7 @@ async def contexts(
     return ContextList(contexts=[_view(held) for held in shown], next=following)
 
 
-@router.get("/{context_id}", response_model=ContextView, responses={404: _GONE, **REFUSALS})
+@router.get("/{context_id}", response_model=ContextView, responses=documented(404, *_ENDS))
 async def context(request: Request, principal: Reads, context_id: str) -> ContextView:
     """One of the tenant's contexts. What it holds is not given out again."""
     found = await anyio.to_thread.run_sync(_look, the_service(request), principal.tenant, context_id)
@@ -346,7 +318,7 @@ async def context(request: Request, principal: Reads, context_id: str) -> Contex
     return found
 
 
-@router.delete("/{context_id}", status_code=204, response_class=Response, responses={404: _GONE, **REFUSALS})
+@router.delete("/{context_id}", status_code=204, response_class=Response, responses=documented(404, *_ENDS))
 async def give_up(request: Request, principal: Gives, context_id: str) -> Response:
     """Have it no more. A query that began with it goes on; one that has ended cannot be replayed any more."""
     service = the_service(request)
@@ -411,7 +383,6 @@ async def _take(request: Request, incoming: Incoming) -> None:
         with anyio.CancelScope(shield=True):
             if come:
                 await anyio.to_thread.run_sync(incoming.write, bytes(come))
-            await anyio.to_thread.run_sync(incoming.sync)
 
 
 async def _finish(incoming: Incoming) -> tuple[Held, int, bool]:
