@@ -44,17 +44,36 @@ def effective_policy(choices: Choices) -> Policy:
     """The policy as narrowed by the request."""
     if isinstance(choices.policy, Policy):
         return choices.policy
-    policy = load_policy(choices.policy)
+    return narrowed(
+        load_policy(choices.policy),
+        name=f"policy {choices.policy}",
+        budget=choices.budget,
+        timeout_ms=choices.timeout_ms,
+        depth=choices.depth,
+        iterations=choices.iterations,
+        in_flight=choices.in_flight,
+    )
+
+
+def narrowed(
+    policy: Policy,
+    *,
+    name: str,
+    budget: int | None = None,
+    timeout_ms: int | None = None,
+    depth: int | None = None,
+    iterations: int | None = None,
+    in_flight: int | None = None,
+) -> Policy:
+    """The policy with what a request wants less of. name: what errors call it. Raises PolicyError."""
     money, time, counts = policy.money, policy.time, policy.counts
-    if choices.depth is not None and choices.depth > counts.depth:
-        raise PolicyError(f"a depth of {choices.depth}: policy {choices.policy} permits a depth of {counts.depth}")
+    if depth is not None and depth > counts.depth:
+        raise PolicyError(f"a depth of {depth}: {name} permits a depth of {counts.depth}")
     narrower = policy.model_copy(
         update={
-            "money": money.model_copy(update=_said(query=choices.budget)),
-            "time": time.model_copy(update=_said(query=choices.timeout_ms)),
-            "counts": counts.model_copy(
-                update=_said(depth=choices.depth, iterations=choices.iterations, in_flight=choices.in_flight)
-            ),
+            "money": money.model_copy(update=_said(query=budget)),
+            "time": time.model_copy(update=_said(query=timeout_ms)),
+            "counts": counts.model_copy(update=_said(depth=depth, iterations=iterations, in_flight=in_flight)),
         }
     )
     return policy.narrowed(narrower)

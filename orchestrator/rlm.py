@@ -22,7 +22,7 @@ from orchestrator.core.units import NANO, price_pair, usd
 
 if TYPE_CHECKING:
     from orchestrator.core.events import Event
-    from orchestrator.loop.query import Closed
+    from orchestrator.loop.order import Closed
     from orchestrator.wiring import Platform, Watch
 
 Price = tuple[float | str | Decimal, float | str | Decimal]

@@ -28,7 +28,7 @@ from orchestrator.wiring import Platform, Watch, open_platform
 
 if TYPE_CHECKING:
     from orchestrator.live import LiveView
-    from orchestrator.loop.query import Closed
+    from orchestrator.loop.order import Closed
 
 Start = Callable[..., Awaitable[Any]]  # of a query: given `watch`
 

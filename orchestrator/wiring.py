@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import json
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import anyio
 import anyio.from_thread
 
 from orchestrator import settings
 from orchestrator.choices import Choices, effective_policy
-from orchestrator.core import address
 from orchestrator.core.context import Context
 from orchestrator.core.errors import (
     ContextError,
@@ -31,13 +30,14 @@ from orchestrator.core.policy import MOST_DEPTH, Policy
 from orchestrator.core.tenants import is_tenant
 from orchestrator.core.turns import Turns
 from orchestrator.core.units import nano
-from orchestrator.lm.base import LM
 from orchestrator.loop.machine import Machine
+from orchestrator.loop.order import Closed, Machinery, Order
 from orchestrator.loop.past import Past
-from orchestrator.loop.prompts import RootLimits
-from orchestrator.loop.query import Closed, Machinery, Order, run_query
+from orchestrator.loop.query import run_query
 from orchestrator.loop.reader import read_past
 from orchestrator.loop.recovery import recover, sweep
+from orchestrator.loop.waiting import Also, enqueue, withdraw
+from orchestrator.models import NO_MODEL, Models
 from orchestrator.proxy.account import Account
 from orchestrator.proxy.prices import Prices
 from orchestrator.proxy.proxy import Proxy
@@ -52,12 +52,6 @@ from orchestrator.store.signing import Notary
 from orchestrator.store.vault import Vault, open_vault
 
 TENANT = "default"
-MOST_NAMES = 3072  # bytes of JSON, of the names of a query's models: records hold them, and are bounded
-MOST_MODELS = 32  # of a query, and so are their servers
-NO_KEY = "none"  # what servers that need none are told
-LOCAL_PROMPT_BYTES = 14 * 1024  # of a window of 8,192 tokens, at 2.5 bytes a token, less the output
-LOCAL_OUTPUT_TOKENS = 512
-LOCAL_SHOWN_CHARS = 1500
 
 
 @dataclass(slots=True)
@@ -82,12 +76,12 @@ class Platform:
         self.backend: Backend = make_backend(
             choices.backend, least=limits.least_isolation, image=limits.image, home=home
         )
-        self.model = choices.model or self.config.model or ""
-        self.sub_models = list(choices.sub_models) or _listed(self.config.sub_model) or _listed(self.model or None)
+        self.models = Models(home, self.config, choices)
+        password = settings.database_password(self.config)
         with contextlib.ExitStack() as undone:
             self.db = open_database(home)
             undone.callback(self.db.close)
-            self.vault = open_keys(self.db, home, self._secrets())
+            self.vault = open_keys(self.db, home, [*self.models.secrets(), *filter(None, [password])])
             self.notary = Notary(self.vault.signer(), home / "heads", self.vault.stamp)
             self.interrupted: list[str] = []  # ids of queries whose process had died when this one started
             recover(self.db, self.notary, self.interrupted.append)
@@ -96,12 +90,10 @@ class Platform:
         self.slots.clear_dead()
         self.pool = Pool(self.slots, int(self.config.pool.memory_share * machine_memory()))
         self.contexts = ContextStore(home / "contexts", check=_check_cancelled)
-        self._lms: dict[str, LM] = {}
-        prices = {**self.config.prices, **choices.prices}
         shared = self.config.platform
         places = [Turns(shared.sandboxes) for _level in range(MOST_DEPTH + 1)]
         self._proxy = Proxy(
-            Prices(prices), self.find_model, Turns(shared.in_flight), partial(sweep, self.db, self.notary)
+            Prices(self.models.prices), self.models.find, Turns(shared.in_flight), partial(sweep, self.db, self.notary)
         )
         machine = Machine(
             proxy=self._proxy,
@@ -110,23 +102,52 @@ class Platform:
             verify=self.contexts.verify,
             keep_context=self.contexts.ingest_pieces,
             open_context=self.contexts.open,
-            limits=self._root_limits,
+            limits=self.models.limits,
             places=places.__getitem__,
         )
         self._machinery = Machinery(self.db, self.vault, self.notary, machine)
 
-    def _secrets(self) -> list[str]:
-        """What this process holds and nobody else may read."""
-        variables = {self.config.api_key_env, self.choices.api_key_env, *self._key_variables()} - {None}
-        found = [settings.api_key(name) for name in variables if name]
-        given = [self.choices.api_key, settings.database_password(self.config)]
-        own = [model.base_url for model in self.config.models.values()]
-        servers = [self.choices.base_url, self.config.base_url, *own]
-        given += [address.secret(server) for server in servers if server]
-        return [*(secret.get_secret_value() for secret in found if secret), *filter(None, given)]
+    @property
+    def model(self) -> str:
+        """What is asked where a query names none; empty where nothing is configured."""
+        return self.models.default
 
-    def _key_variables(self) -> list[str | None]:
-        return [model.api_key_env for model in self.config.models.values()]
+    @property
+    def sub_models(self) -> Sequence[str]:
+        """Likewise, by depth."""
+        return self.models.sub
+
+    def order(
+        self,
+        question: str,
+        context: Context,
+        *,
+        code: str | None = None,
+        tenant: str = TENANT,
+        model: str | None = None,
+        sub_models: Sequence[str] | None = None,
+        policy: Policy | None = None,
+        schema: Mapping[str, Any] | None = None,
+    ) -> Order:
+        """A query as it can be run: what is not said of it is as it was chosen for all. Raises RequestError."""
+        require_name(tenant)
+        policy = policy or self.policy
+        model = self.model if model is None else model
+        if sub_models is None:  # whoever names a model means it for all levels, unless others were chosen for them
+            sub_models = self.sub_models if model == self.model or self.sub_models != [self.model] else [model]
+        names = self._require(question if code is None else None, model, sub_models, policy)
+        require_isolation(self.backend, policy)
+        return Order(
+            tenant=tenant,
+            question=question,
+            context=context,
+            model=model,
+            sub_models=sub_models,
+            policy=policy,
+            schema=self.choices.answer_schema if schema is None else schema,
+            servers={name: self.models.server(name) for name in names},
+            code=code,
+        )
 
     async def run(
         self,
@@ -138,20 +159,18 @@ class Platform:
         tenant: str = TENANT,
     ) -> Closed:
         """One query, or with `code` one cell. Raises RequestError before anything is opened, StoreError at its end."""
-        require_name(tenant)
-        self.require(question if code is None else None)
-        order = Order(
-            tenant=tenant,
-            question=question,
-            context=context,
-            model=self.model,
-            sub_models=self.sub_models,
-            policy=self.policy,
-            schema=self.choices.answer_schema,
-            servers={name: self._server(name) for name in self._names},
-            code=code,
-        )
-        return await self._run(order, watch or Watch())
+        return await self.run_order(self.order(question, context, code=code, tenant=tenant), watch)
+
+    async def enqueue(self, order: Order, also: Also) -> Order:
+        """Put a query on record that waits for its turn: `run_order` with what is returned begins it.
+
+        also: more for the same transaction, given the query's id. Raises StoreError, and what `also` raises.
+        """
+        return await enqueue(order, self._machinery, also)
+
+    async def withdraw(self, query_id: str, tenant: str, why: str) -> bool:
+        """Close a query that waits, or was interrupted, as cancelled. False where it is neither. Raises StoreError."""
+        return await withdraw(query_id, tenant, why, self._machinery)
 
     async def resume(self, query_id: str, *, watch: Watch | None = None, tenant: str = TENANT) -> Closed:
         """Go on with a query that was interrupted: its REPL is rebuilt, and no call that had a result is asked again.
@@ -165,7 +184,11 @@ class Platform:
         policy = past.rules
         require_isolation(self.backend, policy)
         self._require_servers(past)
-        self._require_models({past.model or "", *past.may_ask, *policy.models.fallbacks}, priced=past.model is not None)
+        names = dict.fromkeys((past.model or "", *past.may_ask, *policy.models.fallbacks))
+        names.pop("", None)
+        self.models.require(names)
+        if past.model is not None:
+            self._require_prices(names)
         context = await anyio.to_thread.run_sync(self._stored, past, abandon_on_cancel=True)
         order = Order(
             tenant=tenant,
@@ -178,13 +201,24 @@ class Platform:
             code=past.code,
             past=past,
         )
-        return await self._run(order, watch or Watch())
+        return await self.run_order(order, watch)
 
-    async def _run(self, order: Order, watch: Watch) -> Closed:
+    @property
+    def month(self) -> int | None:
+        """nano-USD that all tenants together may spend in a month; None is no limit."""
         month = self.config.platform.month_usd
+        return None if month is None else nano(month)
+
+    def bound(self, model: str, input_bytes: int, output_tokens: int) -> int:
+        """The most, in nano-USD, that a request can cost. Raises PriceUnknown."""
+        return self._proxy.bound(model, input_bytes, output_tokens)
+
+    async def run_order(self, order: Order, watch: Watch | None = None) -> Closed:
+        """Raises StoreError at its end, RequestError where it does not wait any more."""
+        watch = watch or Watch()
         complete = replace(
             order,
-            platform_month=None if month is None else nano(month),
+            platform_month=self.month,
             observe=watch.event,
             on_output=watch.output,
             on_account=watch.account,
@@ -209,7 +243,7 @@ class Platform:
     def _require_servers(self, past: Past) -> None:
         """That everything goes to the server that it went to. Raises RequestError."""
         for name, server in past.servers.items():
-            if self._server(name) != server:
+            if self.models.server(name) != server:
                 raise RequestError(f"query {past.query} ran with another --base-url for {name}: give it again")
 
     def _stored(self, past: Past) -> Context:
@@ -228,101 +262,25 @@ class Platform:
         Raises RequestError without a question, ModelError without a model to ask and for one that is not there,
         PriceUnknown.
         """
+        self._require(question, self.model, self.sub_models, self.policy)
+
+    def _require(self, question: str | None, model: str, sub_models: Sequence[str], policy: Policy) -> list[str]:
+        """The names of all models that the query may ask."""
         if question is not None:
             if not question.strip():
                 raise RequestError("the question is empty: say what you want to know of the context")
-            if not self.model:
+            if not model:
                 raise ModelError(NO_MODEL)
-        names = self._names
-        if len(names) > MOST_MODELS:
-            raise ModelError(
-                f"{len(names)} models are named, and a query has at most {MOST_MODELS}: name fewer of them"
-            )
-        if len(json.dumps(names)) > MOST_NAMES:
-            raise ModelError(
-                f"the names of the models have more than {MOST_NAMES:,} bytes together: name fewer of them"
-            )
-        self._require_models({*names}, priced=question is not None)
+        named = (model, *sub_models, *policy.models.fallbacks)
+        names = [name for name in dict.fromkeys(named) if name]
+        self.models.require(names)
+        if question is not None:
+            self._require_prices(names)
+        return names
 
-    @property
-    def _names(self) -> list[str]:
-        """All models that a query may ask."""
-        named = (self.model, *self.sub_models, *self.policy.models.fallbacks)
-        return [name for name in dict.fromkeys(named) if name]
-
-    def _require_models(self, names: set[str], *, priced: bool) -> None:
-        for name in names - {""}:
-            if not name.isprintable():
-                raise ModelError(f"{name!r} is not the name of a model")
-            self.find_model(name)
-            if priced:
-                self._proxy.bound(name, 0, 0)
-
-    def find_model(self, name: str) -> tuple[LM, str]:
-        """The LM that a model's name stands for, and the provider's name for the model. Raises ModelError."""
-        if name not in self._lms:
-            self._lms[name] = self._make_lm(name)
-        return self._lms[name], name
-
-    def _make_lm(self, name: str) -> LM:
-        kind, _, rest = name.partition(":")
-        if kind == "scripted":
-            from orchestrator.lm.scripted import ScriptedLM
-
-            return ScriptedLM(Path(rest))
-        if kind == "local":
-            from orchestrator.lm.local import LocalLM, find
-
-            return LocalLM(find(rest, self.home / "models"))
-        from orchestrator.lm.openai import OpenAILM
-
-        own = self.config.models.get(name, settings.ModelSettings())
-        base_url = self._base_url(name)
-        variable = self.choices.api_key_env or own.api_key_env or self.config.api_key_env
-        if base_url is not None and not base_url.startswith(("http://", "https://")):
-            raise ModelError(
-                f"the server of {name} has to be an address with http:// or https://, not {address.shown(base_url)!r}"
-            )
-        key = self.choices.api_key
-        if key is None:
-            secret = settings.api_key(variable)
-            # A server of one's own needs no key unless one is named.
-            if secret is None and (base_url is None or self.choices.api_key_env or own.api_key_env):
-                raise ModelError(
-                    f"there is no API key for {name}: set {variable}, or name a variable with --api-key-env"
-                )
-            key = secret.get_secret_value() if secret else NO_KEY
-        if not (key.isascii() and key.isprintable()):
-            raise ModelError(f"the API key for {name} has characters that no key has: look at {variable} again")
-        return OpenAILM(base_url, key, own.extra)
-
-    def _base_url(self, name: str) -> str | None:
-        """None for OpenAI's own. What is said with the query goes before what the file says: a key given for one server
-        is for that one.
-        """
-        own = self.config.models.get(name, settings.ModelSettings())
-        return self.choices.base_url or own.base_url or self.config.base_url
-
-    def _server(self, name: str) -> str | None:
-        """Which server a model is at, as a hash; None for one of this process."""
-        if name.startswith(("scripted:", "local:")):
-            return None
-        from orchestrator.lm.openai import OPENAI
-
-        return address.digest(self._base_url(name) or OPENAI)
-
-    def _root_limits(self, model: str, policy: Policy) -> RootLimits:
-        own = self.config.models.get(model, settings.ModelSettings())
-        local = model.startswith("local:")
-        prompt = own.prompt_bytes or (LOCAL_PROMPT_BYTES if local else policy.models.prompt)
-        output = own.output_tokens or (LOCAL_OUTPUT_TOKENS if local else policy.models.output_tokens)
-        shown = LOCAL_SHOWN_CHARS if local else policy.sandbox.shown
-        return RootLimits(
-            prompt_bytes=min(prompt, policy.models.prompt),
-            output_tokens=min(output, policy.models.output_tokens),
-            shown_chars=min(shown, policy.sandbox.shown),
-            style=own.style or ("small" if local else "standard"),
-        )
+    def _require_prices(self, names: Iterable[str]) -> None:
+        for name in names:
+            self._proxy.bound(name, 0, 0)
 
     def fill_pool(self) -> None:
         """Begin to keep sandboxes ready, if that was asked for. Raises RequestError."""
@@ -335,8 +293,7 @@ class Platform:
     async def aclose(self) -> None:
         await self._machinery.shelter.aclose()
         await self.pool.aclose()
-        for lm in self._lms.values():
-            await lm.aclose()
+        await self.models.aclose()
         self.backend.close()
         self.db.close()
 
@@ -386,10 +343,6 @@ def database_address(home: Path) -> str | None:
         raise RequestError(str(error)) from None
 
 
-def _listed(names: str | list[str] | None) -> list[str]:
-    return [names] if isinstance(names, str) else names or []
-
-
 def standing(tx: journal.Connection, query: str, tenant: str) -> str:
     """open or interrupted. Raises RequestError when it is closed; of another tenant's, there is nothing to know."""
     status, owner = journal.status_of(tx, query) if query in journal.find_query(tx, query) else ("", "")
@@ -413,8 +366,3 @@ def require_isolation(backend: Backend, policy: Policy) -> None:
     if backend.isolation < Isolation[least]:
         text = f"the query's policy asks for isolation of at least {least!r}, and backend {backend.name} gives"
         raise NotPermitted(f"{text} {backend.isolation.name!r}", limit=least, asked=backend.isolation.name)
-
-
-NO_MODEL = """no model is configured. The choices are:
-  --model local:qwen2.5-coder-1.5b     on this machine, free; fetch it first with `airlock models pull`
-  --model NAME [--base-url URL]        any OpenAI-compatible server; its key in OPENAI_API_KEY or --api-key-env NAME"""

@@ -159,7 +159,8 @@ class LiveEvidence(Evidence):
 
     def queries(self) -> Iterator[tuple[str, str, str]]:
         for row in self._tx.execute(sa.select(queries.c.id, queries.c.tenant, queries.c.status).order_by(queries.c.id)):
-            yield str(row.id), str(row.tenant), str(row.status)
+            status = "open" if row.status == journal.QUEUED else str(row.status)
+            yield str(row.id), str(row.tenant), status
 
     def reservations(self) -> Iterator[Reservation]:
         table = reservations.c

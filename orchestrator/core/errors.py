@@ -5,7 +5,8 @@
     │   ├── ContextError          the context cannot be read as asked
     │   ├── PolicyError           a policy file is not valid
     │   ├── ModelError            no such model, or no model configured
-    │   └── PriceUnknown          the model has no price, so it cannot be bounded
+    │   ├── PriceUnknown          the model has no price, so it cannot be bounded
+    │   └── Conflict              what is there already stands in the way
     ├── LimitError              raise the limit, or ask for less        exit 3
     │   ├── NotPermitted          the policy does not allow it at all
     │   ├── BudgetExhausted       spent money blocks it
@@ -66,6 +67,10 @@ class ModelError(RequestError):
 
 class PriceUnknown(RequestError):
     kind = "price-unknown"
+
+
+class Conflict(RequestError):
+    kind = "conflict"
 
 
 class LimitError(AirlockError):

@@ -6,20 +6,15 @@ chain is closed when `run_query` returns or raises.
 
 from __future__ import annotations
 
-import json
-import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
 import anyio
-import anyio.to_thread
 
 from orchestrator.core.asked import digest
-from orchestrator.core.context import Context
 from orchestrator.core.errors import (
     AirlockError,
     BudgetExhausted,
@@ -31,87 +26,23 @@ from orchestrator.core.errors import (
     StoreError,
 )
 from orchestrator.core.events import Event
-from orchestrator.core.policy import Policy
 from orchestrator.core.units import usd
 from orchestrator.loop import prompts
 from orchestrator.loop.engine import Outcome, Status, limit_hit, schema_check
-from orchestrator.loop.machine import Machine, Work
+from orchestrator.loop.machine import Work
 from orchestrator.loop.node import NodeRun
+from orchestrator.loop.order import Closed, Machinery, Order, key_of, may_ask, new_id, opened_event, shared_purses
 from orchestrator.loop.past import Past
 from orchestrator.loop.recovery import ROOT, close_abandoned, settle_open
-from orchestrator.loop.shelter import Shelter
-from orchestrator.proxy.account import Account, Answered, ModelUsage, Node
-from orchestrator.sandbox.sandbox import CellResult
+from orchestrator.proxy.account import Account, Answered, Node
 from orchestrator.store import journal, ledger
-from orchestrator.store.db import Database, now
+from orchestrator.store.db import now
 from orchestrator.store.journal import QueryKey
 from orchestrator.store.ledger import Scope
-from orchestrator.store.signing import Notary, Signed
-from orchestrator.store.vault import Vault
+from orchestrator.store.signing import Signed
 from orchestrator.store.writer import Writer
 
 SIGN_S = 10.0  # a cell that begins so long after the last signature has its tenant's log signed first
-
-
-@dataclass(frozen=True, slots=True)
-class Order:
-    """What is asked. code: run as one cell instead of a root LM's loop (`airlock exec`). policy: the effective one.
-    past: of an interrupted query, which this one goes on with; all that the journal has of its order is from there.
-
-    servers: where each model is, as a hash; None for one of this machine.
-    schema: a JSON Schema, for the answer. sub_models: the first is asked at depth 1, the next at depth 2, and so on,
-    the last one at all further down; empty when there is nobody to ask. platform_month: what all tenants together may
-    spend in a month, in nano-USD.
-    """
-
-    tenant: str
-    question: str
-    context: Context
-    model: str
-    sub_models: Sequence[str]
-    policy: Policy
-    schema: Mapping[str, Any] | None = None
-    servers: Mapping[str, str | None] = field(default_factory=dict[str, "str | None"])
-    platform_month: int | None = None
-    code: str | None = None
-    past: Past | None = None
-    observe: Callable[[Event], None] = lambda _event: None
-    on_output: Callable[[str, str], None] | None = None
-    on_account: Callable[[Account], None] = lambda _account: None
-    on_closed: Callable[[Closed], None] = lambda _closed: None
-
-
-@dataclass(slots=True)
-class Closed:
-    """How a query ended, for whoever asked. cost in nano-USD; cell is the one cell of `exec`.
-
-    journal_head: hash of the record that closed it. checkpoint: the signed head of its tenant's log, with that record
-    in it: who holds it can tell later whether the log was cut or rewritten.
-    """
-
-    query_id: str
-    outcome: Outcome
-    error: AirlockError | None = None
-    cost: int = 0
-    usage: dict[str, ModelUsage] = field(default_factory=dict[str, ModelUsage])
-    turns: int = 0
-    sub_calls: int = 0
-    duration_s: float = 0.0
-    journal_head: str = ""
-    checkpoint: str = ""
-    cell: CellResult | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Machinery:
-    """What queries run on; the parts that `wiring` chose. unclosed: queries whose end could not be recorded."""
-
-    db: Database
-    vault: Vault
-    notary: Notary
-    nodes: Machine
-    shelter: Shelter = field(default_factory=Shelter)
-    unclosed: list[QueryKey] = field(default_factory=list[QueryKey])
 
 
 async def run_query(order: Order, machinery: Machinery) -> Closed:
@@ -123,21 +54,8 @@ async def run_query(order: Order, machinery: Machinery) -> Closed:
 
     When it is cancelled, it closes the query as `cancelled`, tells `on_closed`, and lets the cancellation go on.
     """
-    query_id = order.past.query if order.past else _new_id()
-    keeper = await anyio.to_thread.run_sync(machinery.vault.keeper, order.tenant, query_id, _kept(order.policy))
-    key = QueryKey(query_id, order.tenant, order.policy.sha256(), keeper)
+    key = await key_of(order, machinery, order.past.query if order.past else order.id or new_id())
     return await machinery.shelter.run(_Query(order, machinery, key).run)
-
-
-def _new_id() -> str:
-    return datetime.now(UTC).strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(5)
-
-
-def _kept(policy: Policy) -> frozenset[str]:
-    """Names of payloads. With prompts, the hashes of what cells asked for; with both streams, how they were mixed."""
-    names = set(policy.audit.payloads)
-    more = {"asked": {"prompt"}, "order": {"stdout", "stderr"}}
-    return frozenset(names | {name for name, of in more.items() if of <= names})
 
 
 class _Query:
@@ -148,13 +66,7 @@ class _Query:
         policy, query_id, past, now = order.policy, key.id, order.past, datetime.now(UTC)
         self._scopes = [
             Scope(f"query:{query_id}", policy.money.query, children=policy.counts.children),
-            Scope(f"tenant-day:{order.tenant}:{now:%Y-%m-%d}", policy.money.tenant_day),
-            Scope(
-                f"tenant-month:{order.tenant}:{now:%Y-%m}",
-                policy.money.tenant_month,
-                in_flight=policy.tenant.in_flight,
-            ),
-            Scope(f"platform:{now:%Y-%m}", order.platform_month),
+            *shared_purses(order.tenant, policy, order.platform_month, now),
         ]
         self._started = time.monotonic() - (past.ran_s if past else 0)
         self._signed = time.monotonic()
@@ -167,25 +79,23 @@ class _Query:
             in_flight=anyio.Semaphore(policy.counts.in_flight),
             sign=self._sign,
         )
-        named = past.may_ask if past else dict.fromkeys((*order.sub_models, order.model))
         root = Node(
             account=self._account,
             name=ROOT,
             depth=0,
             scopes=self._scopes,
             deadline=self._started + policy.time.query / 1000,
-            sub_models=[name for name in named if name and policy.models.permits("sub", name)],
+            sub_models=may_ask(order),
         )
         models = [order.model if order.code is None else "", *order.sub_models]
         accept = schema_check(order.schema, policy.content.answer_chars)
         work = Work(order.question, order.context, models, accept, order.code, order.on_output)
-        self._may_ask = root.sub_models
         if past:
             _go_on(self._account, root, past)
         self._root = NodeRun(machinery.nodes, root, work, past.root if past else None)
 
     async def run(self) -> Closed:
-        opened = self._resumed(self._order.past) if self._order.past else self._opened()
+        opened = self._resumed(self._order.past) if self._order.past else opened_event(self._order, self._m)
         late = list(self._m.unclosed)
         running = await self._writer.write(lambda tx: self._open(tx, opened, late))
         # Others that began at the same time closed the same ones; a new one may have come since.
@@ -207,11 +117,10 @@ class _Query:
         except BaseException as stopped:  # cancelled, or a fault of our own: the chain is closed all the same
             cancelled = isinstance(stopped, anyio.get_cancelled_exc_class())
             how: Status = "cancelled" if cancelled else "failed"
-            if cancelled and self._account.nothing_new:
+            if cancelled and (self._account.nothing_new or self._writer.frozen):
                 how = "interrupted"
-            await self._close(
-                Outcome(how, None, "cancelled" if cancelled else f"internal: {type(stopped).__name__}"), None
-            )
+            why = self._account.why if cancelled else f"internal: {type(stopped).__name__}"
+            await self._close(Outcome(how, None, why), None)
             raise
         return await self._close(outcome, error)
 
@@ -228,27 +137,6 @@ class _Query:
 
     # Opening
 
-    def _opened(self) -> Event:
-        order, context = self._order, self._order.context
-        policy = order.policy.model_dump(mode="json")
-        body = {
-            "model": order.model if order.code is None else None,
-            "sub_models": list(order.sub_models),
-            "may_ask": list(self._may_ask),  # what cells may name
-            "servers": dict(order.servers),
-            "backend": self._m.nodes.backend.name,
-            "isolation": self._m.nodes.backend.isolation.name,
-            "context": context.facts(),
-            "limit_usd": usd(order.policy.money.query),
-            "payloads": policy["audit"]["payloads"],
-        }
-        payloads = {"question": order.question, "policy": json.dumps(policy)}
-        if order.schema is not None:
-            payloads["schema"] = json.dumps(order.schema)
-        if order.code is not None:
-            payloads["code"] = order.code
-        return Event("query.opened", ROOT, body, payloads)
-
     def _resumed(self, past: Past) -> Event:
         backend = self._m.nodes.backend
         cells = sum(cell.result is not None for node in past.under_way for cell in node.cells)
@@ -261,8 +149,11 @@ class _Query:
             close_abandoned(tx, key, "the end of this query could not be recorded when it came")
         self._m.notary.require_whole(tx, self._order.tenant)
         ledger.open_scopes(tx, self._scopes)
+        if self._order.id and not journal.begin_query(tx, self._key, self._m.db.owner):
+            raise RequestError(f"query {self._key.id} does not wait any more")
         if not self._order.past:
-            journal.open_query(tx, self._key, self._m.db.owner, opened)
+            if not self._order.id:
+                journal.open_query(tx, self._key, self._m.db.owner, opened)
             return journal.open_queries(tx, self._order.tenant)
         taken = journal.resume_query(tx, self._key, self._m.db.owner, opened)
         # Another process may have gone on with it since its past was read, and may have been interrupted as well.
@@ -320,7 +211,7 @@ class _Query:
         raise AssertionError("a shielded scope is not cancelled")
 
     async def _interrupt(self, outcome: Outcome) -> Closed:
-        """As it was before it was resumed, but for what that has cost."""
+        """As it was before it was resumed, or when its records were frozen, but for what that has cost."""
 
         def work(tx: journal.Connection) -> tuple[str, int, Event, Signed]:
             settle_open(tx, self._key, outcome.reason[:500], self._account.sent.__contains__)
@@ -331,7 +222,8 @@ class _Query:
             head = journal.interrupt_query(tx, self._key, event).hash
             return head, spent, event, self._m.notary.sign(tx, self._order.tenant)
 
-        return self._ended(outcome, *await self._writer.write(work))
+        write = self._m.db.write if self._writer.frozen else self._writer.write
+        return self._ended(outcome, *await write(work))
 
     async def _settle_and_close(self, outcome: Outcome) -> Closed:
         self._account.news()

@@ -78,6 +78,8 @@ class _Reader:
         }
 
     def take(self, record: Recorded) -> None:
+        if record.seq == 1:  # before that it may have waited for its turn
+            self._since = record.at
         if record.type in self._takes:
             self._takes[record.type](record, record.body)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import anyio
 
 from orchestrator.core.events import Event
-from orchestrator.core.policy import Policy
+from orchestrator.core.policy import PAYLOADS, Policy
 from orchestrator.lm.base import Message
 from orchestrator.store.journal import Connection, QueryKey
 from orchestrator.store.ledger import Scope
@@ -55,7 +55,8 @@ class Account:
     refused, told: how many refusals there were, and how often a cell was told its budget: some of each are recorded.
     nothing_new: it goes on after an interruption, and all that has come of it since was on record before: it can still
     be interrupted again. late: records of child queries that were cancelled meanwhile, written when that is over.
-    turns: how far the root's loop has come. answers: (model, SHA-256 of the prompt) -> where calls are answered once.
+    why: it is cancelled, when it is. turns: how far the root's loop has come.
+    answers: (model, SHA-256 of the prompt) -> where calls are answered once.
     """
 
     key: QueryKey
@@ -66,6 +67,7 @@ class Account:
     sign: Callable[[Connection], Callable[[], None] | None] = lambda _tx: None
     sent: set[str] = field(default_factory=set[str])
     nothing_new: bool = False
+    why: str = "cancelled"
     late: list[Callable[[], None]] = field(default_factory=list[Callable[[], None]])
     turns: int = 0
     sub_calls: int = 0
@@ -81,6 +83,12 @@ class Account:
         self.nothing_new = False
         while self.late:
             self.late.pop(0)()
+
+    def leave(self, why: str) -> None:
+        """It is about to be cancelled, to be gone on with later: it is interrupted where enough of it is kept."""
+        self.why = why
+        if self.policy.audit.payloads == PAYLOADS:
+            self.writer.freeze()
 
     @property
     def spent(self) -> int:

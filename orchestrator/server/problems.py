@@ -13,6 +13,7 @@ from orchestrator.core.errors import (
     AirlockError,
     BudgetExhausted,
     BudgetInFlight,
+    Conflict,
     CountExceeded,
     LimitError,
     MachineError,
@@ -72,7 +73,7 @@ def come_again(status: int, kind: str, detail: str, seconds: float = RETRY_S, **
 def problem_of(error: AirlockError) -> Problem:
     """The status that an error of ours has over HTTP. What machines are like inside is not told."""
     kind, text = error.kind, str(error)
-    more = {"rule": error.rule} if isinstance(error, LimitError) and error.rule else {}
+    more: dict[str, Any] = {"rule": error.rule} if isinstance(error, LimitError) and error.rule else {}
     match error:
         case BudgetExhausted():
             return Problem(402, kind, text, **more)
@@ -86,7 +87,7 @@ def problem_of(error: AirlockError) -> Problem:
             return Problem(413, kind, text, **more)
         case NotPermitted() | LimitError():
             return Problem(403, kind, text, **more)
-        case NotKept():
+        case NotKept() | Conflict():
             return Problem(409, kind, text)
         case StoreError() | SandboxUnusable():
             return come_again(503, kind, "the service cannot do this now; try again later")

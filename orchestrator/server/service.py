@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, cast
 
 from starlette.requests import HTTPConnection
 
+from orchestrator.core.api_keys import EVERYDAY, SCOPES, Scope
 from orchestrator.server.problems import Problem, not_found
 
 if TYPE_CHECKING:
@@ -18,16 +19,6 @@ if TYPE_CHECKING:
     from orchestrator.settings import ServerSettings
     from orchestrator.store.registry import Registry
     from orchestrator.wiring import Platform
-
-Scope = Literal["query", "read", "audit", "metrics", "admin"]
-SCOPES: dict[Scope, str] = {
-    "query": "ask and cancel queries, give contexts",
-    "read": "see queries, contexts and budgets",
-    "audit": "see records, proofs and exports; replay",
-    "metrics": "see what the service as a whole does",
-    "admin": "manage tenants, keys and policies of the whole platform",
-}
-EVERYDAY: tuple[Scope, ...] = ("query", "read", "audit")  # of a key for which nothing else is said
 
 
 @dataclass(frozen=True, slots=True)

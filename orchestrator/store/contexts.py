@@ -29,14 +29,14 @@ import hashlib
 import json
 import re
 import stat
-from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Literal, cast
 
 from orchestrator.core.context import Context, ContextKind
 from orchestrator.core.errors import ContextError, StoreError
-from orchestrator.store.drafts import Draft, drafts
+from orchestrator.store.drafts import Draft, drafts, is_removable, placing
 from orchestrator.store.readers import (
     CHUNK,
     Encoding,
@@ -59,12 +59,25 @@ _ID = re.compile(r"[0-9a-f]{64}")
 class ContextStore:
     """root: a folder on the file system of the slot folders. stride: see the manifest; small ones are for tests.
     check: called for every piece that is stored; what it raises ends the ingest, of which nothing stays behind.
+    most: bytes of the data; an ingest of more raises CountExceeded.
+
+    placed: makes contexts that can be removed again, as long as nobody stores them without it. Called with each when it
+    is in place and before it could be removed: it has to put on record who wants it. What it raises ends the ingest,
+    and leaves a context that nobody wants.
 
     Safe for threads and processes at once. Every method blocks: call it in a thread from async code.
     """
 
-    def __init__(self, root: Path, *, stride: int = STRIDE, check: Callable[[], object] = lambda: None) -> None:
-        self._root, self._stride, self._check = root, stride, check
+    def __init__(
+        self,
+        root: Path,
+        *,
+        stride: int = STRIDE,
+        check: Callable[[], object] = lambda: None,
+        most: int | None = None,
+        placed: Callable[[Context], object] | None = None,
+    ) -> None:
+        self._root, self._stride, self._check, self._most, self._placed = root, stride, check, most, placed
 
     def ingest(self, source: Path, *, encoding: Encoding = "utf-8") -> Context:
         """Store a file (.json: json, .jsonl or .ndjson: jsonl, else text) or a folder (documents).
@@ -84,9 +97,16 @@ class ContextStore:
             pieces = decoded(chunks(stream, name), encoding, name)
             return self._keep_pieces(_KINDS.get(source.suffix.lower(), "text"), name, pieces)
 
-    def ingest_stream(self, stream: BinaryIO, *, encoding: Encoding = "utf-8", name: str = "standard input") -> Context:
-        """Store a text from a stream of bytes. name: what errors call it. Raises as `ingest` does."""
-        return self._keep_pieces("text", name, decoded(chunks(stream, name), encoding, name))
+    def ingest_stream(
+        self,
+        stream: BinaryIO,
+        *,
+        kind: Literal["text", "json", "jsonl"] = "text",
+        encoding: Encoding = "utf-8",
+        name: str = "standard input",
+    ) -> Context:
+        """Store a text from a stream of bytes, or JSON. name: what errors call it. Raises as `ingest` does."""
+        return self._keep_pieces(kind, name, decoded(chunks(stream, name), encoding, name))
 
     def ingest_value(self, value: object) -> Context:
         """Store a str as text, a list as jsonl (one item a line, so that a large one is lazy too), a dict as json.
@@ -166,13 +186,62 @@ class ContextStore:
         with _storing(self._root):
             for folder in (self._root, *folders):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with drafts(folders[0]), Draft(folders[0], self._check) as data, Draft(folders[0]) as manifest:
+            with drafts(folders[0]), Draft(folders[0], self._check, self._most) as data, Draft(folders[0]) as manifest:
                 facts = fill(data)
                 if not data.size:
                     raise ContextError(f"{name}: is empty; give a context that holds text")
-                facts |= {"kind": kind, "bytes": data.size, "stride": self._stride, "sha256": data.place(folders[1])}
-                manifest.write(json.dumps(facts, sort_keys=True, separators=(",", ":")).encode())
-                return self._context(manifest.place(folders[2]), facts)
+                facts |= {"kind": kind, "bytes": data.size, "stride": self._stride}
+                data.sync()
+                with placing(self._root):
+                    return self._place(data, manifest, facts, *folders[1:])
+
+    def _place(self, data: Draft, manifest: Draft, facts: Facts, to_data: Path, to_manifests: Path) -> Context:
+        removable = self._placed is not None
+        facts["sha256"] = data.place(to_data, removable=removable)
+        manifest.write(json.dumps(facts, sort_keys=True, separators=(",", ":")).encode())
+        context = self._context(manifest.place(to_manifests, removable=removable), facts)
+        if self._placed is not None:
+            self._placed(context)
+        return context
+
+    def removable(self) -> list[str]:
+        """Ids of the contexts that were only ever stored to be removed again."""
+        folder = self._root / "manifests"
+        with _storing(self._root):
+            return [path.name for path in folder.iterdir() if is_removable(path)] if folder.is_dir() else []
+
+    def remove(self, ids: Iterable[str], wanted: Callable[[], Mapping[str, int]]) -> int:
+        """Remove those that can be and that nobody wants; how many those were.
+
+        wanted: tells who is wanted, as id -> bytes; asked when no other can be put in place meanwhile.
+        """
+        count = 0
+        with _storing(self._root):
+            if not (self._root / "manifests").is_dir():
+                return 0
+            with placing(self._root, alone=True):
+                needed = wanted()
+                for each in ids:
+                    manifest = self._root / "manifests" / each
+                    if _ID.fullmatch(each) and each not in needed and is_removable(manifest):
+                        with suppress(StoreError):  # it is damaged: whose data it has, nobody can tell
+                            self._remove(each, needed)
+                            count += 1
+        return count
+
+    def _remove(self, context_id: str, needed: Mapping[str, int]) -> None:
+        """The data first: what a crash leaves is a manifest, which the next removal finds."""
+        context = self.open(context_id)
+        alike = (other for other, size in needed.items() if size == context.bytes)
+        if is_removable(context.files["data"]) and not any(self._is_of(other, context.sha256) for other in alike):
+            context.files["data"].unlink()
+        context.files["manifest.json"].unlink()
+
+    def _is_of(self, context_id: str, sha256: str) -> bool:
+        try:
+            return self.open(context_id).sha256 == sha256
+        except ContextError:  # gone, and not because of us
+            return False
 
     def _context(self, context_id: str, facts: Facts) -> Context:
         if not _ID.fullmatch(facts["sha256"]):

@@ -225,7 +225,7 @@ class Database:
 
     def dead_owners(self) -> list[str]:
         """Owners whose process has ended without `close`, or closed when it could not write the end of its queries."""
-        unfinished = sa.select(queries.c.owner).where(queries.c.status == "open").distinct()
+        unfinished = sa.select(queries.c.owner).where(queries.c.status.in_(("open", "queued"))).distinct()
         named = self.read(lambda tx: set(tx.execute(unfinished).scalars()))
         try:
             return [owner for owner in self._place.dead(named) if owner != self.owner]

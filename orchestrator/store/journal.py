@@ -20,6 +20,7 @@ from orchestrator.store import logs
 from orchestrator.store.db import now, stamp_of
 from orchestrator.store.prepared import Prepared
 from orchestrator.store.schema import payloads, queries, records
+from orchestrator.store.schema import tenants as registered
 from orchestrator.store.vault import SALT_BYTES, Keeper, sealed_payload
 
 _head = Prepared(
@@ -35,7 +36,7 @@ _count_open = Prepared(
     .select_from(queries)
     .where(queries.c.status == "open", queries.c.tenant == sa.bindparam("of"))
 )
-INTERRUPTED = "interrupted"
+QUEUED, INTERRUPTED = "queued", "interrupted"
 SAID: dict[str, dict[str, int]] = {  # what others may have said: characters of it that are recorded, as in the schema
     "call.result": {"detail": 500},
     "call.refused": {"detail": 1000},
@@ -128,18 +129,32 @@ def _next(tx: sa.Connection, query: str) -> tuple[int, str]:
     return (head[0][0] + 1, head[0][1]) if head else (0, GENESIS)
 
 
-def open_query(tx: sa.Connection, key: QueryKey, owner: str, event: Event) -> Sealed:
-    """Begin a query's chain with its `query.opened`."""
+def open_query(tx: sa.Connection, key: QueryKey, owner: str, event: Event, status: str = "open") -> Sealed:
+    """Begin a query's chain with its `query.opened`. status: open, or QUEUED until `begin_query`."""
     row = {
         "id": key.id,
         "tenant": key.tenant,
         "owner": owner,
         "policy": key.policy,
         "opened_at": now(),
-        "status": "open",
+        "status": status,
     }
     _add_query(tx, row)
     return append(tx, key, event)
+
+
+def begin_query(tx: sa.Connection, key: QueryKey, owner: str) -> bool:
+    """Whether it was this owner's, and waited: it is open now."""
+    mine = sa.update(queries).where(queries.c.id == key.id, queries.c.owner == owner, queries.c.status == QUEUED)
+    return tx.execute(mine.values(status="open")).rowcount == 1
+
+
+def withdraw(tx: sa.Connection, query: str, tenant: str) -> QueryKey | None:
+    """Take a query of this tenant's that waits, or was interrupted, to close it; None where there is none."""
+    idle = queries.c.status.in_((QUEUED, INTERRUPTED))
+    mine = sa.update(queries).where(queries.c.id == query, queries.c.tenant == tenant, idle)
+    row = tx.execute(mine.values(status="open").returning(queries.c.policy)).one_or_none()
+    return None if row is None else QueryKey(query, tenant, row.policy)
 
 
 def close_query(tx: sa.Connection, key: QueryKey, status: str, event: Event) -> Sealed:
@@ -194,8 +209,8 @@ def open_queries(tx: sa.Connection, tenant: str) -> int:
 
 
 def abandoned(tx: sa.Connection, owners: list[str]) -> list[QueryKey]:
-    """The open queries of these owners; no payload of what is added to them is kept."""
-    rows = tx.execute(sa.select(queries).where(queries.c.status == "open", queries.c.owner.in_(owners)))
+    """Queries of these owners that run or wait; no payload of what is added to them is kept."""
+    rows = tx.execute(sa.select(queries).where(queries.c.status.in_(("open", QUEUED)), queries.c.owner.in_(owners)))
     return [QueryKey(row.id, row.tenant, row.policy) for row in rows]
 
 
@@ -257,8 +272,9 @@ def after(
 
 
 def tenants(tx: sa.Connection) -> list[str]:
-    """Those that have queries."""
-    return sorted(tx.execute(sa.select(queries.c.tenant).distinct()).scalars())
+    """Those that have a log: by their queries, or by having been added."""
+    named = sa.union(sa.select(queries.c.tenant), sa.select(registered.c.name))
+    return sorted(tx.execute(named).scalars())
 
 
 def all_queries(tx: sa.Connection) -> list[str]:
@@ -279,7 +295,7 @@ def erase(tx: sa.Connection, query: str, seq: int | None, name: str | None, why:
     Raises RequestError while the query is open, here and not before: it may be resumed at any time.
     """
     status, tenant = status_of(tx, query)
-    if status == "open":
+    if status in ("open", QUEUED):
         raise RequestError(f"query {query} is not closed: its payloads are still needed")
     gone = sa.delete(payloads).where(payloads.c.query == query)
     if seq is not None:
@@ -295,7 +311,7 @@ def erase(tx: sa.Connection, query: str, seq: int | None, name: str | None, why:
 def is_closed(tx: sa.Connection, query: str) -> bool:
     """Whether the table of queries says that the query has ended."""
     status = tx.execute(sa.select(queries.c.status).where(queries.c.id == query)).scalar()
-    return status not in (None, "open", INTERRUPTED)
+    return status not in (None, "open", QUEUED, INTERRUPTED)
 
 
 def fault(

@@ -75,10 +75,10 @@ class Vault:
 
     def __init__(self, db: Database, master: bytes, created: Created, secrets: Iterable[str]) -> None:
         self._db = db
+        self._secret = master
         self._master = AESGCM(master)
         self._created = created
-        derived = HKDF(SHA256(), KEY_BYTES, salt=None, info=b"airlock records")
-        self._records = derived.derive(master)
+        self._records = self.derived("records")
         db.stamp_with(self.stamp)
         self._redactor = Redactor([*secrets, base64.b64encode(master).decode()])
         self._tenants: dict[str, bytes] = {}
@@ -104,6 +104,10 @@ class Vault:
     def signer(self) -> Signer:
         """Whose key all logs of the database are signed with; made for a new one. Blocks. Raises StoreError."""
         return self.existing_signer() or self._opened(self._db.write_sync(self._make_signer))
+
+    def derived(self, purpose: str) -> bytes:
+        """A key of the master key's for this alone, which every process that has the master key comes to."""
+        return HKDF(SHA256(), KEY_BYTES, salt=None, info=b"airlock " + purpose.encode()).derive(self._secret)
 
     def stamp(self, record: bytes) -> bytes:
         """Authenticates a record (HMAC-SHA256): until a signature covers it, nothing else does."""

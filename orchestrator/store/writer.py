@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import sqlalchemy as sa
 
+from orchestrator.core.errors import StoreError
 from orchestrator.store.db import Database, Job
 
 T = TypeVar("T")
@@ -20,11 +21,14 @@ class Writer:
     """
 
     def __init__(self, db: Database) -> None:
+        self.frozen = False
         self._db = db
         self._posted: list[Job] = []
 
     async def write(self, work: Callable[[sa.Connection], T]) -> T:
         """See `Database.write`."""
+        if self.frozen:
+            raise StoreError("the query is left as it is: nothing more of it is recorded")
         try:
             return await self._db.write(work)
         finally:
@@ -37,6 +41,12 @@ class Writer:
         """What a post before has raised; empty when all is well. For the work of a write."""
         return next((str(job.error) for job in self._posted if job.error), "")
 
+    def freeze(self) -> None:
+        """Record nothing more: to whoever reads the journal, the process died at this instant."""
+        self.frozen = True
+
     def post(self, work: Callable[[sa.Connection], object]) -> None:
         """Raises StoreError only when the database is closed."""
+        if self.frozen:
+            return
         self._posted.append(self._db.post(work))

@@ -369,17 +369,24 @@ def test_budgets_are_told_in_their_order():
     assert past.told == 2
 
 
-def test_the_time_that_it_ran_counts_and_the_time_between_does_not():
+def test_the_time_that_it_ran_counts_and_the_time_that_it_waited_or_lay_does_not():
     story = Story()  # second 0
+    story.add("budget.held", {"for": "last word", "usd": "0"})  # second 1: its turn has come
     story.cell()
     story.add("call.result", {"call": "x", "outcome": "unknown", "cost_usd": "0.01", "usage": None})
     story.records.pop()  # by the one that found it dead, much later
-    story.add("query.interrupted", {"why": "w", "until": story.records[-1].at})  # ran to 1
-    story.add("query.resumed", {"cells": 0, "calls": 0})  # second 4
+    story.add("query.interrupted", {"why": "w", "until": story.records[-1].at})  # ran to 2
+    story.add("query.resumed", {"cells": 0, "calls": 0})  # second 5
     story.cell(2)
     story.ends(number=2)
-    story.add("query.interrupted", {"why": "w", "until": story.records[-1].at})  # and to 6
+    story.add("query.interrupted", {"why": "w", "until": story.records[-1].at})  # and to 7
     assert story.past().ran_s == 1 + 2
+
+
+def test_a_query_that_never_had_its_turn_has_not_run():
+    story = Story()
+    story.add("query.interrupted", {"why": "w", "until": story.records[-1].at})
+    assert story.past().ran_s == 0
 
 
 texts = st.lists(st.tuples(st.sampled_from(["out", "err"]), st.text(min_size=1)), max_size=8)

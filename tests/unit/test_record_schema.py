@@ -127,7 +127,12 @@ BODIES: dict[str, dict[str, Any]] = {
     "payload.erased": {"query": QUERY, "seq": 3, "name": "prompt", "payloads": 1, "why": "asked for"},
     "query.scored": {"query": QUERY, "score": "0.75", "by": "a person"},
     "log.anchored": {"log": "platform", "size": 9, "root": ROOT, "where": "file:/anchors", "receipt_sha256": HASH},
-    "admin.action": {"action": "tenant.added", "subject": "default", "detail": "with the default policy"},
+    "admin.action": {
+        "action": "tenant.added",
+        "subject": "default",
+        "detail": "with the default policy",
+        "by": "the command line",
+    },
 }
 PAYLOAD = {"commitment": HASH, "bytes": 12, "kept": True, "redacted": 1}
 

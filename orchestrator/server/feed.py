@@ -1,0 +1,85 @@
+"""Records of queries as they are written, for those who watch: the journal is read when there is something new."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Generator
+from contextlib import contextmanager
+from functools import partial
+
+import anyio
+import anyio.to_thread
+
+from orchestrator.auditing import AT_ONCE, Books
+from orchestrator.core.events import Recorded, read_record
+from orchestrator.server.problems import come_again
+from orchestrator.store import journal
+from orchestrator.store.db import LINGER_S
+
+SOON_S = LINGER_S * 1.5  # what has just happened is committed by then
+HERE_S, ELSEWHERE_S = 2.0, 0.25  # between two looks at what nobody tells of
+
+
+class Feed:
+    """books: the journal. most: streams of a tenant at once. here: whether a query runs in this process."""
+
+    def __init__(self, books: Books, most: int, here: Callable[[str], bool]) -> None:
+        self._books, self._most, self._here = books, most, here
+        self._waiting: dict[str, set[anyio.Event]] = {}
+        self._streams: dict[str, int] = {}
+
+    @property
+    def streams(self) -> int:
+        return sum(self._streams.values())
+
+    @contextmanager
+    def stream(self, tenant: str) -> Generator[None]:
+        """Have one of the tenant's streams. Raises Problem when it has too many."""
+        if self._streams.get(tenant, 0) >= self._most:
+            raise come_again(429, "too-many-streams", f"{self._most} event streams are open already: close one")
+        self._streams[tenant] = self._streams.get(tenant, 0) + 1
+        try:
+            yield
+        finally:
+            self._streams[tenant] -= 1
+            if not self._streams[tenant]:
+                del self._streams[tenant]
+
+    def wake(self, query: str) -> None:
+        """Something has happened in this query."""
+        for event in self._waiting.get(query, ()):
+            event.set()
+
+    async def follow(self, tenant: str, query: str, after: int = -1) -> AsyncGenerator[Recorded]:
+        """The query's records after number `after`, as they are written, to the one that closes it. Raises StoreError.
+
+        tenant: whose the query is, looked at by the caller.
+        """
+        keeper = await anyio.to_thread.run_sync(self._books.vault.opener, tenant, query)
+        while True:
+            with self._listening(query) as woken:
+                read = partial(journal.after, query=query, seq=after, most=AT_ONCE, keeper=keeper)
+                rows = await anyio.to_thread.run_sync(self._books.db.look, read)
+                kind = ""
+                for record, texts in rows:
+                    recorded = read_record(record, texts)
+                    after, kind = recorded.seq, recorded.type
+                    yield recorded
+                if kind == "query.closed":
+                    return
+                if len(rows) == AT_ONCE:
+                    continue
+                with anyio.move_on_after(HERE_S if self._here(query) else ELSEWHERE_S):
+                    await woken.wait()
+                    await anyio.sleep(SOON_S)
+
+    @contextmanager
+    def _listening(self, query: str) -> Generator[anyio.Event]:
+        woken = anyio.Event()
+        waiting = self._waiting.setdefault(query, set())
+        waiting.add(woken)
+        try:
+            yield woken
+        finally:
+            waiting.discard(woken)
+            if not waiting:
+                self._waiting.pop(query, None)
