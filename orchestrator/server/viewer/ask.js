@@ -4,6 +4,7 @@ import { get, post } from "./api.js";
 import { fill, make } from "./dom.js";
 import { upload } from "./upload.js";
 
+const INLINE = 1_000_000; // characters: a longer text is uploaded as a file is
 const place = (id) => document.getElementById(id);
 const dialog = place("ask");
 let models = null;
@@ -27,12 +28,13 @@ function refuse(text) {
 }
 
 async function context() {
-    if (source() === "text") return { text: place("text").value };
-    const [file] = place("file").files;
+    const text = place("text").value;
+    if (source() === "text" && text.length <= INLINE) return { text };
+    const [file] = source() === "text" ? [new File([text], "pasted.txt")] : place("file").files;
     const bar = place("sent");
     bar.hidden = false;
     try {
-        const made = await upload(file, { kind: place("kind").value, encoding: place("encoding").value }, (part) => (bar.value = part));
+        const made = await upload(file, source() === "text" ? { kind: "text", encoding: "utf-8" } : { kind: place("kind").value, encoding: place("encoding").value }, (part) => (bar.value = part));
         return { id: made.id };
     } finally {
         bar.hidden = true;
