@@ -53,15 +53,10 @@ class _Checked(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]  
             self.fail(str(error), param, ctx)
 
 
-def _query_options(function: F) -> F:
-    options = [
-        click.option(
-            "--encoding",
-            type=click.Choice(["utf-8", "latin-1", "replace"]),
-            default="utf-8",
-            show_default=True,
-            help="Of the context; replace: UTF-8, with what is none replaced.",
-        ),
+def _model_options(function: F) -> F:
+    """What is asked, where it runs, and what it may."""
+    return _with(
+        function,
         click.option("--model", metavar="MODEL", help="NAME, local:NAME, local:/path/to.gguf or scripted:FILE."),
         click.option(
             "--sub-model",
@@ -77,6 +72,20 @@ def _query_options(function: F) -> F:
         ),
         click.option("--backend", metavar="NAME", default="auto", show_default=True, help=_BACKENDS),
         click.option("--policy", metavar="POLICY", default="default", show_default=True, help=_POLICIES),
+    )
+
+
+def _query_options(function: F) -> F:
+    """What is said of one query."""
+    told = _with(
+        function,
+        click.option(
+            "--encoding",
+            type=click.Choice(["utf-8", "latin-1", "replace"]),
+            default="utf-8",
+            show_default=True,
+            help="Of the context; replace: UTF-8, with what is none replaced.",
+        ),
         click.option(
             "--budget",
             type=_Checked("USD", limits.budget),
@@ -89,7 +98,11 @@ def _query_options(function: F) -> F:
         ),
         click.option("--depth", type=_Checked("N", partial(limits.count, least=0), int), help=_DEPTH),
         click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the answer."),
-    ]
+    )
+    return _model_options(told)
+
+
+def _with(function: F, *options: Callable[[F], F]) -> F:
     for option in reversed(options):
         function = option(function)
     return function
@@ -225,6 +238,24 @@ def doctor(backend: str | None, as_json: bool) -> int:
     from orchestrator.doctor import report
 
     return anyio.run(partial(report, settings.home(), backend, as_json=as_json))
+
+
+@app.command()
+@click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0: any that is free.")
+@click.option("--tls-cert", type=click.Path(exists=True, dir_okay=False), help="The certificate, and its chain (PEM).")
+@click.option("--tls-key", type=click.Path(exists=True, dir_okay=False), help="Its private key (PEM).")
+@click.option("--insecure-http", is_flag=True, help="Serve other machines without TLS: a proxy in front does that.")
+@click.option(
+    "--log", type=click.Choice(["json", "plain"]), default="json", show_default=True, help="On standard error."
+)
+@_model_options
+def serve(**options: Any) -> int:
+    """Serve queries of many tenants over HTTP, and pages to watch them on."""
+    from orchestrator import runs
+    from orchestrator.serving import serve as serve_until_stopped
+
+    return anyio.run(serve_until_stopped, options, runs.platform_choices(options), backend_options=_LOOP)
 
 
 @app.group()

@@ -207,7 +207,8 @@ class _Printed:
         return INTERRUPTED if interrupted else _CELL_EXIT[status]
 
 
-def _choices(options: dict[str, Any], schema: Any = None) -> Choices:
+def platform_choices(options: dict[str, Any]) -> Choices:
+    """Those that are not of one query. Raises RequestError."""
     return Choices(
         model=options["model"],
         sub_models=options["sub_models"],
@@ -216,6 +217,12 @@ def _choices(options: dict[str, Any], schema: Any = None) -> Choices:
         prices=dict(_price(text) for text in options["prices"]),
         backend=options["backend"],
         policy=options["policy"],
+    )
+
+
+def _choices(options: dict[str, Any], schema: Any = None) -> Choices:
+    return replace(
+        platform_choices(options),
         budget=options["budget"],
         timeout_ms=options["timeout"],
         depth=options["depth"],

@@ -37,10 +37,10 @@ from orchestrator.core.units import usd
 from orchestrator.loop import prompts
 from orchestrator.loop.order import Order, shared_purses
 from orchestrator.proxy.account import Account
-from orchestrator.server.problems import Problem, come_again
+from orchestrator.server.problems import Problem, come_again, not_found
 from orchestrator.server.service import Principal
 from orchestrator.settings import ServerSettings
-from orchestrator.store import journal, ledger, requests
+from orchestrator.store import holdings, journal, ledger, requests
 from orchestrator.store.registry import Registry
 from orchestrator.wiring import Platform, Watch
 
@@ -157,8 +157,8 @@ class Desk:
     async def policy_of(self, tenant: str) -> Policy:
         """What the tenant may do. Raises StoreError, Problem where there is no such tenant any more."""
         row = await anyio.to_thread.run_sync(self._registry.tenant, tenant)
-        if row is None:
-            raise Problem(403, "not-permitted", "this tenant is not there any more")
+        if row is None or row.suspended_at:
+            raise Problem(403, "suspended", "this tenant is suspended")
         return self._platform.policy if row.policy is None else self._platform.policy.narrowed(row.policy)
 
     def models_for(self, policy: Policy) -> list[str]:
@@ -179,7 +179,7 @@ class Desk:
         self._require_room(tenant)
         self._coming[tenant] = self._coming.get(tenant, 0) + 1
         try:
-            order = await self._platform.enqueue(order, partial(_remember, principal, key, fingerprint))
+            order = await self._platform.enqueue(order, partial(_remember, principal, ask.context.id, key, fingerprint))
         except _AskedBefore as before:
             return _the_same((before.query, before.fingerprint), fingerprint)
         finally:
@@ -399,7 +399,11 @@ def _began(here: _Here, account: Account) -> None:
     here.account = account
 
 
-def _remember(principal: Principal, key: str | None, fingerprint: str, tx: journal.Connection, query: str) -> None:
+def _remember(
+    principal: Principal, context: str, key: str | None, fingerprint: str, tx: journal.Connection, query: str
+) -> None:
+    if not holdings.holds(tx, principal.tenant, context):  # it was deleted meanwhile
+        raise not_found("context")
     if key and (before := requests.asked_before(tx, principal.tenant, key)):
         raise _AskedBefore(*before)
     requests.add(tx, query, principal.tenant, principal.asker, key, fingerprint)

@@ -31,11 +31,14 @@ class Feed:
     def streams(self) -> int:
         return sum(self._streams.values())
 
-    @contextmanager
-    def stream(self, tenant: str) -> Generator[None]:
-        """Have one of the tenant's streams. Raises Problem when it has too many."""
+    def require_room(self, tenant: str) -> None:
+        """For one more stream. Raises Problem."""
         if self._streams.get(tenant, 0) >= self._most:
             raise come_again(429, "too-many-streams", f"{self._most} event streams are open already: close one")
+
+    @contextmanager
+    def stream(self, tenant: str) -> Generator[None]:
+        """Count one of the tenant's streams."""
         self._streams[tenant] = self._streams.get(tenant, 0) + 1
         try:
             yield

@@ -8,6 +8,7 @@ from http import HTTPStatus
 from typing import Any
 
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 
 from orchestrator.core.errors import (
     AirlockError,
@@ -58,6 +59,35 @@ class Problem(Exception):
     def response(self) -> JSONResponse:
         """As the native routes give it."""
         return JSONResponse(self.body(), self.status, self.headers, MEDIA_TYPE)
+
+
+class ProblemBody(BaseModel):
+    """Problem details (RFC 9457). type: `urn:airlock:KIND`. detail: one line that says what is wrong."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+
+
+_SAID = {
+    400: "the request cannot be read",
+    402: "the money is spent",
+    403: "it is not permitted",
+    404: "it is not there",
+    409: "it does not go together with what is there",
+    413: "it is too large",
+    422: "something in the request is not as it has to be",
+    429: "not now: try again after Retry-After",
+    503: "the service cannot do this now: try again after Retry-After",
+}
+
+
+def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """`responses` of a route that can also end with these; 401 is every route's that asks who it is."""
+    described = {401: "there is no key, or it is not good", **_SAID}
+    content = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/ProblemBody"}}}
+    return {status: {"description": described[status], "content": content} for status in (401, *statuses)}
 
 
 def not_found(what: str = "page") -> Problem:

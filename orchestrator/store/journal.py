@@ -242,6 +242,13 @@ def kept_payloads(tx: sa.Connection, query: str) -> Iterator[tuple[int, str, byt
         yield row.seq, row.name, _bytes(row.sealed)
 
 
+def payloads_of(tx: sa.Connection, query: str, numbers: Sequence[int]) -> Iterator[tuple[int, str, bytes]]:
+    """Likewise, of the records with these numbers."""
+    wanted = sa.select(payloads).where(payloads.c.query == query, payloads.c.seq.in_(numbers))
+    for row in tx.execute(wanted):
+        yield row.seq, row.name, _bytes(row.sealed)
+
+
 def history(tx: sa.Connection, query: str, keeper: Keeper | None) -> list[Recorded]:
     """The query's records in order, with what is kept of their payloads. Its chain has to be whole."""
     texts: dict[int, dict[str, str]] = {}

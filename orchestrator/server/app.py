@@ -1,0 +1,101 @@
+"""The application: every route, what its errors are over HTTP, and its OpenAPI document."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from orchestrator.core.errors import AirlockError
+from orchestrator.server.problems import Problem, ProblemBody, problem_of
+from orchestrator.server.routes import admin, audit, chat, contexts, ops, queries, viewer
+from orchestrator.server.service import Service
+
+_log = logging.getLogger("airlock.app")
+_MOST_FAULTS = 20  # of one request that are told
+
+
+def make_app(service: Service) -> FastAPI:
+    """The routes of one service."""
+    app = FastAPI(
+        title="Airlock",
+        version=version("airlock"),
+        summary="Recursive Language Model queries over untrusted context: isolated, bounded, on record",
+        docs_url=None,  # pages that load scripts from elsewhere
+        redoc_url=None,
+        openapi_url="/openapi.json",
+        redirect_slashes=False,
+    )
+    app.state.service = service
+    for room in (queries, contexts, audit, admin, chat, ops, viewer):
+        app.include_router(room.router)
+    app.add_exception_handler(Problem, _problem)
+    app.add_exception_handler(AirlockError, _airlock_error)
+    app.add_exception_handler(RequestValidationError, _not_valid)
+    app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(Exception, _fault)
+    app.openapi = lambda: _openapi(app)
+    return app
+
+
+def _answer(request: Request, problem: Problem) -> Response:
+    """As the route's clients expect it."""
+    return chat.error_response(problem) if chat.speaks(request.url.path) else problem.response()
+
+
+async def _problem(request: Request, error: Exception) -> Response:
+    assert isinstance(error, Problem)
+    return _answer(request, error)
+
+
+async def _airlock_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, AirlockError)
+    return _answer(request, problem_of(error))
+
+
+async def _http(request: Request, error: Exception) -> Response:
+    """No such page, no such method."""
+    assert isinstance(error, HTTPException)
+    kind = {404: "not-found", 405: "method-not-allowed"}.get(error.status_code, "bad-request")
+    return _answer(request, Problem(error.status_code, kind, str(error.detail).lower(), headers=error.headers))
+
+
+async def _not_valid(request: Request, error: Exception) -> Response:
+    """What is wrong, and where; never what was there."""
+    assert isinstance(error, RequestValidationError)
+    faults: Sequence[Any] = error.errors()
+    if any(fault["type"] == "json_invalid" for fault in faults):
+        return _answer(request, Problem(400, "bad-json", "the body is not JSON"))
+    told = [{"at": _place(fault["loc"]), "is": str(fault["msg"])} for fault in faults[:_MOST_FAULTS]]
+    first = f"{told[0]['at']}: {told[0]['is']}" if told else "it is not as it has to be"
+    return _answer(request, Problem(422, "bad-request", first[:500], errors=told))
+
+
+def _place(where: Sequence[object]) -> str:
+    """Of names from outside only what can be shown."""
+    return ".".join(str(part) if str(part).isprintable() else "?" for part in where)[:200]
+
+
+async def _fault(request: Request, error: Exception) -> Response:
+    """A fault of our own: told to the log, and to nobody else."""
+    _log.error(
+        "a request failed", exc_info=error, extra={"request_id": request.scope.get("state", {}).get("request_id")}
+    )
+    return _answer(request, Problem(500, "error", "something went wrong in the service"))
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    if not app.openapi_schema:
+        made = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
+        made["components"]["schemas"]["ProblemBody"] = ProblemBody.model_json_schema()
+        for name in ("HTTPValidationError", "ValidationError"):  # FastAPI's own shape, which is not ours
+            made["components"]["schemas"].pop(name, None)
+        app.openapi_schema = made
+    return app.openapi_schema

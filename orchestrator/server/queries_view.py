@@ -1,0 +1,239 @@
+"""A query as the service shows it: a few indexed reads of journal and ledger, whatever it did."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+import sqlalchemy as sa
+from pydantic import ValidationError
+
+from orchestrator.auditing import Books
+from orchestrator.core.policy import Policy
+from orchestrator.core.units import read_usd, usd
+from orchestrator.proxy.account import Account
+from orchestrator.server.problems import Problem
+from orchestrator.store import journal, ledger
+from orchestrator.store.journal import Connection
+from orchestrator.store.schema import queries, records, scopes
+
+_SHOWN = {"open": "running"}  # the database's word -> ours
+_CUT = 200  # characters of a question in a list
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """A row of the table of queries."""
+
+    id: str
+    tenant: str
+    status: str
+    opened_at: str
+
+
+def find(tx: Connection, query: str) -> Listed | None:
+    columns = (queries.c.id, queries.c.tenant, queries.c.status, queries.c.opened_at)
+    row = tx.execute(sa.select(*columns).where(queries.c.id == query)).one_or_none()
+    return None if row is None else Listed(row.id, row.tenant, row.status, row.opened_at)
+
+
+def page(
+    tx: Connection, tenant: str, most: int, cursor: str | None, status: str | None
+) -> tuple[list[Listed], str | None]:
+    """The tenant's queries, the newest first, from a cursor on; and where the next page begins. Raises Problem."""
+    columns = (queries.c.id, queries.c.tenant, queries.c.status, queries.c.opened_at)
+    wanted = sa.select(*columns).where(queries.c.tenant == tenant)
+    if status is not None:
+        wanted = wanted.where(queries.c.status == {ours: name for name, ours in _SHOWN.items()}.get(status, status))
+    if cursor is not None:
+        wanted = wanted.where(sa.tuple_(queries.c.opened_at, queries.c.id) < sa.tuple_(*read_cursor(cursor)))
+    rows = tx.execute(wanted.order_by(queries.c.opened_at.desc(), queries.c.id.desc()).limit(most + 1)).all()
+    listed = [Listed(row.id, row.tenant, row.status, row.opened_at) for row in rows[:most]]
+    last = listed[-1] if len(rows) > most else None
+    return listed, None if last is None else make_cursor(last.opened_at, last.id)
+
+
+def make_cursor(at: str, name: str) -> str:
+    """A place in a list that is ordered by time and id. It tells nothing that the list does not."""
+    return base64.urlsafe_b64encode(f"{at} {name}".encode()).decode().rstrip("=")
+
+
+def read_cursor(text: str) -> tuple[str, str]:
+    """Raises Problem."""
+    try:
+        at, name = (
+            base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True).decode("ascii").split(" ")
+        )
+    except (binascii.Error, ValueError):
+        raise Problem(422, "bad-request", "this is no cursor: take the one that the page before gave") from None
+    if not (at + name).isprintable():
+        raise Problem(422, "bad-request", "this is no cursor: take the one that the page before gave")
+    return at, name
+
+
+def summary(tx: Connection, books: Books, query: Listed) -> dict[str, Any]:
+    """As a list has it."""
+    shown = _shown(tx, books, query, whole=False)
+    del shown["answer"]
+    return shown
+
+
+def view(tx: Connection, books: Books, query: Listed, live: Account | None = None) -> dict[str, Any]:
+    """The whole of it. live: of one that runs here, which knows how far it is."""
+    shown = _shown(tx, books, query, whole=True)
+    if live and shown["iterations"] is None:
+        shown |= {"iterations": live.turns, "sub_calls": live.sub_calls}
+    return shown
+
+
+def _shown(tx: Connection, books: Books, query: Listed, *, whole: bool) -> dict[str, Any]:
+    opened = _record(tx, query.id, first=True)
+    ended = _record(tx, query.id, first=False) if query.status not in ("open", journal.QUEUED) else None
+    texts = _texts(tx, books, query, (0, *((ended["seq"],) if ended else ())))
+    spent, held = ledger.balance(tx, f"query:{query.id}")
+    asked, end = opened["body"], ended["body"] if ended else dict[str, Any]()
+    question = texts.get((0, "question"))
+    context = asked["context"]
+    return {
+        "id": query.id,
+        "status": _SHOWN.get(query.status, query.status),
+        "created_at": query.opened_at,
+        "ended_at": ended["at"] if ended else None,
+        "question": question if whole or question is None else question[:_CUT],
+        "model": asked["model"],
+        "sub_models": asked["sub_models"],
+        "backend": asked["backend"],
+        "isolation": asked["isolation"],
+        "context": {name: context[name] for name in ("id", "kind", "bytes", "chars")},
+        "cost_usd": usd(spent),
+        "held_usd": usd(held),
+        "limit_usd": asked["limit_usd"],
+        "time_limit_s": _time_limit(texts.get((0, "policy"))) if whole else None,
+        "duration_s": end["duration_ms"] / 1000 if "duration_ms" in end else None,
+        "answer": texts.get((ended["seq"], "answer")) if ended else None,
+        "reason": end.get("reason", end.get("why", "")),
+        "iterations": end.get("turns"),
+        "sub_calls": end.get("sub_calls"),
+        "journal_head": ended["hash"] if ended and ended["type"] == "query.closed" else None,
+    }
+
+
+def _record(tx: Connection, query: str, *, first: bool) -> dict[str, Any]:
+    """The first or the last one of the chain."""
+    wanted = sa.select(records.c.record, records.c.hash).where(records.c.query == query)
+    order = records.c.seq if first else records.c.seq.desc()
+    row = tx.execute(wanted.order_by(order).limit(1)).one()
+    return {**json.loads(row.record), "hash": row.hash}
+
+
+def _texts(tx: Connection, books: Books, query: Listed, numbers: tuple[int, ...]) -> dict[tuple[int, str], str]:
+    """What is kept of the payloads of these records."""
+    keeper = books.vault.opener(query.tenant, query.id)
+    opened = {
+        (seq, name): keeper.open(seq, name, sealed)
+        for seq, name, sealed in journal.payloads_of(tx, query.id, numbers)
+        if keeper
+    }
+    return {place: text[1].decode("utf-8", "replace") for place, text in opened.items() if text}
+
+
+def _time_limit(policy: str | None) -> float | None:
+    """Seconds."""
+    try:
+        return None if policy is None else Policy.model_validate_json(policy, strict=False).time.query / 1000
+    except ValidationError:  # of a newer Airlock
+        return None
+
+
+def last_number(tx: Connection, query: Listed) -> int | None:
+    """Of the record that closed it; None while it is not closed."""
+    return journal.length(tx, query.id) - 1 if journal.is_closed(tx, query.id) else None
+
+
+def spend(tx: Connection, query: Listed) -> dict[str, Any]:
+    """What it has cost so far, by model and by node."""
+    spent, held = ledger.balance(tx, f"query:{query.id}")
+    opened = _record(tx, query.id, first=True)["body"]
+    purses = sa.select(scopes.c.id, scopes.c.spent, scopes.c.held)
+    prefix = f"node:{query.id}:"
+    children = {
+        row.id.removeprefix(prefix): row
+        for row in tx.execute(purses.where(scopes.c.id.startswith(prefix, autoescape=True)))
+    }
+    limits = {"root": opened["limit_usd"]}
+    models: dict[str, dict[str, Any]] = {}
+    asked: dict[str, str] = {}
+    for record in _of_types(tx, query.id, ("call.intent", "call.result", "node.opened")):
+        body = record["body"]
+        if record["type"] == "node.opened":
+            limits[record["node"]] = body["limit_usd"]
+        elif record["type"] == "call.intent":
+            asked[body["call"]] = body["model"]
+        else:
+            _count(models.setdefault(asked.get(body["call"], ""), _NOTHING.copy()), body)
+    nodes = {
+        name: {"spent_usd": usd(row.spent), "held_usd": usd(row.held), "limit_usd": limits.get(name)}
+        for name, row in children.items()
+    }
+    nodes = {"root": {"spent_usd": usd(spent), "held_usd": usd(held), "limit_usd": limits["root"]}, **nodes}
+    shown = {name: {**usage, "cost_usd": usd(usage["cost_usd"])} for name, usage in models.items()}
+    return {
+        "limit_usd": limits["root"],
+        "spent_usd": usd(spent),
+        "held_usd": usd(held),
+        "models": shown,
+        "nodes": nodes,
+    }
+
+
+_NOTHING: dict[str, Any] = {"calls": 0, "input_tokens": 0, "output_tokens": 0, "cost_usd": 0}
+
+
+def _count(usage: dict[str, Any], body: Mapping[str, Any]) -> None:
+    used = body.get("usage") or {}
+    usage["calls"] += body["outcome"] == "answered"
+    usage["input_tokens"] += used.get("input_tokens", 0)
+    usage["output_tokens"] += used.get("output_tokens", 0)
+    usage["cost_usd"] += read_usd(body["cost_usd"])
+
+
+def _of_types(tx: Connection, query: str, types: tuple[str, ...]) -> list[dict[str, Any]]:
+    wanted = sa.select(records.c.record).where(records.c.query == query).order_by(records.c.seq)
+    found = (json.loads(record) for record in tx.execute(wanted).scalars())
+    return [record for record in found if record["type"] in types]
+
+
+def budgets(tx: Connection, tenant: str, policy: Policy, at: datetime) -> dict[str, Any]:
+    """What the tenant has spent, and what it may; of calls, what counts in this minute. at: now, in UTC."""
+    names = {
+        "day": f"tenant-day:{tenant}:{at:%Y-%m-%d}",
+        "month": f"tenant-month:{tenant}:{at:%Y-%m}",
+        "minute": f"tenant-minute:{tenant}:{at:%Y-%m-%dT%H:%M}",
+    }
+    rows = {row.id: row for row in tx.execute(sa.select(scopes).where(scopes.c.id.in_(names.values())))}
+    day, month, minute = (rows.get(name) for name in names.values())
+    midnight = at.replace(hour=0, minute=0, second=0, microsecond=0)
+    next_month = (midnight.replace(day=1) + timedelta(days=32)).replace(day=1)
+    rates = policy.tenant
+    return {
+        "query": {"limit_usd": usd(policy.money.query)},
+        "day": _purse(day, policy.money.tenant_day, midnight + timedelta(days=1)),
+        "month": _purse(month, policy.money.tenant_month, next_month),
+        "minute": {
+            "requests": {"limit": rates.requests_minute, "used": minute.calls if minute else 0},
+            "tokens": {"limit": rates.tokens_minute, "used": minute.tokens + minute.tokens_held if minute else 0},
+        },
+        "calls_in_flight": {"limit": rates.in_flight, "used": month.in_flight if month else 0},
+    }
+
+
+def _purse(row: Any, limit: int, resets: datetime) -> dict[str, str]:
+    spent, held = (row.spent, row.held) if row else (0, 0)
+    left = max(0, limit - spent - held)
+    amounts = {"limit_usd": limit, "spent_usd": spent, "held_usd": held, "left_usd": left}
+    return {name: usd(amount) for name, amount in amounts.items()} | {"resets_at": f"{resets:%Y-%m-%dT%H:%M:%SZ}"}

@@ -1,0 +1,188 @@
+"""What `airlock serve` does, from the options of the command line to its end."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import logging
+import signal
+import socket
+from collections.abc import Generator
+from typing import Any
+
+import anyio
+import uvicorn
+
+from orchestrator import settings
+from orchestrator.auditing import Books
+from orchestrator.choices import Choices
+from orchestrator.core.errors import RequestError
+from orchestrator.core.events import Event
+from orchestrator.server import logs, traces
+from orchestrator.server.app import make_app
+from orchestrator.server.bodies import Bodies
+from orchestrator.server.desk import Desk
+from orchestrator.server.feed import Feed
+from orchestrator.server.metrics import Metrics
+from orchestrator.server.protocol import Protocol
+from orchestrator.server.service import Service
+from orchestrator.store.registry import Registry
+from orchestrator.wiring import open_platform
+
+LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+GRACE_S = 5  # for answers under way and streams, once nothing runs any more
+HEADER_BYTES = 32 << 10  # of a request's line and headers
+
+_log = logging.getLogger("airlock.serve")
+
+
+async def serve(options: dict[str, Any], choices: Choices) -> int:
+    """Until a signal comes; the exit code. options: host, port, tls_cert, tls_key, insecure_http, log.
+
+    Raises AirlockError.
+    """
+    host, secure = options["host"], _require_safe(options)
+    home = settings.home()
+    logs.configure(json=options["log"] == "json")
+    with _listening(host, options["port"]) as bound:
+        async with open_platform(choices, home) as platform:
+            config = platform.config.server
+            registry = Registry(platform.db, platform.vault, platform.notary)
+            metrics = Metrics()
+            books = Books(home, platform.db, platform.vault)
+            desk: Desk
+            feed = Feed(books, config.streams, lambda query: desk.is_here(query))
+
+            def observe(query: str, event: Event) -> None:
+                metrics.event(event)
+                feed.wake(query)
+
+            def ended(query: str, tenant: str) -> None:
+                feed.wake(query)
+                traces.query_ended(books, query, tenant)
+
+            desk = Desk(platform, registry, config, observe, ended)
+            service = Service(home, config, platform, books, registry, desk, feed, metrics, secure)
+            hosts = _hosts(host, config.hosts)
+            app = logs.Accounted(
+                Bodies(make_app(service), config, hosts=hosts, secure=bool(options["tls_cert"])), metrics
+            )
+            async with desk:
+                await _run(app, bound, options, desk)
+    return 0
+
+
+def _require_safe(options: dict[str, Any]) -> bool:
+    """Whether browsers take it for secure. Raises RequestError where keys would go over a network in the clear."""
+    cert, key = options["tls_cert"], options["tls_key"]
+    if bool(cert) != bool(key):
+        raise RequestError("--tls-cert and --tls-key go together")
+    if cert or _is_loopback(options["host"]):
+        return True
+    if not options["insecure_http"]:
+        text = "others could read keys and answers: give --tls-cert and --tls-key, or --insecure-http where a proxy does TLS"
+        raise RequestError(f"--host {options['host']} is reached from other machines, and without TLS {text}")
+    return False
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _hosts(host: str, named: list[str]) -> list[str]:
+    """What a request may call us; empty for anything. On loopback never anything: pages of others may resolve to it."""
+    if named or _is_loopback(host):
+        return [*named, *LOOPBACK, *([] if ":" in host else [host])]
+    return []
+
+
+@contextlib.contextmanager
+def _listening(host: str, port: int) -> Generator[socket.socket]:
+    """Before anything else is opened: a port that is taken is told at once. Raises RequestError."""
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, proto)
+    except OSError as error:
+        raise RequestError(f"--host {host}: {error.strerror}") from None
+    with bound:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            bound.bind(address)
+        except (OSError, OverflowError) as error:
+            why = error.strerror if isinstance(error, OSError) else "no such port"
+            raise RequestError(f"cannot listen on {host} port {port}: {why}") from None
+        yield bound
+
+
+class _Server(uvicorn.Server):
+    """Signals are ours: running queries have to be seen to first."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None]:
+        yield
+
+
+async def _run(app: Any, bound: socket.socket, options: dict[str, Any], desk: Desk) -> None:
+    config = uvicorn.Config(
+        app,
+        http=Protocol,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        date_header=True,
+        proxy_headers=False,
+        h11_max_incomplete_event_size=HEADER_BYTES,
+        timeout_graceful_shutdown=GRACE_S,
+        ssl_certfile=options["tls_cert"],
+        ssl_keyfile=options["tls_key"],
+    )
+    try:
+        config.load()
+    except OSError as error:  # ssl.SSLError is one
+        raise RequestError(f"the certificate or its key cannot be used: {error.strerror or error}") from None
+    server = _Server(config)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(_stopped_by_signals, server, desk)
+        scheme, port = "https" if options["tls_cert"] else "http", bound.getsockname()[1]
+        name = f"[{options['host']}]" if ":" in options["host"] else options["host"]
+        tasks.start_soon(_announce, server, f"{scheme}://{name}:{port}")
+        await server.serve(sockets=[bound])
+        tasks.cancel_scope.cancel()
+
+
+async def _announce(server: uvicorn.Server, where: str) -> None:
+    while not server.started:
+        await anyio.sleep(0.01)
+    _log.info("serving", extra={"url": where})
+
+
+async def _stopped_by_signals(server: uvicorn.Server, desk: Desk) -> None:
+    """The first signal: take nothing more on, see running queries to their end in their time. A second: at once."""
+    with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async for _number in signals:
+            if desk.draining:
+                break
+            _log.info("stopping: no more queries are taken on")
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(_drained, desk, tasks.cancel_scope)
+                tasks.start_soon(_again, signals, tasks.cancel_scope)
+            break
+    server.should_exit = True
+
+
+async def _drained(desk: Desk, scope: anyio.CancelScope) -> None:
+    await desk.drain()
+    scope.cancel()
+
+
+async def _again(signals: Any, scope: anyio.CancelScope) -> None:
+    async for _number in signals:
+        scope.cancel()
+        return
