@@ -20,8 +20,8 @@ from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import RedirectResponse
 from pydantic import BaseModel, Field
 
-from orchestrator.server.access import REFUSALS, admit, require_own_origin, the_gate, unauthorized
-from orchestrator.server.problems import Problem, not_found
+from orchestrator.server.access import admit, require_own_origin, the_gate, unauthorized
+from orchestrator.server.problems import Problem, documented, not_found
 from orchestrator.server.service import Principal, the_service
 from orchestrator.server.sessions import set_cookie
 
@@ -115,7 +115,7 @@ async def _anybody(request: Request) -> Principal:
     return await admit(request, None)
 
 
-@router.get("/v1/session", responses=REFUSALS, summary="Who has logged in")
+@router.get("/v1/session", responses=documented(403, 429, 503), summary="Who has logged in")
 async def session(
     request: Request, response: Response, principal: Annotated[Principal, Depends(_anybody)]
 ) -> SessionView:

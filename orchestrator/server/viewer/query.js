@@ -48,8 +48,9 @@ class Page {
         const answer = await request(`/v1/queries/${this.id}`);
         const now = Date.parse(answer.headers.get("Date") ?? "");
         if (!Number.isNaN(now)) this.skew = Date.now() - now;
+        const first = !this.view;
         this.view = await answer.json();
-        this.head();
+        if (first) this.head();
         this.draw();
     }
 
@@ -95,7 +96,8 @@ class Page {
         const begun = tree.root?.began.at ?? view.created_at;
         const seconds = (tree.closed?.body.duration_ms ?? (view.duration_s ?? NaN) * 1000) / 1000;
         const gone = Number.isNaN(seconds) ? (this.status === "running" ? (Date.now() - this.skew - Date.parse(begun)) / 1000 : 0) : seconds;
-        this.time.update(`${duration(gone)} of ${duration(view.time_limit_s)}`, gone / view.time_limit_s);
+        const most = view.time_limit_s;
+        this.time.update(most === null ? duration(gone) : `${duration(gone)} of ${duration(most)}`, most === null ? 0 : gone / most);
     }
 
     answer() {
@@ -131,9 +133,11 @@ class Page {
         this.draw();
     }
 
-    /* The records, from the first one on, until the query has ended. */
+    /* The records, from the first one that is not here on, until the query has ended. Not while nobody looks: a browser
+    has few connections to one service, and pages in other tabs need them. */
     listen() {
-        const source = new EventSource(`/v1/queries/${this.id}/events`);
+        if (document.hidden) return;
+        const source = (this.source = new EventSource(`/v1/queries/${this.id}/events?after=${this.tree.last?.seq ?? -1}`));
         const take = (event) => this.tree.take(JSON.parse(event.data));
         for (const type of TYPES) source.addEventListener(type, take);
         source.addEventListener("query.closed", () => {
@@ -146,6 +150,12 @@ class Page {
             if (source.readyState !== EventSource.CLOSED) this.live("The connection broke; trying again.");
             else if (!this.tree.closed) this.live("There is nothing more to come.");
         });
+    }
+
+    /* Whenever the page is looked at again. */
+    look() {
+        this.source?.close();
+        if (!this.tree.closed) this.listen();
     }
 
     live(text) {
@@ -188,6 +198,7 @@ if (isQuery(id)) {
     const page = new Page(id);
     await page.load();
     page.listen();
+    document.addEventListener("visibilitychange", () => page.look());
     moveByKeys(() => document.querySelectorAll("#timeline .turn"));
     await page.watch();
 }
