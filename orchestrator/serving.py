@@ -7,6 +7,7 @@ import ipaddress
 import logging
 import signal
 import socket
+import sys
 from collections.abc import Generator
 from typing import Any
 
@@ -18,13 +19,9 @@ from orchestrator.auditing import Books
 from orchestrator.choices import Choices
 from orchestrator.core.errors import RequestError
 from orchestrator.core.events import Event
-from orchestrator.server import logs, traces
 from orchestrator.server.app import make_app
-from orchestrator.server.bodies import Bodies
 from orchestrator.server.desk import Desk
 from orchestrator.server.feed import Feed
-from orchestrator.server.metrics import Metrics
-from orchestrator.server.protocol import Protocol
 from orchestrator.server.service import Service
 from orchestrator.store.registry import Registry
 from orchestrator.wiring import open_platform
@@ -43,30 +40,24 @@ async def serve(options: dict[str, Any], choices: Choices) -> int:
     """
     host, secure = options["host"], _require_safe(options)
     home = settings.home()
-    logs.configure(json=options["log"] == "json")
     with _listening(host, options["port"]) as bound:
         async with open_platform(choices, home) as platform:
             config = platform.config.server
             registry = Registry(platform.db, platform.vault, platform.notary)
-            metrics = Metrics()
+            metrics: Any = None  # TEMPORARY
             books = Books(home, platform.db, platform.vault)
             desk: Desk
             feed = Feed(books, config.streams, lambda query: desk.is_here(query))
 
             def observe(query: str, event: Event) -> None:
-                metrics.event(event)
                 feed.wake(query)
 
             def ended(query: str, tenant: str) -> None:
                 feed.wake(query)
-                traces.query_ended(books, query, tenant)
 
             desk = Desk(platform, registry, config, observe, ended)
             service = Service(home, config, platform, books, registry, desk, feed, metrics, secure)
-            hosts = _hosts(host, config.hosts)
-            app = logs.Accounted(
-                Bodies(make_app(service), config, hosts=hosts, secure=bool(options["tls_cert"])), metrics
-            )
+            app = make_app(service)
             async with desk:
                 await _run(app, bound, options, desk)
     return 0
@@ -80,8 +71,8 @@ def _require_safe(options: dict[str, Any]) -> bool:
     if cert or _is_loopback(options["host"]):
         return True
     if not options["insecure_http"]:
-        text = "others could read keys and answers: give --tls-cert and --tls-key, or --insecure-http where a proxy does TLS"
-        raise RequestError(f"--host {options['host']} is reached from other machines, and without TLS {text}")
+        what = f"--host {options['host']} is reached from other machines, and without TLS others could read keys"
+        raise RequestError(f"{what}: give --tls-cert and --tls-key, or --insecure-http where a proxy does TLS")
     return False
 
 
@@ -120,7 +111,15 @@ def _listening(host: str, port: int) -> Generator[socket.socket]:
 
 
 class _Server(uvicorn.Server):
-    """Signals are ours: running queries have to be seen to first."""
+    """Signals are ours: running queries have to be seen to first. where: its address."""
+
+    def __init__(self, config: uvicorn.Config, where: str) -> None:
+        super().__init__(config)
+        self._where = where
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        print(f"serving {self._where}", file=sys.stderr, flush=True)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None]:
@@ -130,7 +129,7 @@ class _Server(uvicorn.Server):
 async def _run(app: Any, bound: socket.socket, options: dict[str, Any], desk: Desk) -> None:
     config = uvicorn.Config(
         app,
-        http=Protocol,
+        http="h11",
         ws="none",
         lifespan="off",
         log_config=None,
@@ -147,20 +146,13 @@ async def _run(app: Any, bound: socket.socket, options: dict[str, Any], desk: De
         config.load()
     except OSError as error:  # ssl.SSLError is one
         raise RequestError(f"the certificate or its key cannot be used: {error.strerror or error}") from None
-    server = _Server(config)
+    scheme, port = "https" if options["tls_cert"] else "http", bound.getsockname()[1]
+    name = f"[{options['host']}]" if ":" in options["host"] else options["host"]
+    server = _Server(config, f"{scheme}://{name}:{port}")
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(_stopped_by_signals, server, desk)
-        scheme, port = "https" if options["tls_cert"] else "http", bound.getsockname()[1]
-        name = f"[{options['host']}]" if ":" in options["host"] else options["host"]
-        tasks.start_soon(_announce, server, f"{scheme}://{name}:{port}")
         await server.serve(sockets=[bound])
         tasks.cancel_scope.cancel()
-
-
-async def _announce(server: uvicorn.Server, where: str) -> None:
-    while not server.started:
-        await anyio.sleep(0.01)
-    _log.info("serving", extra={"url": where})
 
 
 async def _stopped_by_signals(server: uvicorn.Server, desk: Desk) -> None:

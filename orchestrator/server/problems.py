@@ -8,7 +8,7 @@ from http import HTTPStatus
 from typing import Any
 
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from orchestrator.core.errors import (
     AirlockError,
@@ -64,10 +64,10 @@ class Problem(Exception):
 class ProblemBody(BaseModel):
     """Problem details (RFC 9457). type: `urn:airlock:KIND`. detail: one line that says what is wrong."""
 
-    type: str
-    title: str
-    status: int
-    detail: str
+    type: str = Field(examples=["urn:airlock:unauthorized"])
+    title: str = Field(examples=["Unauthorized"])
+    status: int = Field(examples=[401])
+    detail: str = Field(examples=["this needs a valid API key, token or session"])
 
 
 _SAID = {
@@ -85,9 +85,12 @@ _SAID = {
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """`responses` of a route that can also end with these; 401 is every route's that asks who it is."""
-    described = {401: "there is no key, or it is not good", **_SAID}
+    described = {401: "there is no credential, or none that is good", **_SAID}
     content = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/ProblemBody"}}}
-    return {status: {"description": described[status], "content": content} for status in (401, *statuses)}
+    return {
+        status: {"description": described[status], "model": ProblemBody, "content": content}
+        for status in (401, *statuses)
+    }
 
 
 def not_found(what: str = "page") -> Problem:

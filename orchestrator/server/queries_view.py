@@ -195,7 +195,7 @@ _NOTHING: dict[str, Any] = {"calls": 0, "input_tokens": 0, "output_tokens": 0, "
 
 
 def _count(usage: dict[str, Any], body: Mapping[str, Any]) -> None:
-    used = body.get("usage") or {}
+    used: Mapping[str, int] = body.get("usage") or {}
     usage["calls"] += body["outcome"] == "answered"
     usage["input_tokens"] += used.get("input_tokens", 0)
     usage["output_tokens"] += used.get("output_tokens", 0)

@@ -1,0 +1,175 @@
+"""Queries over HTTP: asked, watched, cancelled, and seen to their end whatever becomes of the service."""
+
+from __future__ import annotations
+
+import signal
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tests.command import Airlock, until
+from tests.service import SCRIPT, SLOW, ask, events, served
+
+
+def test_a_query_is_asked_watched_and_answered(airlock: Airlock):
+    with served(airlock) as server, server.client() as client:
+        done = ask(client)
+        assert (done["status"], done["answer"]) == ("answered", "it is short")
+        assert done["iterations"] == 2
+        assert done["sub_calls"] == 1
+        records = list(events(client, done["id"]))
+        assert [number for number, _kind, _data in records] == list(range(len(records)))
+        assert records[0][1] == "query.opened"
+        assert records[0][2]["payloads"]["question"] == "Is it long?"
+        assert records[-1][1] == "query.closed"
+        assert records[-1][2]["payloads"]["answer"] == "it is short"
+        listed = client.get("/v1/queries").json()
+        assert [query["id"] for query in listed["queries"]] == [done["id"]]
+        spend = client.get(f"/v1/queries/{done['id']}/spend").json()
+        assert spend["nodes"]["root"]["spent_usd"] == done["cost_usd"]
+        assert sum(model["calls"] for model in spend["models"].values()) == 3
+
+
+def test_a_stream_goes_on_where_it_was_cut(airlock: Airlock):
+    with served(airlock) as server, server.client() as client:
+        done = ask(client)
+        whole = list(events(client, done["id"]))
+        assert list(events(client, done["id"], after=3)) == whole[4:]
+        over = client.get(f"/v1/queries/{done['id']}/events", headers={"Last-Event-ID": str(whole[-1][0])})
+        assert over.status_code == 204
+
+
+def test_a_stream_has_what_happens_as_it_happens(airlock: Airlock):
+    slow = SCRIPT + "delay_s: 0.3\n"
+    with served(airlock, script=slow) as server, server.client() as client, server.client() as other:
+        query = ask(client, wait=0)["id"]
+        seen: list[str] = []
+        for _number, kind, _data in events(client, query):
+            seen.append(other.get(f"/v1/queries/{query}").json()["status"])
+            last = kind
+        assert last == "query.closed"
+        assert seen[0] in ("queued", "running")
+        assert "running" in seen
+
+
+def test_an_idempotency_key_gives_the_query_of_before(airlock: Airlock):
+    with served(airlock) as server, server.client() as client:
+        body = {"question": "q", "context": {"text": "a"}}
+        asked = [client.post("/v1/queries", json=body, headers={"Idempotency-Key": "k"}) for _ in range(2)]
+        assert [answer.status_code for answer in asked] == [202, 202]
+        assert asked[0].json()["id"] == asked[1].json()["id"]
+        assert "Idempotency-Replayed" not in asked[0].headers
+        assert asked[1].headers["Idempotency-Replayed"] == "true"
+        other = client.post("/v1/queries", json=body | {"question": "r"}, headers={"Idempotency-Key": "k"})
+        assert other.status_code == 422
+        assert other.json()["type"] == "urn:airlock:idempotency-key-reused"
+        with server.client("other") as another:
+            apart = another.post("/v1/queries", json=body, headers={"Idempotency-Key": "k"})
+            assert apart.json()["id"] != asked[0].json()["id"]
+
+
+def test_an_idempotency_key_makes_one_query_of_many_requests_at_once(airlock: Airlock):
+    with served(airlock) as server, server.client() as client:
+
+        def post(_number: int) -> str:
+            body = {"question": "q", "context": {"text": "a"}}
+            return client.post("/v1/queries", json=body, headers={"Idempotency-Key": "k"}).json()["id"]
+
+        with ThreadPoolExecutor(8) as threads:
+            assert len(set(threads.map(post, range(8)))) == 1
+
+
+@pytest.mark.parametrize("how", ["queued", "running"])
+def test_a_query_is_cancelled(airlock: Airlock, how: str):
+    config = "[server]\nqueries = 1\n"
+    with served(airlock, script=SLOW, config=config) as server, server.client() as client:
+        first = ask(client, wait=0)["id"]
+        until(lambda: client.get(f"/v1/queries/{first}").json()["status"] == "running")
+        second = ask(client, wait=0)["id"]
+        assert client.get(f"/v1/queries/{second}").json()["status"] == "queued"
+        query = second if how == "queued" else first
+        assert client.post(f"/v1/queries/{query}/cancel").status_code == 202
+        ended = until(lambda: (found := client.get(f"/v1/queries/{query}").json())["ended_at"] and found)
+        assert (ended["status"], ended["reason"]) == ("cancelled", "cancelled")
+        for left in {first, second} - {query}:
+            client.post(f"/v1/queries/{left}/cancel")
+        again = client.post(f"/v1/queries/{query}/cancel")
+        assert again.json()["status"] == "cancelled"
+
+
+def test_the_queue_is_bounded(airlock: Airlock):
+    config = "[server]\nqueries = 1\nqueue_tenant = 2\nqueue = 3\n"
+    with served(airlock, script=SLOW, config=config) as server, server.client() as client:
+        queries = [ask(client, wait=0)["id"]]
+        until(lambda: client.get(f"/v1/queries/{queries[0]}").json()["status"] == "running")
+        queries += [ask(client, wait=0)["id"] for _ in range(2)]
+        body = {"question": "q", "context": {"text": "a"}}
+        full = client.post("/v1/queries", json=body)
+        assert full.status_code == 429
+        assert full.json()["type"] == "urn:airlock:queue-full"
+        assert int(full.headers["Retry-After"]) > 0
+        with server.client("second") as other:
+            queries_of_other = [ask(other, wait=0)["id"]]
+            assert other.post("/v1/queries", json=body).status_code == 503
+            for query in queries_of_other:
+                other.post(f"/v1/queries/{query}/cancel")
+        for query in queries:
+            client.post(f"/v1/queries/{query}/cancel")
+
+
+def test_a_service_that_is_stopped_lets_queries_end(airlock: Airlock):
+    slow = SCRIPT + "delay_s: 0.5\n"
+    with served(airlock, script=slow) as server, server.client() as client:
+        query = ask(client, wait=0)["id"]
+        until(lambda: client.get(f"/v1/queries/{query}").json()["status"] == "running")
+        assert server.stop() == 0
+    assert airlock.closing()["status"] == "answered"
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_queries_of_a_service_that_ended_are_gone_on_with_by_the_next_one(airlock: Airlock, how: signal.Signals):
+    slow = SCRIPT + "delay_s: 1\n"
+    config = "[server]\nqueries = 1\ndrain_s = 0\n"
+    with served(airlock, script=slow, config=config) as server, server.client() as client:
+        running = ask(client, wait=0)["id"]
+        waiting = ask(client, "And this one?", wait=0)["id"]
+        until(lambda: "cell.ended" in {row["type"] for row in airlock.records(running)})
+        server.stop(how)
+    with served(airlock, script=SCRIPT, config=config) as server, server.client() as client:
+        for query in (running, waiting):
+            ended = until(
+                lambda q=query: (
+                    (got := client.get(f"/v1/queries/{q}").json())["ended_at"]
+                    and got["status"] != "interrupted"
+                    and got
+                )
+            )
+            assert (ended["status"], ended["answer"]) == ("answered", "it is short"), ended
+    kinds = [row["type"] for row in airlock.records(running)]
+    assert kinds.count("query.opened") == 1
+    assert "query.resumed" in kinds
+
+
+def test_a_stopped_service_closes_what_it_could_not_leave(airlock: Airlock):
+    policy = airlock.policy(audit_payloads="hash")
+    config = "[server]\ndrain_s = 0\n"
+    with served(airlock, "--policy", policy, script=SLOW, config=config) as server, server.client() as client:
+        query = ask(client, wait=0)["id"]
+        until(lambda: client.get(f"/v1/queries/{query}").json()["status"] == "running")
+        server.stop()
+    assert airlock.closing()["status"] == "cancelled"
+    assert airlock.closing()["reason"].startswith("service-stopped")
+
+
+def test_money_that_is_spent_is_402_and_says_whose(airlock: Airlock):
+    policy = airlock.policy(money_tenant_day="0.01 USD")
+    options = ("--policy", policy, "--price", f"scripted:{airlock.folder}/script.yaml=1000,1000")
+    with served(airlock, *options) as server, server.client() as client:
+        refused = client.post("/v1/queries", json={"question": "q", "context": {"text": "a"}})
+        assert refused.status_code == 402
+        assert refused.json()["rule"] == "money.query"
+
+
+def test_a_public_address_needs_tls(airlock: Airlock):
+    said = airlock("serve", "--host", "0.0.0.0", "--port", 0, code=2).said  # noqa: S104
+    assert "--tls-cert" in said
