@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import unicodedata
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from playwright.sync_api import Browser
 
 from orchestrator.auditing import histories, open_books
 from orchestrator.console import printable
@@ -14,8 +16,8 @@ from orchestrator.core.events import Recorded
 from orchestrator.core.units import read_usd
 from orchestrator.exports.tree import Cell, Node, grow
 from orchestrator.loop.parse import parse
-from tests.browser.conftest import Visit
-from tests.service import ask
+from tests.browser.conftest import Visit, visiting
+from tests.service import Served, ask
 
 CODE = '''
 @decorated.twice
@@ -26,10 +28,11 @@ def f(x: int = 0x1F, *, y=1_000.5e-3j) -> str:  # it's "a" comment
 '''
 
 
-@pytest.fixture
-def modules(visit: Visit) -> Visit:
-    visit.go("/login")
-    return visit
+@pytest.fixture(scope="module")
+def modules(chromium: Browser, service: Served) -> Iterator[Visit]:
+    with visiting(chromium, service) as visit:
+        visit.go("/login")
+        yield visit
 
 
 def run(visit: Visit, module: str, expression: str, *given: Any) -> Any:
@@ -171,7 +174,7 @@ def test_what_belongs_together_is_what_exports_say(modules: Visit):
     grown = grow(records)
     assert grown
     assert found["nodes"] == {name: _shape(node) for name, node in grown.nodes.items()}
-    assert len(found["nodes"]) == 2
+    assert list(found["nodes"]) == ["root", "root.1", "root.1.1"]
     assert found["spent"] == str(read_usd(records[-1].body["cost_usd"]))
 
 

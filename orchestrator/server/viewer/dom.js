@@ -67,7 +67,7 @@ export function button(label, act, attributes = {}) {
 
 length: of the whole. whole: brings the whole, where `text` is only its beginning. */
 export function long(text, { first = 4_000, show = marked, length = text.length, whole = null, label = "text" } = {}) {
-    const box = make("pre", { class: "text", tabindex: 0, role: "region", "aria-label": label });
+    const box = make("pre", { class: "text", tabindex: 0, role: "group", "aria-label": label });
     let shown = 0;
     const add = (most) => {
         const next = cut(text.slice(shown), most);
