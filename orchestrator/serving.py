@@ -17,7 +17,7 @@ import uvicorn
 from orchestrator import settings
 from orchestrator.auditing import Books
 from orchestrator.choices import Choices
-from orchestrator.core.errors import RequestError
+from orchestrator.core.errors import RequestError, StoreError
 from orchestrator.core.events import Event
 from orchestrator.server.app import make_app
 from orchestrator.server.desk import Desk
@@ -151,8 +151,16 @@ async def _run(app: Any, bound: socket.socket, options: dict[str, Any], desk: De
     server = _Server(config, f"{scheme}://{name}:{port}")
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(_stopped_by_signals, server, desk)
+        tasks.start_soon(_stopped_by_loss, server, desk)
         await server.serve(sockets=[bound])
         tasks.cancel_scope.cancel()
+    if desk.lost.is_set():
+        raise StoreError("the connection to the database broke: what was under way is gone on with by the next start")
+
+
+async def _stopped_by_loss(server: uvicorn.Server, desk: Desk) -> None:
+    await desk.lost.wait()
+    server.should_exit = True
 
 
 async def _stopped_by_signals(server: uvicorn.Server, desk: Desk) -> None:

@@ -98,7 +98,7 @@ def _address(process: subprocess.Popen[bytes], log: Path) -> str:
 
 def make_key(airlock: Airlock, tenant: str, *scopes: str) -> str:
     """Made beside the service, as the command line does."""
-    db = Database(airlock.home)
+    db = Database(airlock.home, airlock.env.get("AIRLOCK_DATABASE"))
     try:
         vault = open_vault(db, airlock.home, airlock.env.get("AIRLOCK_MASTER_KEY"), key_created)
         registry = Registry(db, vault, Notary(vault.signer(), airlock.home / "heads", vault.stamp))

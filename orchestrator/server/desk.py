@@ -118,6 +118,7 @@ class Desk:
         self._coming: dict[str, int] = {}  # tenant -> queries that are being put on record
         self._tasks: anyio.abc.TaskGroup | None = None
         self.draining = False
+        self.lost = anyio.Event()  # the database is lost to this process: another one can go on
 
     async def __aenter__(self) -> Self:
         self._tasks = await anyio.create_task_group().__aenter__()
@@ -329,11 +330,11 @@ class Desk:
             await start(watch=Watch(event=partial(self._observe, query), account=partial(_began, here)))
 
     async def _look(self) -> None:
-        """Go on with what was interrupted, and end what others want ended."""
-        trying: set[str] = set()
-        while True:
+        """Go on with what was interrupted, end what others want ended, and notice that the database was lost."""
+        trying, db = set[str](), self._platform.db
+        while not db.lost:
             try:
-                db = self._platform.db
+                await db.write(lambda _tx: None)
                 for query in await anyio.to_thread.run_sync(db.look, partial(requests.to_cancel, owner=db.owner)):
                     if here := self._here.get(query):
                         here.scope.cancel()
@@ -345,8 +346,9 @@ class Desk:
                         assert self._tasks
                         self._tasks.start_soon(self._resume, query, tenant, trying)
             except StoreError as error:
-                _log.error("the database cannot be read", extra={"error": error.kind})
+                _log.error("the database cannot be used", extra={"error": error.kind})
             await anyio.sleep(LOOK_S)
+        self.lost.set()
 
     async def _resume(self, query: str, tenant: str, trying: set[str]) -> None:
         """Go on with an interrupted query; where that cannot be, close it, and say why."""

@@ -223,6 +223,11 @@ class Database:
         except SQLAlchemyError as error:
             raise store_error(error) from None
 
+    @property
+    def lost(self) -> bool:
+        """Nothing can be written with this one any more, whatever becomes of the database: open another."""
+        return self._place.lost(self._writer)
+
     def dead_owners(self) -> list[str]:
         """Owners whose process has ended without `close`, or closed when it could not write the end of its queries."""
         unfinished = sa.select(queries.c.owner).where(queries.c.status.in_(("open", "queued"))).distinct()

@@ -32,6 +32,11 @@ class Place(ABC):
     def check(self, writer: sa.Connection) -> None:
         """Raise StoreError when others would not see what `writer` writes, or take its owner for dead."""
 
+    def lost(self, writer: sa.Connection) -> bool:
+        """Whether `check` will raise for ever: the owner is dead to others, and cannot come back."""
+        del writer
+        return False
+
     @abstractmethod
     def migrating(self) -> AbstractContextManager[None]:
         """While the schema may change: other processes that would change it wait."""

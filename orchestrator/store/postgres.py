@@ -87,6 +87,9 @@ class PostgresServer(Place):
         if writer.invalidated:
             raise StoreError("the connection to the database broke, and what was in flight is charged: start again")
 
+    def lost(self, writer: sa.Connection) -> bool:
+        return writer.invalidated
+
     @contextmanager
     def migrating(self) -> Generator[None]:
         yield  # a migration is one transaction, and has the writers' lock as every other
