@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
 from tests.command import Airlock
 from tests.service import Served, served
@@ -75,6 +75,10 @@ class Visit:
         form.get_by_role("button", name="Ask").click()
         self.page.wait_for_url(re.compile(r"/q/"))
         return self.page.url.rpartition("/")[2]
+
+    def turn(self, number: int) -> Locator:
+        """Of the root."""
+        return self.page.get_by_role("article", name=f"Turn {number}", exact=True)
 
     def ends(self, status: str) -> None:
         expect(self.page.locator("#status")).to_have_text(status, timeout=20_000)

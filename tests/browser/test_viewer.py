@@ -53,13 +53,13 @@ def test_a_query_from_the_question_to_the_answer(visit: Visit, key: str):
     visit.shot("list-empty")
     visit.ask("Which reports speak of an outage?")
     expect(page.locator("#status")).to_contain_text("running")
-    expect(page.get_by_role("article", name="Turn 2")).to_be_visible()
+    expect(visit.turn(2)).to_be_visible()
     expect(page.get_by_role("button", name="Cancel")).to_be_visible()
     visit.ends("answered")
     expect(page.get_by_role("button", name="Cancel")).to_have_count(0)
     expect(page.get_by_role("article")).to_have_count(4)
     expect(page.get_by_role("region", name="Answer")).to_contain_text("Billing was hit hardest.")
-    second = page.get_by_role("article", name="Turn 2")
+    second = visit.turn(2)
     expect(second.get_by_text("14 sub-calls")).to_be_visible()
     expect(second.locator(".code .py-ours", has_text="llm_query_batched")).to_have_count(1)
     expect(second.get_by_label("output")).to_contain_text("outages in [1, 7, 12]")
@@ -74,10 +74,9 @@ def test_a_query_from_the_question_to_the_answer(visit: Visit, key: str):
     second.get_by_role("button", name="Show 6 more").click()
     expect(second.locator("details.call:not(.child)")).to_have_count(14)
     # The child query is a tree of its own, which the outline leads to.
-    page.get_by_role("button", name=re.compile("^root.1")).click()
+    page.get_by_role("complementary").get_by_role("button", name=re.compile("^root.1 ")).click()
     child = page.locator("details.child").first
-    expect(child.get_by_role("article", name="root.1, turn 1")).to_be_visible()
-    expect(child.get_by_role("article", name="root.1, turn 1")).to_contain_text("Cell 1")
+    expect(child.get_by_role("article", name="root.1, turn 1", exact=True)).to_contain_text("Cell 1")
     visit.shot("query-opened")
     # And it is in the list.
     page.get_by_role("link", name="Queries").click()
@@ -118,7 +117,7 @@ def test_hostile_text_stays_text(visit: Visit, key: str, answered: str):
     visit.ends("answered")
     heading = page.get_by_role("heading", level=1)
     expect(heading).to_have_text(HOSTILE.replace("\u202e", "\\u202e").replace("\u2066", "\\u2066"))
-    third = page.get_by_role("article", name="Turn 3")
+    third = visit.turn(3)
     expect(third.get_by_label("reply")).to_contain_text("</pre></article><script>window.pwned")
     output = third.get_by_label("output")
     expect(output).to_contain_text("\\u202eright to left\\u202c \\x1b[31mred\\x1b[0m \\x00 \\u2028")
@@ -129,8 +128,7 @@ def test_hostile_text_stays_text(visit: Visit, key: str, answered: str):
         '<a href="javascript:window.pwned=1">read more</a>'
     )
     page.locator("details.call summary").nth(1).click()
-    expect(page.get_by_label("completion").first).to_contain_text("<img src=x onerror=")
-    page.locator("details.child summary").first.click()
+    expect(page.get_by_label("completion")).to_contain_text("<img src=x onerror=")
     # What was too long for the page is brought when it is asked for.
     before = output.evaluate("(element) => element.textContent.length")
     third.get_by_role("button", name=re.compile("Show all")).click()
@@ -141,6 +139,8 @@ def test_hostile_text_stays_text(visit: Visit, key: str, answered: str):
     # Every link is one of ours.
     links = page.locator("a").evaluate_all("(all) => all.map((one) => one.getAttribute('href'))")
     assert set(links) == {"#timeline", "/", f"/v1/audit/queries/{answered}/export"}
+    page.locator("details.child summary").first.click()
+    expect(page.get_by_role("article", name="root.1, turn 3", exact=True)).to_contain_text("<script>window.pwned")
     visit.shot("query-hostile")
     visit.go("/")
     expect(page.get_by_role("row", name=re.compile("which one"))).to_contain_text("<script>window.pwned")
@@ -160,7 +160,7 @@ def test_the_name_of_a_file_is_hostile_too(visit: Visit, key: str, tmp_path: Pat
     page.wait_for_url(re.compile(r"/q/"))
     visit.ends("answered")
     expect(page.get_by_text("text, 12 MB")).to_be_visible()
-    expect(page.get_by_role("article", name="Turn 1").get_by_label("output")).to_contain_text("11500000 characters")
+    expect(visit.turn(1).get_by_label("output")).to_contain_text("11500000 characters")
 
 
 def test_a_question_that_is_refused_says_why(visit: Visit, key: str):
@@ -187,7 +187,7 @@ def test_the_journal_is_asked(visit: Visit, key: str, answered: str, tmp_path: P
         expect(page.locator("#verdict")).to_contain_text(f"holds {name}")
     page.get_by_role("button", name="Replay").click()
     expect(page.locator("#replay")).to_contain_text("the same", timeout=30_000)
-    expect(page.locator("#replay")).to_contain_text("6 cells again: 6 the same, 0 different")
+    expect(page.locator("#replay")).to_contain_text(re.compile(r"[0-9]+ cells again: [0-9]+ the same, 0 different"))
     visit.shot("query-replayed")
     with page.expect_download() as download:
         page.get_by_role("link", name="Export").click()
@@ -213,7 +213,7 @@ def test_by_the_keyboard_alone(visit: Visit, key: str, answered: str):
     expect(page.get_by_role("article")).to_have_count(4)
     for keys, turn in (("j", 1), ("j", 2), ("ArrowDown", 3), ("k", 2), ("ArrowUp", 1), ("k", 1)):
         page.keyboard.press(keys)
-        expect(page.get_by_role("article", name=f"Turn {turn}")).to_be_focused()
+        expect(visit.turn(turn)).to_be_focused()
     outline = page.evaluate("getComputedStyle(document.activeElement).boxShadow")
     assert outline != "none"
     page.keyboard.press("j")

@@ -199,6 +199,6 @@ if (isQuery(id)) {
     await page.load();
     page.listen();
     document.addEventListener("visibilitychange", () => page.look());
-    moveByKeys(() => document.querySelectorAll("#timeline .turn"));
+    moveByKeys(() => [...document.querySelectorAll("#timeline .turn")].filter((turn) => turn.checkVisibility()));
     await page.watch();
 }
