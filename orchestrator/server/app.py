@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from orchestrator.core.errors import AirlockError
+from orchestrator.server.access import RateHeaders
 from orchestrator.server.problems import Problem, problem_of
 from orchestrator.server.service import Service
 
@@ -33,6 +34,7 @@ def make_app(service: Service) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.service = service
+    app.add_middleware(RateHeaders)
     import importlib  # TEMPORARY: until all rooms are there
 
     for name in ("queries", "contexts", "audit", "admin", "chat", "ops", "viewer"):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Mapping
+import logging
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import Any
 
@@ -12,8 +13,12 @@ from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStre
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from orchestrator.core.errors import AirlockError
+
 HEARTBEAT_S = 15.0
 SLOWEST_S = 30.0  # a client that does not take a piece in this time has gone
+
+_log = logging.getLogger("airlock.streaming")
 
 
 def event(kind: str | None, data: Any, number: int | None = None) -> bytes:
@@ -29,7 +34,7 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, pieces: AsyncIterator[bytes], headers: Mapping[str, str] | None = None) -> None:
+    def __init__(self, pieces: AsyncGenerator[bytes], headers: Mapping[str, str] | None = None) -> None:
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no", **(headers or {})})
         del self.headers["content-length"]
         self._pieces = pieces
@@ -52,10 +57,13 @@ async def _gone(receive: Receive, scope: anyio.CancelScope) -> None:
     scope.cancel()
 
 
-async def _pump(pieces: AsyncIterator[bytes], ready: MemoryObjectSendStream[bytes]) -> None:
-    async with ready, aclosing(pieces):  # type: ignore[type-var]  # pyright: ignore[reportArgumentType]
-        async for piece in pieces:
-            await ready.send(piece)
+async def _pump(pieces: AsyncGenerator[bytes], ready: MemoryObjectSendStream[bytes]) -> None:
+    async with ready, aclosing(pieces):
+        try:
+            async for piece in pieces:
+                await ready.send(piece)
+        except AirlockError as error:  # the client comes again, and is told then
+            _log.warning("a stream ended early", extra={"error": error.kind})
 
 
 async def _give(taken: MemoryObjectReceiveStream[bytes], send: Send) -> None:

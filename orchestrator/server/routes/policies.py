@@ -156,7 +156,7 @@ async def try_policy(service: The, _admin: Admin, tenant: TenantName, text: Text
     def spent(tx: Connection) -> dict[str, Any]:
         return {name: _spending(*ledger.balance(tx, scope), limit) for name, (scope, limit) in purses.items()}
 
-    money = await in_thread(service.platform.db.look, spent)
+    money: dict[str, Any] = await in_thread(service.platform.db.look, spent)
     return {
         "sha256": new.sha256(),
         "effective_sha256": after.sha256(),

@@ -64,6 +64,49 @@ class NewQuery(_Given):
     )
 
 
+_SUMMARY: dict[str, Any] = {
+    "id": "20261126-010203-0123456789",
+    "status": "answered",
+    "created_at": "2026-11-26T01:02:03.004Z",
+    "ended_at": "2026-11-26T01:02:15.006Z",
+    "question": "When did the bell ring?",
+    "model": "gpt-5-mini",
+    "sub_models": ["gpt-5-nano"],
+    "backend": "gvisor",
+    "isolation": "gvisor",
+    "context": {"id": "5e" * 32, "kind": "text", "bytes": 22, "chars": 22},
+    "cost_usd": "0.001234",
+    "held_usd": "0.00",
+    "limit_usd": "0.50",
+    "time_limit_s": 120.0,
+    "duration_s": 11.9,
+    "reason": "",
+    "iterations": 2,
+    "sub_calls": 1,
+    "journal_head": "9a" * 32,
+}
+_SPEND: dict[str, Any] = {
+    "limit_usd": "0.50",
+    "spent_usd": "0.001234",
+    "held_usd": "0.00",
+    "models": {"gpt-5-mini": {"calls": 2, "input_tokens": 2100, "output_tokens": 180, "cost_usd": "0.001234"}},
+    "nodes": {"root": {"spent_usd": "0.001234", "held_usd": "0.00", "limit_usd": "0.50"}},
+}
+_PURSE = {"limit_usd": "20.00", "spent_usd": "0.75", "held_usd": "0.00", "left_usd": "19.25"}
+_BUDGETS: dict[str, Any] = {
+    "query": {"limit_usd": "1.00"},
+    "day": {**_PURSE, "resets_at": "2026-11-27T00:00:00Z"},
+    "month": {**_PURSE, "limit_usd": "200.00", "left_usd": "199.25", "resets_at": "2026-12-01T00:00:00Z"},
+    "minute": {"requests": {"limit": 6000, "used": 12}, "tokens": {"limit": 100_000_000, "used": 24_000}},
+    "calls_in_flight": {"limit": 128, "used": 3},
+    "queries": {"running": 1, "queued": 0, "limit": 8, "queue_limit": 100},
+}
+
+
+def _shown_as(example: dict[str, Any]) -> ConfigDict:
+    return ConfigDict(json_schema_extra={"examples": [example]})
+
+
 class ContextFacts(BaseModel):
     id: str
     kind: str
@@ -73,6 +116,8 @@ class ContextFacts(BaseModel):
 
 class QuerySummary(BaseModel):
     """A query in a list. question is cut there; it is null where the policy keeps none. Money is exact, as text."""
+
+    model_config = _shown_as(_SUMMARY)
 
     id: str
     status: Status
@@ -98,10 +143,16 @@ class QuerySummary(BaseModel):
 class QueryView(QuerySummary):
     """A query. answer: null where there is none, or none is kept."""
 
+    model_config = _shown_as({**_SUMMARY, "answer": "At nine."})
+
     answer: str | None
 
 
 class QueryPage(BaseModel):
+    model_config = _shown_as(
+        {"queries": [_SUMMARY], "next": "MjAyNi0xMS0yNlQwMTowMjowMy4wMDRaIDIwMjYxMTI2LTAxMDIwMy0w"}
+    )
+
     queries: list[QuerySummary]
     next: str | None
 
@@ -120,6 +171,8 @@ class NodeSpend(BaseModel):
 
 
 class Spend(BaseModel):
+    model_config = _shown_as(_SPEND)
+
     limit_usd: str
     spent_usd: str
     held_usd: str
@@ -157,6 +210,8 @@ class QueriesNow(BaseModel):
 
 
 class Budgets(BaseModel):
+    model_config = _shown_as(_BUDGETS)
+
     query: QueryLimit
     day: Purse
     month: Purse
