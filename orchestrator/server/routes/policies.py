@@ -6,6 +6,7 @@ import re
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
+import anyio.to_thread
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -148,15 +149,15 @@ async def try_policy(service: The, _admin: Admin, tenant: TenantName, text: Text
     platform = service.platform.policy
     after = platform.narrowed(new)
     at = datetime.now(UTC)
-    purses = {
-        "day": (f"tenant-day:{tenant}:{at:%Y-%m-%d}", after.money.tenant_day),
-        "month": (f"tenant-month:{tenant}:{at:%Y-%m}", after.money.tenant_month),
-    }
+    purses = [
+        (f"tenant-day:{tenant}:{at:%Y-%m-%d}", after.money.tenant_day),
+        (f"tenant-month:{tenant}:{at:%Y-%m}", after.money.tenant_month),
+    ]
 
-    def spent(tx: Connection) -> dict[str, Any]:
-        return {name: _spending(*ledger.balance(tx, scope), limit) for name, (scope, limit) in purses.items()}
+    def spent(tx: Connection) -> list[Any]:
+        return [_spending(*ledger.balance(tx, scope), limit) for scope, limit in purses]
 
-    money: dict[str, Any] = await in_thread(service.platform.db.look, spent)
+    day, month = await anyio.to_thread.run_sync(service.platform.db.look, spent)
     return {
         "sha256": new.sha256(),
         "effective_sha256": after.sha256(),
@@ -170,7 +171,8 @@ async def try_policy(service: The, _admin: Admin, tenant: TenantName, text: Text
             }
             for found in changes(platform, row.policy, new)
         ],
-        **money,
+        "day": day,
+        "month": month,
     }
 
 
