@@ -51,6 +51,7 @@ def make_app(service: Service) -> FastAPI:
 
 def _answer(request: Request, problem: Problem) -> Response:
     """As the route's clients expect it."""
+    request.scope.setdefault("state", {})["problem"] = problem.kind  # for the log
     return problem.response()
 
 
