@@ -1,4 +1,4 @@
-"""The command line: `airlock run | exec | models | images | doctor | policy | audit`.
+"""The command line: `airlock run | exec | models | images | doctor | policy | audit | serve | tenants | keys`.
 
 The answer alone goes to standard output, progress to standard error. Errors are one line; exit codes are in `_EXIT`.
 """
@@ -23,6 +23,7 @@ from orchestrator.core.policy import IMAGES
 from orchestrator.files import Unreadable, read_text
 from orchestrator.named_policy import load_policy
 from orchestrator.streams import answer_lost, open_standard_streams
+from orchestrator.tenant_commands import keys, tenants
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -307,7 +308,8 @@ def policy_show(name: str) -> None:
     click.echo(yaml.safe_dump(shown.model_dump(mode="json"), sort_keys=False), nl=False)
 
 
-app.add_command(audit)
+for group in (audit, tenants, keys):
+    app.add_command(group)
 
 
 def main() -> None:

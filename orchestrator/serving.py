@@ -68,12 +68,12 @@ async def serve(options: dict[str, Any], choices: Choices) -> int:
                     traces.query(query)
 
             desk = Desk(platform, registry, config, observe, ended)
-            service = Service(home, config, platform, books, registry, desk, feed, metrics, secure)
             metrics.watch(
                 running=lambda: desk.running,
                 waiting=lambda: desk.waiting,
                 pool=lambda: sum(shelf.ready for shelf in platform.pool.figures()),
             )
+            service = Service(home, config, platform, books, registry, desk, feed, metrics, secure)
             with _traces(books, metrics) as traces:
                 app = Accounted(make_app(service), metrics, traces)
                 async with desk:

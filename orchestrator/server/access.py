@@ -10,7 +10,7 @@ import hmac
 import math
 import time
 from collections.abc import Awaitable, Callable
-from typing import Annotated, Any
+from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 import anyio.to_thread
@@ -19,7 +19,6 @@ from fastapi.security import APIKeyCookie, HTTPAuthorizationCredentials, HTTPBea
 from limits import RateLimitItemPerMinute
 from limits.storage import MemoryStorage
 from limits.strategies import SlidingWindowCounterRateLimiter
-from pydantic import BaseModel, Field
 from starlette.datastructures import MutableHeaders
 from starlette.requests import HTTPConnection, Request
 from starlette.types import ASGIApp, Message, Receive, Send
@@ -44,33 +43,6 @@ _cookie = APIKeyCookie(
     scheme_name="session",
     description="A browser's session. Whatever changes something also takes its token, in the header X-CSRF-Token.",
 )
-
-
-class ProblemBody(BaseModel):
-    """Problem details (RFC 9457)."""
-
-    type: str = Field(examples=["urn:airlock:unauthorized"])
-    title: str = Field(examples=["Unauthorized"])
-    status: int = Field(examples=[401])
-    detail: str = Field(examples=["this needs a valid API key, token or session"])
-
-
-def problem_answer(description: str) -> dict[str, Any]:
-    """How a route's `responses` has a problem."""
-    schema = {"$ref": "#/components/schemas/ProblemBody"}
-    return {
-        "description": description,
-        "model": ProblemBody,
-        "content": {"application/problem+json": {"schema": schema}},
-    }
-
-
-REFUSALS: dict[int | str, dict[str, Any]] = {
-    401: problem_answer("No credential, or none that is good."),
-    403: problem_answer("The credential does not permit it, the tenant is suspended, or a session's token lacks."),
-    429: problem_answer("The tenant's requests of this minute are used up: come again after Retry-After."),
-    503: problem_answer("The service cannot do this now: come again after Retry-After."),
-}
 
 
 class Gate:
@@ -109,7 +81,7 @@ class Gate:
         row = await anyio.to_thread.run_sync(self._service.registry.live_key, session.key_id) if session else None
         return self._used(row, "session") if row else None
 
-    def _used(self, row: KeyRow, via: Any) -> tuple[Principal, bool]:
+    def _used(self, row: KeyRow, via: Literal["key", "session"]) -> tuple[Principal, bool]:
         self._service.registry.touch(row.id)
         return Principal(row.tenant, frozenset(row.scopes), row.id, via), row.suspended
 

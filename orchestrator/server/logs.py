@@ -16,12 +16,12 @@ import traceback
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from datetime import UTC, datetime
+from secrets import token_hex
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
-from uuid import uuid4
 
 from pythonjsonlogger.json import JsonFormatter
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from orchestrator.console import printable
@@ -175,7 +175,7 @@ class Accounted:
 
 class _Request:
     def __init__(self, scope: Scope, send: Send, metrics: Metrics) -> None:
-        self.id = uuid4().hex
+        self.id = token_hex(8)
         self.cancelled = self.whole = False
         self._scope, self._send, self._metrics = scope, send, metrics
         self._status: int | None = None
@@ -186,9 +186,7 @@ class _Request:
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            headers = MutableHeaders(scope=message)
-            headers["X-Request-Id"] = self.id
-            self._begin(message["status"], headers)
+            self._begin(message["status"], Headers(raw=message.get("headers", ())))
         await self._send(message)
         self.whole = message["type"] == "http.response.body" and not message.get("more_body", False)
 

@@ -143,13 +143,11 @@ def _said(text: str) -> _Said | None:
         audiences = tuple(cast("list[Any]", named)) if isinstance(named, list) else (named,)
         issuer, key_id = claims["iss"], header.get("kid")
         times = [claims["exp"], *(claims[name] for name in ("nbf", "iat") if name in claims)]
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        sound = all(type(at) in (int, float) and math.isfinite(at) for at in times)
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
         return None
-    if not all(isinstance(word, str) for word in (issuer, *audiences)) or not isinstance(key_id, str | None):
-        return None
-    if not all(type(at) in (int, float) and math.isfinite(at) for at in times):
-        return None
-    return _Said(issuer, audiences, key_id)
+    sound = sound and all(isinstance(word, str) for word in (issuer, *audiences)) and isinstance(key_id, str | None)
+    return _Said(issuer, audiences, key_id) if sound else None
 
 
 def _chosen(keys: list[dict[str, Any]], issuer: Issuer, key_id: str | None) -> PyJWK | None:

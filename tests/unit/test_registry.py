@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from hmac import compare_digest
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -301,7 +302,7 @@ def test_a_use_is_noted_once_a_minute(made: Registry, db: Database, monkeypatch:
     made.add_tenant("acme", by="a test")
     row, text = made.create_key("acme", by="a test")
     at, clock = 0.0, "2030-01-01T00:00:00.000Z"
-    monkeypatch.setattr(registry.time, "monotonic", lambda: at)
+    monkeypatch.setattr(registry, "time", SimpleNamespace(monotonic=lambda: at))
     monkeypatch.setattr(registry, "now", lambda: clock)
     made.touch(row.id)
     clock, at = "2030-01-01T00:00:59.000Z", 59.0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
@@ -13,16 +15,20 @@ from fastapi import APIRouter, Depends, Response
 from pydantic import BaseModel, Field
 from starlette.requests import Request
 
-from orchestrator.core.errors import StoreError
+from orchestrator.core.errors import AirlockError, StoreError
+from orchestrator.sandbox.base import SandboxSpec
+from orchestrator.sandbox.sandbox import open_sandbox
 from orchestrator.server.access import allowed
 from orchestrator.server.problems import MEDIA_TYPE, come_again, documented
 from orchestrator.server.service import Principal, Service, the_service
-from orchestrator.store import journal
 
 router = APIRouter(tags=["operations"])
 
-PATIENCE_S = 5.0  # for one thing that is looked at
-FRESH_S = 1.0  # for so long what was found is told again: anybody may ask
+PATIENCE_S = 10.0  # for one thing that is looked at
+TRIED_S = 60.0  # between two sandboxes that are started to see whether that works
+FRESH_S = 1.0  # for so long what was found is told again
+
+_log = logging.getLogger("airlock.ops")
 
 Check = Callable[[], Awaitable[None]]
 
@@ -38,7 +44,7 @@ class Ready(BaseModel):
 class Readiness:
     """What the service needs to take queries on. checks: by what each looks at; one that raises finds it away.
 
-    Where many ask at once, one looks.
+    Anybody may ask: of many who do at once one looks, and what it found is told again for a while.
     """
 
     def __init__(self, checks: Mapping[str, Check]) -> None:
@@ -51,29 +57,33 @@ class Readiness:
         """Names of what is not there, in order."""
         async with self._looking:
             if time.monotonic() >= self._until:
-                found: set[str] = set()
+                found: dict[str, str] = {}
                 async with anyio.create_task_group() as tasks:
                     for name, check in self._checks.items():
                         tasks.start_soon(_look, name, check, found)
+                for name in found.keys() - set(self._away):  # the log is told where it was, once
+                    _log.warning("not ready: %s: %s", name, found[name])
                 self._away = [name for name in self._checks if name in found]
                 self._until = time.monotonic() + FRESH_S
             return self._away
 
 
-async def _look(name: str, check: Check, away: set[str]) -> None:
-    away.add(name)
+async def _look(name: str, check: Check, away: dict[str, str]) -> None:
+    away[name] = f"nothing was heard of it within {PATIENCE_S:.0f} s"
     with anyio.move_on_after(PATIENCE_S):
         try:
             await check()
-        except Exception:  # whatever is wrong with it: it is away, and where it was is not told
-            return
-        away.discard(name)
+        except Exception as error:  # whatever is wrong with it: it is away
+            away[name] = str(error) if isinstance(error, AirlockError) else type(error).__name__
+        else:
+            del away[name]
 
 
 def checks(service: Service) -> Mapping[str, Check]:
     """Of one service. What blocks gets threads of its own: one that hangs must not keep requests from theirs."""
     platform = service.platform
     threads = anyio.CapacityLimiter(8)
+    tried = -TRIED_S
 
     def blocking(look: Callable[[], Any]) -> Check:
         return partial(anyio.to_thread.run_sync, look, abandon_on_cancel=True, limiter=threads)
@@ -82,19 +92,33 @@ def checks(service: Service) -> Mapping[str, Check]:
         if service.desk.draining:
             raise StoreError("it is stopping")
 
-    async def database() -> None:
-        await platform.db.write(lambda _tx: None)  # it begins and commits as every write does
-        await blocking(lambda: platform.db.look(journal.tenants))()
+    def database() -> None:
+        if platform.db.lost:
+            raise StoreError("the connection to the database broke")
+        written = threading.Event()
+        job = platform.db.post(lambda _tx: None, written)  # it begins and commits as every write does
+        written.wait()
+        job.outcome()
 
     def keys() -> None:
         if platform.vault.existing_signer() is None:
-            raise StoreError("the signer's key is gone")
+            raise StoreError("the signer's key is gone from the database")
+
+    async def backend() -> None:
+        """That a sandbox starts and runs a cell, now and then; in between a quick look."""
+        nonlocal tried
+        await blocking(platform.backend.require_usable)()
+        if time.monotonic() >= tried + TRIED_S:
+            spec = partial(SandboxSpec.under, platform.policy)
+            async with open_sandbox(platform.backend, platform.slots, spec) as sandbox:
+                await sandbox.try_out()
+            tried = time.monotonic()
 
     return {
         "service": taking_on,
-        "database": database,
+        "database": blocking(database),
         "journal keys": blocking(keys),
-        "backend": blocking(platform.backend.require_usable),
+        "backend": backend,
     }
 
 
