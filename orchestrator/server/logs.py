@@ -102,7 +102,7 @@ class _PlainLines(logging.Formatter):
         fields = self._fields.of(record)
         head = " ".join(str(fields.pop(name)) for name in ("time", "level", "message"))
         line = " ".join([head, *(f"{name}={value}" for name, value in fields.items() if name != "logger")])
-        return re.sub(r"\s", " ", printable(line))
+        return re.sub(r"\s", " ", printable(line)).encode("ascii", "backslashreplace").decode()
 
 
 class _Fields:
