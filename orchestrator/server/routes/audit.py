@@ -132,7 +132,7 @@ def _record(stored: bytes) -> Any:
 async def verify_query(request: Request, service: The, principal: Audits, query: QueryId) -> dict[str, Any]:
     """Is what the journal has of it whole? Five verdicts; of a query that goes on, completeness cannot hold yet."""
     await _require_own(service, principal, query)
-    return _verdicts(await _checked(request, principal, partial(auditing.verify_query, service.books, query)))
+    return _verdicts(await _checked(request, service, principal, partial(auditing.verify_query, service.books, query)))
 
 
 def _verdicts(report: Report) -> dict[str, Any]:
@@ -189,7 +189,7 @@ async def export_query(request: Request, service: The, principal: Audits, query:
     """All that the journal has of a query, its payloads included, for others to check."""
     await _require_own(service, principal, query)
 
-    file, size = await _checked(request, principal, partial(_written, service, query))
+    file, size = await _checked(request, service, principal, partial(_written, service, query))
     named = {"Content-Disposition": f'attachment; filename="airlock-{query}.tar"'}
     return FileStream(file, size, "application/x-tar", named)
 
@@ -232,7 +232,7 @@ async def replay_query(request: Request, service: The, principal: Audits, query:
     if status in ("open", journal.QUEUED):
         raise Problem(409, "still-running", "the query has not ended: it can be run again when it has")
     if service.desk.draining:
-        raise come_again(503, "stopping", "the service is stopping: ask again in a moment")
+        raise _stopping()
     tenant, platform = principal.tenant, service.platform
     if tenant in _replaying or len(_replaying) >= REPLAYS:
         raise come_again(429, "replays-at-once", "a replay of this tenant, or as many as there may be, are under way")
@@ -244,7 +244,7 @@ async def replay_query(request: Request, service: The, principal: Audits, query:
         most_s = min(past.rules.time.query, (await service.desk.policy_of(tenant)).time.query) / 1000
         notes = [] if past.backend == platform.backend.name else [f"it ran in {past.backend}"]
         run = partial(replay_in, past, platform.backend, platform.pool, platform.contexts, notes, most_s=most_s)
-        return (await _while_there(request, partial(platform.sheltered, run))).report()
+        return (await _while_there(request, service, partial(platform.sheltered, run))).report()
     finally:
         _replaying.remove(tenant)
 
@@ -276,12 +276,16 @@ async def get_key(service: The, principal: Audits) -> PlainTextResponse:
     return PlainTextResponse(f"{service.platform.notary.verifier}\n")
 
 
+def _stopping() -> Problem:
+    return come_again(503, "stopping", "the service is stopping: ask again in a moment")
+
+
 async def _require_own(service: Service, principal: Principal, query: str) -> Any:
     look = partial(own, service=service, principal=principal, query=query)
     return await anyio.to_thread.run_sync(service.platform.db.look, look)
 
 
-async def _checked(request: Request, principal: Principal, work: Callable[[], T]) -> T:
+async def _checked(request: Request, service: Service, principal: Principal, work: Callable[[], T]) -> T:
     """What `work` brings, in a thread, when the tenant has its turn. Raises Problem where too many of it wait."""
     tenant = principal.tenant
     if _checks.waiting.get(tenant, 0) >= MOST_WAITING:
@@ -291,21 +295,27 @@ async def _checked(request: Request, principal: Principal, work: Callable[[], T]
         async with _checks.turn(tenant, 1, most=1):
             return await anyio.to_thread.run_sync(work)
 
-    return await _while_there(request, in_turn)
+    return await _while_there(request, service, in_turn)
 
 
-async def _while_there(request: Request, work: Callable[[], Awaitable[T]]) -> T:
-    """What `work` brings; it is cancelled when the client has gone."""
+async def _while_there(request: Request, service: Service, work: Callable[[], Awaitable[T]]) -> T:
+    """What `work` brings; it is cancelled when the client has gone, or the service stops."""
+
+    async def stop(scope: anyio.CancelScope) -> None:
+        await service.feed.over.wait()
+        scope.cancel()
+
     outcome: list[T | Exception] = []
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(cancel_when_gone, request.receive, tasks.cancel_scope)
+        tasks.start_soon(stop, tasks.cancel_scope)
         try:
             outcome.append(await work())
         except Exception as error:  # raised below: the task group would wrap it
             outcome.append(error)
         tasks.cancel_scope.cancel()
     if not outcome:
-        raise come_again(503, "gone", "the client has gone")
+        raise _stopping()
     if isinstance(outcome[0], Exception):
         raise outcome[0]
     return outcome[0]
