@@ -14,7 +14,9 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from orchestrator.core.errors import AirlockError
+from orchestrator.server.access import RateHeaders
 from orchestrator.server.problems import Problem, problem_of
+from orchestrator.server.routes import chat
 from orchestrator.server.service import Service
 
 _log = logging.getLogger("airlock.app")
@@ -33,6 +35,7 @@ def make_app(service: Service) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.service = service
+    app.add_middleware(RateHeaders)
     import importlib  # TEMPORARY: until all rooms are there
 
     for name in ("queries", "contexts", "audit", "admin", "chat", "ops", "viewer"):
@@ -51,7 +54,7 @@ def make_app(service: Service) -> FastAPI:
 
 def _answer(request: Request, problem: Problem) -> Response:
     """As the route's clients expect it."""
-    return problem.response()
+    return chat.error_response(problem) if chat.speaks(request.scope["path"]) else problem.response()
 
 
 async def _problem(request: Request, error: Exception) -> Response:

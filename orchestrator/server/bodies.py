@@ -23,7 +23,7 @@ from orchestrator.settings import ServerSettings
 JSON_S = 60.0  # that a body has which is read before anything is done
 PIECE_S = 20.0  # that the next piece has; also what a rate is measured over
 LEAST_RATE = 1024  # bytes a second
-LINGER_S = 2.0  # that who is refused has to read why
+LINGER_S, LINGER_BYTES = 2.0, 8 << 20  # that who is refused has to read why, and may send meanwhile
 HEADER_BYTES = 32 << 10
 HEADERS = 100
 SMALL = 1 << 20
@@ -189,8 +189,9 @@ async def _refuse(response: Response, scope: Scope, receive: Receive, send: Send
             return
         await send({**message, "more_body": True})
         with anyio.move_on_after(LINGER_S):
-            while (come := await receive())["type"] != "http.disconnect" and come.get("more_body"):
-                pass
+            left = LINGER_BYTES
+            while left > 0 and (come := await receive())["type"] != "http.disconnect" and come.get("more_body"):
+                left -= len(come.get("body", b""))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     await response(scope, receive, lingering)
