@@ -197,8 +197,8 @@ async def _run(app: Any, bound: socket.socket, options: dict[str, Any], service:
     name = f"[{options['host']}]" if ":" in options["host"] else options["host"]
     server = _Server(config, f"{scheme}://{name}:{port}")
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(_stopped_by_signals, server, desk)
-        tasks.start_soon(_stopped_by_loss, server, desk)
+        tasks.start_soon(_stopped_by_signals, server, desk, service.feed)
+        tasks.start_soon(_stopped_by_loss, server, desk, service.feed)
         tasks.start_soon(keep_swept, service)
         await server.serve(sockets=[bound])
         tasks.cancel_scope.cancel()
@@ -206,12 +206,13 @@ async def _run(app: Any, bound: socket.socket, options: dict[str, Any], service:
         raise StoreError("the connection to the database broke: what was under way is gone on with by the next start")
 
 
-async def _stopped_by_loss(server: uvicorn.Server, desk: Desk) -> None:
+async def _stopped_by_loss(server: uvicorn.Server, desk: Desk, feed: Feed) -> None:
     await desk.lost.wait()
+    feed.stop()
     server.should_exit = True
 
 
-async def _stopped_by_signals(server: uvicorn.Server, desk: Desk) -> None:
+async def _stopped_by_signals(server: uvicorn.Server, desk: Desk, feed: Feed) -> None:
     """The first signal: take nothing more on, see running queries to their end in their time. A second: at once."""
     with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async for _number in signals:
@@ -222,6 +223,7 @@ async def _stopped_by_signals(server: uvicorn.Server, desk: Desk) -> None:
                 tasks.start_soon(_drained, desk, tasks.cancel_scope)
                 tasks.start_soon(_again, signals, tasks.cancel_scope)
             break
+    feed.stop()
     server.should_exit = True
 
 
