@@ -22,6 +22,7 @@ from orchestrator.core.events import Event
 from orchestrator.server.app import make_app
 from orchestrator.server.desk import Desk
 from orchestrator.server.feed import Feed
+from orchestrator.server.metrics import Metrics
 from orchestrator.server.service import Service
 from orchestrator.store.registry import Registry
 from orchestrator.wiring import open_platform
@@ -44,18 +45,25 @@ async def serve(options: dict[str, Any], choices: Choices) -> int:
         async with open_platform(choices, home) as platform:
             config = platform.config.server
             registry = Registry(platform.db, platform.vault, platform.notary)
-            metrics: Any = None  # TEMPORARY
+            metrics = Metrics()
             books = Books(home, platform.db, platform.vault)
             desk: Desk
             feed = Feed(books, config.streams, lambda query: desk.is_here(query))
 
             def observe(query: str, event: Event) -> None:
+                metrics.event(event, query)
                 feed.wake(query)
 
             def ended(query: str, tenant: str) -> None:
+                metrics.ended(query)
                 feed.wake(query)
 
             desk = Desk(platform, registry, config, observe, ended)
+            metrics.watch(
+                running=lambda: desk.running,
+                waiting=lambda: desk.waiting,
+                pool=lambda: sum(shelf.ready for shelf in platform.pool.figures()),
+            )
             service = Service(home, config, platform, books, registry, desk, feed, metrics, secure)
             app = make_app(service)
             async with desk:

@@ -47,6 +47,7 @@ from orchestrator.wiring import Platform, Watch
 LOOK_S = 1.0  # between two looks for what other processes want
 AGAIN_S, MOST_AGAIN_S = 2.0, 60.0  # until a query that could not be resumed is tried again
 PATIENCE_S = 900.0  # how long that goes on
+SUSPENDED = "suspended: the tenant was suspended while it ran"
 STOPPED = "service-stopped: the service stopped while it ran"
 
 _log = logging.getLogger("airlock.desk")
@@ -198,10 +199,17 @@ class Desk:
     async def cancel(self, tenant: str, query: str) -> None:
         """End a query of the tenant's, wherever it runs. Nothing happens to one that has ended. Raises StoreError."""
         await self._platform.db.write(partial(requests.cancel, query=query))
-        if here := self._here.get(query):
-            here.scope.cancel()
-        else:  # of another process, which looks for it; or of none
+        if not self._end(query, "cancelled"):  # it is another process's, which looks for it; or nobody's
             await self._platform.withdraw(query, tenant, "cancelled")
+
+    def _end(self, query: str, why: str) -> bool:
+        """Whether it is here to be ended."""
+        if here := self._here.get(query):
+            here.why = why
+            if here.account:
+                here.account.why = why
+            here.scope.cancel()
+        return here is not None
 
     async def ended(self, query: str, seconds: float | None = None) -> bool:
         """Wait for its end, at most this long; whether it has come."""
@@ -336,8 +344,10 @@ class Desk:
             try:
                 await db.write(lambda _tx: None)
                 for query in await anyio.to_thread.run_sync(db.look, partial(requests.to_cancel, owner=db.owner)):
-                    if here := self._here.get(query):
-                        here.scope.cancel()
+                    self._end(query, "cancelled")
+                suspended = await anyio.to_thread.run_sync(self._registry.suspended)
+                for query in [query for query, here in self._here.items() if here.tenant in suspended]:
+                    self._end(query, SUSPENDED)
                 for query, tenant, cancelled in await anyio.to_thread.run_sync(db.look, requests.to_resume):
                     if cancelled:
                         await self._platform.withdraw(query, tenant, "cancelled")

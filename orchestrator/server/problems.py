@@ -75,9 +75,13 @@ _SAID = {
     402: "the money is spent",
     403: "it is not permitted",
     404: "it is not there",
+    408: "the body came too slowly",
     409: "it does not go together with what is there",
+    412: "it is of another version of the protocol",
     413: "it is too large",
+    415: "it is of another media type",
     422: "something in the request is not as it has to be",
+    423: "another request has it",
     429: "not now: try again after Retry-After",
     503: "the service cannot do this now: try again after Retry-After",
 }

@@ -94,11 +94,16 @@ class Registry:
         self._alter(name, {"policy": _written(policy)}, action, _told(policy), by)
 
     def suspend(self, name: str, *, by: str) -> None:
-        """None of its keys and tokens is taken from now on."""
+        """None of its keys and tokens is taken from now on, and what it has running is cancelled."""
         self._alter(name, {"suspended_at": now()}, "tenant.suspended", "", by, tenants.c.suspended_at.is_(None))
 
     def restore(self, name: str, *, by: str) -> None:
         self._alter(name, {"suspended_at": None}, "tenant.restored", "", by, tenants.c.suspended_at.is_not(None))
+
+    def suspended(self) -> set[str]:
+        """The names of tenants that are."""
+        find = sa.select(tenants.c.name).where(tenants.c.suspended_at.is_not(None))
+        return set(self._db.look(lambda tx: tx.execute(find).scalars().all()))
 
     def set_issuer(self, name: str, issuer: Issuer | None, *, by: str) -> None:
         """Raises Conflict where another tenant has this issuer and audience."""

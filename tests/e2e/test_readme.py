@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.settings import Config, ModelSettings, PoolSettings, load_config
+from orchestrator.settings import Config, ModelSettings, PoolSettings, ServerSettings, load_config
 
 PROJECT = Path(__file__).parents[2]
 
@@ -29,13 +29,15 @@ def test_there_is_something_to_run():
 
 
 def test_the_configuration_is_read_and_has_every_key(tmp_path: Path):
-    (text,) = blocks("toml")
+    text = "\n".join(blocks("toml"))
     (tmp_path / "airlock.toml").write_text(text)
     config = load_config(tmp_path)
     assert config.model_fields_set == set(Config.model_fields)
     (own,) = config.models.values()
     assert own.model_fields_set == set(ModelSettings.model_fields)
     assert config.pool.model_fields_set == set(PoolSettings.model_fields)
+    assert config.server == ServerSettings()
+    assert config.server.model_fields_set == set(ServerSettings.model_fields)
     assert config.prices == {"large": (Decimal("0.5"), Decimal("1.5")), "small": (0, 0)}
 
 

@@ -173,3 +173,28 @@ def test_money_that_is_spent_is_402_and_says_whose(airlock: Airlock):
 def test_a_public_address_needs_tls(airlock: Airlock):
     said = airlock("serve", "--host", "0.0.0.0", "--port", 0, code=2).said  # noqa: S104
     assert "--tls-cert" in said
+
+
+def test_what_a_tenant_has_running_ends_when_it_is_suspended(airlock: Airlock):
+    with served(airlock, script=SLOW) as server, server.client() as client, server.client("other") as other:
+        mine, theirs = ask(client, wait=0)["id"], ask(other, wait=0)["id"]
+        airlock("tenants", "suspend", "acme", code=0)
+        until(lambda: airlock.records(mine)[-1]["type"] == "query.closed")
+        assert airlock.records(mine)[-1]["body"]["reason"].startswith("suspended")
+        refused = client.get(f"/v1/queries/{mine}")
+        assert (refused.status_code, refused.json()["type"]) == (403, "urn:airlock:suspended")
+        assert other.get(f"/v1/queries/{theirs}").json()["status"] == "running"
+        other.post(f"/v1/queries/{theirs}/cancel")
+
+
+def test_who_asks_much_does_not_make_others_wait_for_all_of_it(airlock: Airlock):
+    slow = SCRIPT + "delay_s: 0.05\n"
+    config = "[server]\nqueries = 1\n"
+    with served(airlock, script=slow, config=config) as server, server.client() as client, server.client("b") as other:
+        many = [ask(client, wait=0)["id"] for _ in range(8)]
+        one = ask(other)
+        assert one["status"] == "answered"
+        waiting = [query for query in many if client.get(f"/v1/queries/{query}").json()["status"] == "queued"]
+        assert len(waiting) >= 4
+        for query in waiting:
+            client.post(f"/v1/queries/{query}/cancel")
