@@ -18,7 +18,7 @@ from tests.service import Served, served
 
 HERE = Path(__file__).parent
 SHOTS = HERE.parents[1] / "bench-results" / "screenshots"
-SLOW = f"scripted:{HERE / 'slow.scripted.yaml'}"
+LINGER = "linger"  # a context that makes the first cell take its time
 CONTEXT = "\n\n".join(f"report {n}: on day {n} all was {'down' if n in (1, 7, 12) else 'well'}" for n in range(40))
 WATCH = """
     window.violations = [];
@@ -40,8 +40,7 @@ def chromium() -> Iterator[Browser]:
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("service")
     airlock, script = Airlock(folder / "home", folder), (HERE / "reports.scripted.yaml").read_text()
-    prices = "\n".join(f'"{model}" = [3, 15]' for model in (SLOW, f"scripted:{folder / 'script.yaml'}"))
-    config = f'[models."{SLOW}"]\n[prices]\n{prices}\n'
+    config = f'[prices]\n"scripted:{folder / "script.yaml"}" = [3, 15]\n'
     with served(airlock, "--policy", "development", script=script, config=config) as server:
         yield server
     airlock.nothing_left()
@@ -64,14 +63,16 @@ class Visit:
         self.page.get_by_role("button", name="Log in").click()
         self.page.wait_for_url(self.service.url + address)
 
-    def ask(self, question: str, *, context: str = CONTEXT, model: str = "") -> str:
+    def ask(self, question: str, context: str = CONTEXT) -> str:
         """By the form; the query's id."""
         self.page.get_by_role("button", name="New query").click()
+        return self.send(question, context)
+
+    def send(self, question: str, context: str = CONTEXT) -> str:
+        """With the form that is open."""
         form = self.page.get_by_role("dialog")
         form.get_by_label("Question").fill(question)
         form.get_by_label("Text of the context").fill(context)
-        if model:
-            form.get_by_label("Model").select_option(model)
         form.get_by_role("button", name="Ask").click()
         self.page.wait_for_url(re.compile(r"/q/"))
         return self.page.url.rpartition("/")[2]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, expect
 
-from tests.browser.conftest import SLOW, Visit, visiting
+from tests.browser.conftest import LINGER, Visit, visiting
 from tests.service import Served
 
 PHONE = {"width": 320, "height": 640}
@@ -90,8 +90,8 @@ def test_a_query_from_the_question_to_the_answer(visit: Visit, key: str):
 def test_a_query_is_cancelled(visit: Visit, key: str):
     page = visit.page
     visit.log_in(key)
-    visit.ask("Will this end?", model=SLOW)
-    expect(page.get_by_text("thinking")).to_be_visible()
+    visit.ask("Will this end?", LINGER)
+    expect(visit.turn(1)).to_contain_text("Cell 1 running")
     expect(page.get_by_role("meter", name="Money")).to_have_attribute("aria-valuetext", re.compile("held"))
     visit.shot("query-running")
     page.get_by_role("button", name="Cancel").click()
@@ -101,7 +101,7 @@ def test_a_query_is_cancelled(visit: Visit, key: str):
     other = page.context.new_page()
     visit.go("/")
     page.get_by_role("button", name="New query").wait_for()
-    query = visit.ask("And this?", model=SLOW)
+    query = visit.ask("And this?", LINGER)
     other.goto(visit.service.url)
     row = other.get_by_role("row", name=re.compile(r"And this\?"))
     expect(row).to_contain_text(re.compile("running|queued"))
@@ -160,6 +160,9 @@ def test_the_name_of_a_file_is_hostile_too(visit: Visit, key: str, tmp_path: Pat
     page.wait_for_url(re.compile(r"/q/"))
     visit.ends("answered")
     expect(page.get_by_text("text, 12 MB")).to_be_visible()
+    with visit.service.client() as client:
+        names = [context["name"] for context in client.get("/v1/contexts").json()["contexts"]]
+    assert "<img src=x onerror=window.pwned=1>_.txt" in names
     expect(visit.turn(1).get_by_label("output")).to_contain_text("11500000 characters")
 
 
@@ -176,6 +179,17 @@ def test_a_question_that_is_refused_says_why(visit: Visit, key: str):
     form.get_by_role("button", name="Ask").click()
     expect(form.get_by_role("alert")).to_contain_text("0.000001 USD")
     visit.shot("ask-refused")
+
+
+def test_the_models_are_those_of_the_service(visit: Visit, key: str):
+    page = visit.page
+    visit.log_in(key)
+    page.get_by_role("button", name="New query").click()
+    model = f"scripted:{visit.service.airlock.folder / 'script.yaml'}"
+    page.get_by_label("Model").select_option(model)
+    visit.send("By which model?")
+    expect(page.get_by_text(f"model {model}")).to_be_visible()
+    visit.ends("answered")
 
 
 def test_the_journal_is_asked(visit: Visit, key: str, answered: str, tmp_path: Path):

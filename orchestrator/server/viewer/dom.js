@@ -26,10 +26,12 @@ export function fill(element, ...children) {
 }
 
 function nodes(children) {
-    return children
+    const made = children
         .flat(Infinity)
         .filter((child) => child !== null && child !== undefined && child !== false)
         .map((child) => (child instanceof Node ? child : document.createTextNode(printable(String(child)))));
+    // A space between elements, so that they are words of their own to whoever hears or copies them.
+    return made.flatMap((node, i) => (node instanceof Element && made[i - 1] instanceof Element ? [" ", node] : [node]));
 }
 
 /* A text of whatever origin, its escapes marked as ours. */
