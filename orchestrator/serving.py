@@ -20,14 +20,18 @@ from orchestrator.choices import Choices
 from orchestrator.core.errors import RequestError, StoreError
 from orchestrator.core.events import Event
 from orchestrator.server.app import make_app
+from orchestrator.server.bodies import Bodies
 from orchestrator.server.desk import Desk
 from orchestrator.server.feed import Feed
+from orchestrator.server.housekeeping import keep_swept
 from orchestrator.server.metrics import Metrics
+from orchestrator.server.protocol import Protocol, limited
 from orchestrator.server.service import Service
 from orchestrator.store.registry import Registry
 from orchestrator.wiring import open_platform
 
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+BEHIND_A_PROXY = 16_384  # connections of one address, which the proxy is
 GRACE_S = 5  # for answers under way and streams, once nothing runs any more
 HEADER_BYTES = 32 << 10  # of a request's line and headers
 
@@ -65,9 +69,10 @@ async def serve(options: dict[str, Any], choices: Choices) -> int:
                 pool=lambda: sum(shelf.ready for shelf in platform.pool.figures()),
             )
             service = Service(home, config, platform, books, registry, desk, feed, metrics, secure)
-            app = make_app(service)
+            hosts = _hosts(host, config.hosts)
+            app = Bodies(make_app(service), config, hosts=hosts, secure=bool(options["tls_cert"]))
             async with desk:
-                await _run(app, bound, options, desk)
+                await _run(app, bound, options, service)
     return 0
 
 
@@ -134,10 +139,11 @@ class _Server(uvicorn.Server):
         yield
 
 
-async def _run(app: Any, bound: socket.socket, options: dict[str, Any], desk: Desk) -> None:
+async def _run(app: Any, bound: socket.socket, options: dict[str, Any], service: Service) -> None:
+    desk = service.desk
     config = uvicorn.Config(
         app,
-        http="h11",
+        http=limited(BEHIND_A_PROXY) if options["insecure_http"] else Protocol,
         ws="none",
         lifespan="off",
         log_config=None,
@@ -160,6 +166,7 @@ async def _run(app: Any, bound: socket.socket, options: dict[str, Any], desk: De
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(_stopped_by_signals, server, desk)
         tasks.start_soon(_stopped_by_loss, server, desk)
+        tasks.start_soon(keep_swept, service)
         await server.serve(sockets=[bound])
         tasks.cancel_scope.cancel()
     if desk.lost.is_set():
