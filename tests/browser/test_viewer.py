@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import re
 import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, expect
 
+from orchestrator.named_policy import load_policy
+from orchestrator.store.db import Database
+from orchestrator.store.journal import key_created
+from orchestrator.store.registry import Registry
+from orchestrator.store.signing import Notary
+from orchestrator.store.vault import open_vault
 from tests.browser.conftest import LINGER, Visit, visiting
 from tests.service import Served
 
@@ -286,6 +294,38 @@ def test_a_session_ends_with_its_key(visit: Visit, key: str):
     page.wait_for_url(re.compile("/login"))
     assert page.context.cookies() == []
     assert page.evaluate("fetch('/v1/session').then((answer) => answer.status)") == 401
+
+
+def test_what_is_not_kept_is_said_to_be(visit: Visit, service: Served):
+    visit.log_in(service.key("forgetful"))
+    policy = load_policy("development")
+    with registry(service) as tenants:
+        kept = policy.audit.model_copy(update={"payloads": ()})
+        tenants.set_policy("forgetful", policy.model_copy(update={"audit": kept}), by="a test")
+    visit.ask("A question that nobody keeps?")
+    visit.ends("answered")
+    page = visit.page
+    expect(page.get_by_role("heading", level=1)).to_have_text("Question: not kept")
+    expect(page.get_by_role("region", name="Answer")).to_contain_text("The answer: not kept")
+    second = visit.turn(2)
+    for what in ("The reply: not kept", "The code: not kept", "output: not kept", "errors: not kept"):
+        expect(second.get_by_text(what)).to_be_visible()
+    second.locator("details.call summary").first.click()
+    expect(second.locator("details.call").first).to_contain_text("The prompt: not kept")
+    expect(second.locator("details.call").first).to_contain_text("The completion: not kept")
+    assert "nobody keeps" not in page.content()
+
+
+@contextmanager
+def registry(service: Served) -> Iterator[Registry]:
+    """Beside the service, as the command line has it."""
+    home = service.airlock.home
+    db = Database(home)
+    try:
+        vault = open_vault(db, home, None, key_created)
+        yield Registry(db, vault, Notary(vault.signer(), home / "heads", vault.stamp))
+    finally:
+        db.close()
 
 
 def test_another_tenants_query_is_not_there(visit: Visit, service: Served, answered: str):

@@ -63,7 +63,7 @@ class Page {
             place("question").parentElement.append(make("details", {}, make("summary", {}, "The whole question"), long(view.question, { label: "question" })));
         const { context } = view;
         const parts = [
-            ["model", view.model ?? "none"], view.sub_models.length && ["sub-calls", view.sub_models.join(", ")],
+            ["model", view.model ?? "none"], view.sub_models.some((name) => name !== view.model) && ["sub-calls", view.sub_models.join(", ")],
             ["sandbox", `${view.backend} (${view.isolation})`],
             ["context", [context.name, context.kind, bytes(context.bytes)].filter(Boolean).join(", ")], ["asked", when(view.created_at)],
         ].filter(Boolean);

@@ -83,7 +83,7 @@ export class Timeline {
 /* A payload of a record, whatever its length. */
 function payload(timeline, record, name, options = {}) {
     const found = record.texts[name];
-    if (!found) return timeline.tree.keeps(name) ? null : notKept(options.label ?? name);
+    if (!found) return timeline.tree.keeps(name) ? null : notKept(options.absent ?? options.label ?? name);
     const whole = async () => {
         const text = (await recordOf(timeline.query, record.seq)).payloads[name] ?? "";
         return name === "prompt" ? lastMessage(text) : text;
@@ -233,7 +233,7 @@ class CellView {
         this.facts = make("p", { class: "facts" });
         this.asked = new AskedView(timeline, cell);
         this.output = make("div", { class: "output" });
-        const code = began.type === "cell.started" && (payload(timeline, began, "code", { show: highlighted, label: "code" }) ?? notKept("The code"));
+        const code = began.type === "cell.started" && (payload(timeline, began, "code", { show: highlighted, absent: "The code" }) ?? notKept("The code"));
         this.element = make("section", { class: "cell" }, this.facts, make("div", { class: "code" }, code), this.asked.element, this.output);
         this.update();
     }
@@ -371,9 +371,9 @@ class CallView extends Opening {
         const { attempts } = this.part, { result } = attempts.at(-1);
         this.filled = attempts.length + Boolean(result);
         fill(this.body, make("p", { class: "facts" }, facts([this.part], "")),
-            make("h4", {}, "Prompt"), payload(this.timeline, this.intent, "prompt") ?? notKept("The prompt"),
+            make("h4", {}, "Prompt"), payload(this.timeline, this.intent, "prompt", { absent: "The prompt" }) ?? notKept("The prompt"),
             result && [make("h4", {}, "Completion"), result.body.outcome === "answered"
-                ? (payload(this.timeline, result, "completion") ?? make("p", { class: "absent" }, "An empty reply."))
+                ? (payload(this.timeline, result, "completion", { label: "completion", absent: "The completion" }) ?? make("p", { class: "absent" }, "An empty reply."))
                 : make("p", { class: "detail" }, line(result.body.detail, 500))]);
     }
 }
