@@ -284,6 +284,7 @@ class AskedView {
         fill(this.head,
             sums.calls > 0 && make("span", {}, counted(sums.calls, "sub-call")),
             children > 0 && make("span", {}, counted(children, "child query", "child queries")),
+            sums.open > 0 && make("span", { class: "status", "data-status": "running" }, `${number(sums.open)} in flight`),
             sums.failed > 0 && make("span", { class: "failed" }, `${number(sums.failed)} not answered`),
             sums.calls > 0 && make("span", { class: "cost" }, usd(sums.spent)));
     }
