@@ -16,8 +16,8 @@ from orchestrator.core.events import Recorded
 from orchestrator.core.units import read_usd
 from orchestrator.exports.tree import Cell, Node, grow
 from orchestrator.loop.parse import parse
-from tests.browser.conftest import Visit, visiting
 from tests.service import Served, ask
+from tests.visits import Visit, visiting
 
 CODE = '''
 @decorated.twice

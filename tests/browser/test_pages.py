@@ -17,8 +17,8 @@ from orchestrator.store.journal import key_created
 from orchestrator.store.registry import Registry
 from orchestrator.store.signing import Notary
 from orchestrator.store.vault import open_vault
-from tests.browser.conftest import LINGER, Visit, visiting
 from tests.service import Served
+from tests.visits import LINGER, Visit, visiting
 
 PHONE = {"width": 320, "height": 640}
 HOSTILE = "<script>window.pwned = 'question'</script> \u202e\u2066<img src=x onerror='window.pwned=1'> which one?"
