@@ -65,7 +65,7 @@ export async function fault(answer) {
     }
 }
 
-export function logIn() {
+function logIn() {
     location.assign(`/login?next=${encodeURIComponent(location.pathname)}`);
     return new Promise(() => {});
 }

@@ -15,7 +15,7 @@ export function make(tag, attributes = {}, ...children) {
     return element;
 }
 
-export function set(element, name, value) {
+function set(element, name, value) {
     if (value === null || value === undefined || value === false) element.removeAttribute(name);
     else element.setAttribute(name, value === true ? "" : printable(String(value)));
 }
