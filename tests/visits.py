@@ -14,7 +14,7 @@ from playwright.sync_api import Browser, Locator, Page, expect
 from tests.service import Served
 
 SHOTS = Path(__file__).parents[1] / "bench-results" / "screenshots"
-LINGER = "linger"  # a context that makes the first cell take its time
+LINGER, PAUSE = "linger", "\npause"  # at a context's end: the first cell takes its time, so that it is seen to run
 CONTEXT = "\n\n".join(f"report {n}: on day {n} all was {'down' if n in (1, 7, 12) else 'well'}" for n in range(40))
 WATCH = """
     window.violations = [];

@@ -18,7 +18,7 @@ from orchestrator.store.registry import Registry
 from orchestrator.store.signing import Notary
 from orchestrator.store.vault import open_vault
 from tests.service import Served
-from tests.visits import LINGER, Visit, visiting
+from tests.visits import CONTEXT, LINGER, PAUSE, Visit, visiting
 
 PHONE = {"width": 320, "height": 640}
 HOSTILE = "<script>window.pwned = 'question'</script> \u202e\u2066<img src=x onerror='window.pwned=1'> which one?"
@@ -48,6 +48,7 @@ def test_a_key_that_is_not_good_is_told(visit: Visit):
 
 def test_the_way_back_is_never_elsewhere(visit: Visit, key: str):
     for elsewhere in ("https://elsewhere.invalid/", "//elsewhere.invalid", "javascript:window.pwned=1", "/q/../login"):
+        visit.page.goto("about:blank")  # nothing of the page before is under way then
         visit.page.context.clear_cookies()
         visit.go(f"/login?next={elsewhere}")
         visit.page.get_by_label("API key").fill(key)
@@ -59,10 +60,11 @@ def test_a_query_from_the_question_to_the_answer(visit: Visit, key: str):
     page = visit.page
     visit.log_in(key)
     visit.shot("list-empty")
-    visit.ask("Which reports speak of an outage?")
-    expect(page.locator("#status")).to_contain_text("running")
-    expect(visit.turn(2)).to_be_visible()
+    visit.ask("Which reports speak of an outage?", CONTEXT + PAUSE)
+    expect(page.locator("#status")).to_have_text("running turn 1")
     expect(page.get_by_role("button", name="Cancel")).to_be_visible()
+    expect(page.get_by_role("article")).to_have_count(1)
+    expect(visit.turn(2)).to_be_visible()
     visit.ends("answered")
     expect(page.get_by_role("button", name="Cancel")).to_have_count(0)
     expect(page.get_by_role("article")).to_have_count(4)
