@@ -205,10 +205,15 @@ class ContextStore:
         return context
 
     def removable(self) -> list[str]:
-        """Ids of the contexts that were only ever stored to be removed again."""
-        folder = self._root / "manifests"
+        """Ids of the contexts that were only ever stored to be removed again. What a killed process left goes."""
+        folders = [self._root / name for name in ("manifests", "data")]
         with _storing(self._root):
-            return [path.name for path in folder.iterdir() if is_removable(path)] if folder.is_dir() else []
+            if not all(folder.is_dir() for folder in folders):
+                return []
+            with placing(self._root, alone=True):
+                for left in (path for folder in folders for path in folder.iterdir() if path.suffix):
+                    left.unlink()
+                return [path.name for path in folders[0].iterdir() if is_removable(path)]
 
     def remove(self, ids: Iterable[str], wanted: Callable[[], Mapping[str, int]]) -> int:
         """Remove those that can be and that nobody wants; how many those were.
