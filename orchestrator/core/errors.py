@@ -33,6 +33,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar
 
 
@@ -203,3 +204,26 @@ class ProviderBusy(ProviderError):
 
 class OutcomeUnknown(ProviderError):
     kind = "outcome-unknown"
+
+
+def _kinds(error: type[AirlockError]) -> Iterator[type[AirlockError]]:
+    yield error
+    for kind in error.__subclasses__():
+        yield from _kinds(kind)
+
+
+KINDS = {error.kind: error for error in _kinds(AirlockError)}
+
+
+def read_reason(reason: str) -> AirlockError | None:
+    """The error of a reason `kind: text`, as journal records have it; None for a reason of another form."""
+    kind, _, text = reason.partition(": ")
+    if (found := KINDS.get(kind)) is None or not text:
+        return None
+    if issubclass(found, RateLimited):
+        return found(text, retry_after=0)
+    if issubclass(found, ChildStopped):
+        return found(text, partial=None)
+    if issubclass(found, NotRebuilt | Interrupted):  # they say more than the text, and what is said is in it
+        return MachineError(text)
+    return found(text)
