@@ -17,7 +17,7 @@ from orchestrator.core.errors import CountExceeded
 
 _BUFFER = 1 << 20
 _SYNC = 4 << 20  # bytes of a draft that are sent to the disk together
-_LATER = ThreadPoolExecutor(1)  # for removals that nobody may be seen to wait for
+LATER = ThreadPoolExecutor(1)  # for removals that nobody may be seen to wait for
 REMOVABLE = 0o1444  # the sticky bit, which means nothing on a file: it goes where the file goes, and with it
 
 
@@ -95,7 +95,7 @@ class Draft:
             self.stream.close()
         finally:
             if self._told_nothing:
-                _LATER.submit(self._path.unlink, missing_ok=True)
+                LATER.submit(self._path.unlink, missing_ok=True)
             else:
                 self._path.unlink(missing_ok=True)
 

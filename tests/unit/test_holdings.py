@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -47,7 +47,10 @@ class Shop:
         return found
 
     def collect(self) -> int:
-        return self.own.remove(self.own.removable(), lambda: self.db.look(holdings.wanted))
+        return self.own.remove(self.own.removable(), self.wanted)
+
+    def wanted(self, sizes: Collection[int]) -> Mapping[str, int]:
+        return self.db.look(partial(holdings.wanted, sizes=sizes))
 
     def files(self) -> int:
         return sum(path.is_file() for path in self.root.rglob("*"))
@@ -181,6 +184,18 @@ def test_a_name_is_kept_and_changed(shop: Shop, db: Database):
     assert names == ["first", "first", "second"]
 
 
+@pytest.mark.parametrize("most", [1, 500])
+def test_many_are_removed_at_once(shop: Shop, db: Database, monkeypatch: pytest.MonkeyPatch, most: int):
+    monkeypatch.setattr(holdings, "MOST_SIZES", most)
+    kept = shop.give("bob", "x" * 70)
+    gone = [shop.give("ann", "y" * size) for size in (1, 2, 3, 70)]
+    db.write_sync(lambda tx: [holdings.give_up(tx, "ann", context.id) for context in gone])
+    assert shop.collect() == 4
+    assert shop.own.removable() == [kept.id]
+    assert db.look(holdings.owned) == {kept.id}
+    assert shop.own.verify(kept)
+
+
 def test_what_a_killed_process_left_beside_goes(shop: Shop):
     context = shop.give("ann")
     for path in context.files.values():
@@ -201,7 +216,7 @@ def test_whether_another_has_it_changes_nothing_that_is_done(shop: Shop, monkeyp
     for tenant, text in (("ann", "some text"), ("bob", "some text"), ("bob", "other text")):
         done.clear()
         shop.give(tenant, text)
-        drafts._LATER.submit(int).result()  # pyright: ignore[reportPrivateUsage]  # what is removed later, is by now
+        drafts.LATER.submit(int).result()  # what is removed later, is by now
         runs.append(list(done))
     assert runs[0] == runs[1] == runs[2]
     assert (runs[0].count("link"), runs[0].count("unlink")) == (4, 2)  # no draft is removed meanwhile
