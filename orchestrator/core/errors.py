@@ -157,7 +157,7 @@ class NotKept(MachineError):
 
 
 class ContextGone(NotKept):
-    pass
+    kind = "context-gone"
 
 
 class NotRebuilt(MachineError):
