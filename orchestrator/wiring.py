@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio
 import anyio.from_thread
@@ -19,6 +19,7 @@ from orchestrator.choices import Choices, effective_policy
 from orchestrator.core.context import Context
 from orchestrator.core.errors import (
     ContextError,
+    ContextGone,
     ModelError,
     NotKept,
     NotPermitted,
@@ -51,6 +52,7 @@ from orchestrator.store.db import Database
 from orchestrator.store.signing import Notary
 from orchestrator.store.vault import Vault, open_vault
 
+T = TypeVar("T")
 TENANT = "default"
 
 
@@ -226,6 +228,10 @@ class Platform:
         )
         return await run_query(complete, self._machinery)
 
+    async def sheltered(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Run `work`, which holds a sandbox: whatever cancels the caller, and `aclose`, lets it end in order."""
+        return await self._machinery.shelter.run(work)
+
     def _interrupted(self, query_id: str, tenant: str) -> Past:
         """What there is of it. Raises RequestError, NotKept, StoreError where its records are not whole."""
         if self.db.read(partial(standing, query=query_id, tenant=tenant)) == "open":
@@ -251,7 +257,7 @@ class Platform:
         try:
             context = self.contexts.open(past.root.context["id"])
         except ContextError as error:
-            raise NotKept(f"the context of query {past.query} is gone: {error}") from None
+            raise ContextGone(f"the context of query {past.query} is gone: {error}") from None
         if past.rules.audit.verify_context and not self.contexts.verify(context):
             raise NotKept(f"the context of query {past.query} is not what it was: its hash is another one")
         return context

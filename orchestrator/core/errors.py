@@ -19,7 +19,8 @@
     │   ├── SandboxUnusable       the isolation asked for is not to be had here
     │   ├── SandboxDied           the guest ended, or was killed
     │   ├── ProtocolViolation     the guest broke the channel's rules, and was killed
-    │   ├── NotKept               what a replay takes is gone: payloads, or the context
+    │   ├── NotKept               what a replay takes is gone: payloads
+    │   │   └── ContextGone         or the context, which another machine may have
     │   ├── NotRebuilt            an interrupted query's REPL cannot be had again by running its cells again
     │   ├── Interrupted           a query that has just been resumed cannot go on now; it can be resumed again
     │   └── StoreError            ledger, journal or context store cannot be written
@@ -33,6 +34,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar
 
 
@@ -154,6 +156,10 @@ class NotKept(MachineError):
     kind = "not-kept"
 
 
+class ContextGone(NotKept):
+    kind = "context-gone"
+
+
 class NotRebuilt(MachineError):
     kind = "not-rebuilt"
 
@@ -203,3 +209,26 @@ class ProviderBusy(ProviderError):
 
 class OutcomeUnknown(ProviderError):
     kind = "outcome-unknown"
+
+
+def _kinds(error: type[AirlockError]) -> Iterator[type[AirlockError]]:
+    yield error
+    for kind in error.__subclasses__():
+        yield from _kinds(kind)
+
+
+KINDS = {error.kind: error for error in _kinds(AirlockError)}
+
+
+def read_reason(reason: str) -> AirlockError | None:
+    """The error of a reason `kind: text`, as journal records have it; None for a reason of another form."""
+    kind, _, text = reason.partition(": ")
+    if (found := KINDS.get(kind)) is None or not text:
+        return None
+    if issubclass(found, RateLimited):
+        return found(text, retry_after=0)
+    if issubclass(found, ChildStopped):
+        return found(text, partial=None)
+    if issubclass(found, NotRebuilt | Interrupted):  # they say more than the text, and what is said is in it
+        return MachineError(text)
+    return found(text)

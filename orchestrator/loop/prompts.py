@@ -241,6 +241,13 @@ def _small_opening(query: str, shape: Mapping[str, str], lazy: str) -> list[Mess
     return [{"role": "system", "content": system}, {"role": "user", "content": user}]
 
 
+def in_conversation(instructions: Sequence[str], said: Sequence[tuple[str, str]], question: str) -> str:
+    """The question with what it has to be read with before it. said: (who, what), in order."""
+    before = [f"Instructions:\n{text}" for text in instructions]
+    before += [f"Said before, by {who}:\n{text}" for who, text in said]
+    return "\n\n".join([*before, f"Asked now:\n{question}"]) if before else question
+
+
 def no_code(style: Style) -> str:
     return _SMALL_NO_CODE if style == "small" else _NO_CODE
 

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from orchestrator.core.asked import fingerprint
-from orchestrator.core.errors import AirlockError, ChildStopped, LimitError, NotKept, RateLimited
+from orchestrator.core.errors import KINDS, AirlockError, ChildStopped, LimitError, NotKept, RateLimited
 from orchestrator.core.events import Recorded
 from orchestrator.core.policy import Policy
 from orchestrator.core.units import nano
@@ -271,18 +271,9 @@ def _mixed(texts: Mapping[str, str], order: str) -> list[tuple[str, str]]:
     return output
 
 
-def _kinds(error: type[AirlockError]) -> Iterator[type[AirlockError]]:
-    yield error
-    for kind in error.__subclasses__():
-        yield from _kinds(kind)
-
-
-_KINDS = {error.kind: error for error in _kinds(AirlockError)}
-
-
 def _error(body: Mapping[str, Any]) -> AirlockError:
     """The error of a record that has its kind, in words that were cut at most."""
-    kind = _KINDS.get(body["kind"], AirlockError)
+    kind = KINDS.get(body["kind"], AirlockError)
     fields = {name: body.get(name, "") for name in ("limit", "asked", "left")}
     if issubclass(kind, RateLimited):
         return kind(body["detail"], retry_after=body.get("retry_after_ms", 0) / 1000, **fields)

@@ -22,6 +22,7 @@ from orchestrator.choices import narrowed
 from orchestrator.core.context import Context
 from orchestrator.core.errors import (
     AirlockError,
+    ContextGone,
     CountExceeded,
     LimitError,
     ModelError,
@@ -219,6 +220,8 @@ class Desk:
             while True:
                 if not await anyio.to_thread.run_sync(self._is_open, query):
                     return True
+                if self.draining and query not in self._here:
+                    return False  # it goes on elsewhere
                 await anyio.sleep(LOOK_S / 4)
         return False
 
@@ -391,7 +394,7 @@ class Desk:
             _log.error("a query could not be resumed", extra={"query": query, "error": error.kind})
             return error.kind
         except (Problem, AirlockError) as error:
-            why, passes = str(error), isinstance(error, LimitError | SandboxUnusable | ProviderError)
+            why, passes = str(error), isinstance(error, ContextGone | LimitError | SandboxUnusable | ProviderError)
             last = last or not passes
         finally:
             del self._here[query]

@@ -1,0 +1,371 @@
+"""OpenAI's chat completions and models, over queries: what speaks to OpenAI speaks to this."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from datetime import datetime
+from decimal import Decimal
+from functools import partial
+from typing import Annotated, Any, Literal
+
+import anyio
+import anyio.to_thread
+from fastapi import APIRouter, Header, Request, Response
+from pydantic import BaseModel, Field
+from starlette.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
+
+from orchestrator.choices import check_schema
+from orchestrator.core.errors import AirlockError, RequestError
+from orchestrator.core.units import NANO
+from orchestrator.server import inline, queries_view
+from orchestrator.server.chat import errors
+from orchestrator.server.chat.conversation import read
+from orchestrator.server.chat.errors import documented, error_response, speaks
+from orchestrator.server.chat.reasoning import Reasoning
+from orchestrator.server.chat.request import PREFIX, ChatRequest, JsonFormat, Ours, SchemaFormat
+from orchestrator.server.desk import Ask
+from orchestrator.server.problems import Problem, come_again, problem_of
+from orchestrator.server.routes.queries import Asks, Reads, The, own
+from orchestrator.server.service import Principal, Service
+from orchestrator.server.streaming import EventStream, event
+
+PIECE = 4000  # characters of an answer in one event
+LOOK_S = 2.0  # between two looks at whether the service stops
+OWNER = "airlock"
+
+router = APIRouter(prefix="/v1", tags=["openai"])
+__all__ = ["error_response", "router", "speaks"]
+
+
+class ModelView(BaseModel):
+    id: str = Field(examples=["rlm/gpt-5-mini"])
+    object: Literal["model"] = "model"
+    created: int = 0
+    owned_by: str = OWNER
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelView]
+
+
+class Usage(BaseModel):
+    """Of all calls of the query together."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Answered(BaseModel):
+    """reasoning_content: null, for the steps are streamed as they happen or not at all."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+    reasoning_content: None = None
+
+
+class Choice(BaseModel):
+    """finish_reason: `length` where a limit stopped it, and this is the best answer that there was."""
+
+    index: Literal[0] = 0
+    message: Answered
+    logprobs: None = None
+    finish_reason: Literal["stop", "length"]
+
+
+class QueryFacts(BaseModel):
+    """The query behind it; GET /v1/queries/{query_id} has more. cost_usd is exact."""
+
+    query_id: str
+    status: str
+    reason: str
+    cost_usd: str
+    iterations: int | None
+    sub_calls: int | None
+
+
+class Completion(BaseModel):
+    id: str = Field(examples=["chatcmpl-20261126-010203-0123456789"])
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: Annotated[list[Choice], Field(min_length=1, max_length=1)]
+    usage: Usage
+    airlock: QueryFacts
+
+
+_DONE = b"data: [DONE]\n\n"
+_STREAM = {
+    "text/event-stream": {"schema": {"type": "string"}, "example": 'data: {"object":"chat.completion.chunk"}\n\n'}
+}
+
+
+@router.post(
+    "/chat/completions",
+    response_model=Completion,
+    responses={
+        200: {"description": "the answer; with `stream`, events of chat.completion.chunk", "content": _STREAM},
+        **documented(400, 401, 402, 403, 404, 408, 409, 413, 422, 429, 500, 502, 503),
+    },
+)
+async def complete(
+    request: Request,
+    service: The,
+    principal: Asks,
+    asked: ChatRequest,
+    idempotency_key: Annotated[
+        str | None,
+        Header(min_length=1, max_length=255, description="repeat it to get the answer of before, not another query"),
+    ] = None,
+) -> Response:
+    """Ask a question as a chat.
+
+    The last user message is the question. What is long before it is the context, and so is a file, by the id of a
+    context: `{"type": "file", "file": {"file_id": "..."}}`. Messages before it that are short, and instructions, stand
+    before the question. Where nothing is long, the context is the conversation.
+
+    With `stream`, the steps come as `reasoning_content` while they happen, and then the answer as `content`.
+    `response_format` holds the answer to a JSON Schema. `airlock` narrows what the query may.
+
+    Taken without effect, as the operator says how models are asked: temperature, top_p, presence_penalty,
+    frequency_penalty, logit_bias, seed, max_tokens, max_completion_tokens, top_logprobs, reasoning_effort, verbosity,
+    service_tier, store, user, safety_identifier, prompt_cache_key, prompt_cache_retention, prompt_cache_options,
+    metadata, parallel_tool_calls.
+
+    Refused: n above 1, logprobs, tools, functions, other modalities than text, stop, audio, prediction, moderation,
+    web_search_options.
+
+    A client that goes away ends its query, unless it gave an Idempotency-Key, with which it can come again. An answer
+    costs what the whole query costs: see `airlock.cost_usd`.
+    """
+    if asked.stream_options is not None and not asked.stream:
+        raise _fault("stream_options", "goes with stream: true")
+    policy = await service.desk.policy_of(principal.tenant)
+    model = asked.model.removeprefix(PREFIX)
+    if not asked.model.startswith(PREFIX) or model not in service.desk.models_for(policy):
+        raise errors.model_not_found(asked.model)
+    if "answer" not in policy.audit.payloads:
+        raise Problem(403, "not-kept", "the tenant's policy keeps no answers, and what is not kept cannot be given")
+    reading, schema = read(asked.messages), await _schema(asked)
+    if asked.stream:
+        service.feed.require_room(principal.tenant)
+    context = await inline.stored(service, principal, reading.context)
+    ours = asked.airlock or Ours()
+    query = await service.desk.ask(
+        principal,
+        Ask(
+            question=reading.question,
+            context=context,
+            model=model,
+            sub_models=ours.sub_models and [name.removeprefix(PREFIX) for name in ours.sub_models],
+            budget=None if ours.budget_usd is None else int(Decimal(ours.budget_usd) * NANO),
+            timeout_ms=None if ours.timeout_s is None else max(1, int(ours.timeout_s * 1000)),
+            depth=ours.depth,
+            answer_schema=schema,
+            idempotency=idempotency_key,
+            fingerprint=asked.model_dump_json(exclude={"stream", "stream_options"}, exclude_unset=True).encode(),
+        ),
+    )
+    answer = _Answer(service, principal, query.id, asked.model)
+    headers = {"Airlock-Query": query.id, **({"Idempotency-Replayed": "true"} if query.replayed else {})}
+    leave = idempotency_key is not None
+    if asked.stream:
+        usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
+        return _Streamed(answer, usage=usage, leave=leave, headers=headers)
+    return JSONResponse(await _whole(answer, request.receive, leave=leave), headers=headers)
+
+
+def _fault(param: str, text: str) -> Problem:
+    return Problem(400, "bad-request", f"{param}: {text}", param=param)
+
+
+async def _schema(asked: ChatRequest) -> Mapping[str, Any] | None:
+    match asked.response_format:
+        case SchemaFormat(json_schema=told):
+            place = "response_format.json_schema.schema"
+            try:
+                return await anyio.to_thread.run_sync(check_schema, place, told.schema_)
+            except RequestError as error:
+                raise Problem(400, error.kind, str(error), param=place) from None
+        case JsonFormat():
+            return {"type": "object"}
+        case _:
+            return None
+
+
+@dataclass(slots=True)
+class _Answer:
+    """A query that is answered as a chat. left: there is nothing more to wait for."""
+
+    service: Service
+    principal: Principal
+    query: str
+    model: str
+    left: bool = field(default=False, init=False)
+
+    @property
+    def id(self) -> str:
+        return f"chatcmpl-{self.query}"
+
+    @property
+    def created(self) -> int:
+        """Seconds since 1970, as the query's id has it."""
+        return int(datetime.strptime(self.query[:15] + "+0000", "%Y%m%d-%H%M%S%z").timestamp())
+
+    async def found(self) -> tuple[dict[str, Any], Usage]:
+        """The query that has ended, and what it used. Raises Problem where it has no answer."""
+        query, models = await anyio.to_thread.run_sync(self.service.platform.db.look, self._look)
+        if query["answer"] is None or query["status"] not in ("answered", "limit"):
+            if query["status"] == "answered":
+                text = f"the answer is not kept any more (query {self.query})"
+                raise Problem(409, "not-kept", text, headers=errors.NO_RETRY)
+            raise errors.no_answer(query)
+        asked, said = (sum(model[name] for model in models) for name in ("input_tokens", "output_tokens"))
+        return query, Usage(prompt_tokens=asked, completion_tokens=said, total_tokens=asked + said)
+
+    def _look(self, tx: queries_view.Connection) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        listed = own(tx, self.service, self.principal, self.query)
+        view = queries_view.view(tx, self.service.books, listed)
+        return view, list(queries_view.spend(tx, listed)["models"].values())
+
+    def is_left(self) -> bool:
+        """Whether the service stops, and the query will go on in the next one."""
+        return self.service.desk.draining and not self.service.desk.is_here(self.query)
+
+    async def give_up(self) -> None:
+        """Its client has gone."""
+        await self.service.desk.cancel(self.principal.tenant, self.query)
+
+
+def _finish(query: Mapping[str, Any]) -> Literal["stop", "length"]:
+    return "stop" if query["status"] == "answered" else "length"
+
+
+def _facts(query: Mapping[str, Any]) -> QueryFacts:
+    names = ("status", "reason", "cost_usd", "iterations", "sub_calls")
+    return QueryFacts(query_id=query["id"], **{name: query[name] for name in names})
+
+
+def _stopping(query: str) -> Problem:
+    return come_again(503, "stopping", f"the service stops; the query goes on after that: GET /v1/queries/{query}")
+
+
+# In one piece
+
+
+async def _whole(answer: _Answer, receive: Receive, *, leave: bool) -> dict[str, Any]:
+    failed: AirlockError | None = None
+    ended = False
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(_gone, receive, tasks.cancel_scope)
+        try:
+            while not (ended := await answer.service.desk.ended(answer.query, LOOK_S)):
+                if answer.is_left():
+                    break
+        except AirlockError as error:  # not out of the group, which would wrap it
+            failed = error
+        tasks.cancel_scope.cancel()
+    if failed:
+        raise failed
+    if not ended:
+        if answer.is_left():
+            raise _stopping(answer.query)
+        if not leave:
+            await answer.give_up()
+        raise Problem(409, "cancelled", "the client has gone")  # which nobody reads
+    query, usage = await answer.found()
+    made = Completion(
+        id=answer.id,
+        created=answer.created,
+        model=answer.model,
+        choices=[Choice(message=Answered(content=query["answer"]), finish_reason=_finish(query))],
+        usage=usage,
+        airlock=_facts(query),
+    )
+    return made.model_dump()
+
+
+async def _gone(receive: Receive, scope: anyio.CancelScope) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    scope.cancel()
+
+
+# As it comes
+
+
+class _Streamed(EventStream):
+    """leave: the query goes on when the client has gone."""
+
+    def __init__(self, answer: _Answer, *, usage: bool, leave: bool, headers: Mapping[str, str]) -> None:
+        super().__init__(_events(answer, usage=usage), headers)
+        self._answer, self._leave = answer, leave
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await super().__call__(scope, receive, send)
+        # Not reached when the service itself is stopped, which is no client's wish.
+        if not self._answer.left and not self._leave:
+            await self._answer.give_up()
+
+
+async def _events(answer: _Answer, *, usage: bool) -> AsyncGenerator[bytes]:
+    """Everything that goes wrong from here on is an event, for the status has been told."""
+    service, tenant = answer.service, answer.principal.tenant
+    chunk = partial(_chunk, answer, usage=usage)
+    try:
+        with service.feed.stream(tenant):
+            yield chunk({"role": "assistant", "content": ""})
+            reasoning = Reasoning()
+            async with aclosing(service.feed.follow(tenant, answer.query)) as records:
+                async for record in records:
+                    if told := reasoning.told(record):
+                        yield chunk({"reasoning_content": told})
+                    if record.type == "query.interrupted" and answer.is_left():
+                        answer.left = True
+                        raise _stopping(answer.query)
+            answer.left = True
+            query, used = await answer.found()
+            text = query["answer"]
+            for at in range(0, len(text), PIECE):
+                yield chunk({"content": text[at : at + PIECE]})
+            yield chunk({}, finish=_finish(query), airlock=_facts(query).model_dump())
+            if usage:
+                yield event(None, {**_frame(answer), "choices": [], "usage": used.model_dump()})
+            yield _DONE
+    except Problem as problem:
+        yield event("error", errors.body(problem))
+    except AirlockError as error:
+        yield event("error", errors.body(problem_of(error)))
+
+
+def _frame(answer: _Answer) -> dict[str, Any]:
+    return {"id": answer.id, "object": "chat.completion.chunk", "created": answer.created, "model": answer.model}
+
+
+def _chunk(answer: _Answer, delta: Mapping[str, str], *, usage: bool, finish: str | None = None, **more: Any) -> bytes:
+    choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
+    return event(None, {**_frame(answer), "choices": [choice], **({"usage": None} if usage else {}), **more})
+
+
+# Models
+
+
+@router.get("/models", response_model=ModelList, responses=documented(401, 403, 429, 503))
+async def list_models(service: The, principal: Reads) -> ModelList:
+    """What can be asked: each of the tenant's models, as a query."""
+    policy = await service.desk.policy_of(principal.tenant)
+    return ModelList(data=[ModelView(id=PREFIX + name) for name in service.desk.models_for(policy)])
+
+
+@router.get("/models/{model:path}", response_model=ModelView, responses=documented(401, 403, 404, 429, 503))
+async def get_model(service: The, principal: Reads, model: str) -> ModelView:
+    """One of these."""
+    for found in (await list_models(service, principal)).data:
+        if found.id == model:
+            return found
+    raise errors.model_not_found(model)
