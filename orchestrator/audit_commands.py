@@ -175,7 +175,8 @@ def prove(query: str, record: int) -> None:
     """Print a proof that a RECORD (its number) of a QUERY is in the journal (C2SP tlog-proof)."""
     from orchestrator import auditing
 
-    click.echo(auditing.prove(settings.home(), query, record), nl=False)
+    with auditing.open_books(settings.home()) as books:
+        click.echo(auditing.prove(books, books.find(query), record), nl=False)
 
 
 @audit.command(name="anchor")

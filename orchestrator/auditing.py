@@ -6,13 +6,13 @@ import json
 import os
 from base64 import b64encode
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import IO, TypeVar
 
 import anyio
 import anyio.to_thread
@@ -160,25 +160,46 @@ def verify_archive(file: Path, held: Sequence[str], trusted: Verifier | None, pl
         raise RequestError(str(error)) from None
 
 
+def verify_query(books: Books, query: str) -> Report:
+    """One query, with nothing of any log but its tenant's. Raises StoreError."""
+    tenant = books.tenant_of(query)
+    if not books.db.read(partial(journal.is_closed, query=query)):  # else its closing signed the log
+        with suppress(StoreError):  # a log that cannot be signed is found to be damaged below
+            books.sign(tenant)
+    notary = books.notary()
+    remembered = notary.note(logs.tenants_log(tenant))  # before the snapshot: what is signed meanwhile is no fault
+
+    def work(tx: journal.Connection) -> Report:
+        evidence = QueryEvidence(tx, books.vault, query)
+        return verify(evidence, trusted=notary.verifier, remembered=[remembered] if remembered else [])
+
+    return books.db.read(work)
+
+
 def export_archive(home: Path, text: str | None, out: Path) -> None:
     """All of the journal, or a query (see `Books.find`), in one tar at `out`. Raises RequestError, StoreError."""
     with open_books(home) as books:
         query = None if text is None else books.find(text)
-        for tenant in [books.tenant_of(query)] if query else books.db.read(journal.tenants):
-            books.sign(tenant)
-
-        def write(tx: journal.Connection, file: BinaryIO) -> None:
-            evidence = QueryEvidence(tx, books.vault, query) if query else LiveEvidence(tx, books.vault)
-            try:
-                write_archive(evidence, file)
-            except ValueError as error:
-                raise StoreError(f"the journal cannot be exported, what is stored of it is damaged: {error}") from None
-
         try:
             with draft(out) as file:
-                books.db.read(partial(write, file=file))
+                write_export(books, query, file)
         except Unwritable as why:
             raise RequestError(f"cannot write {out}: {why}") from None
+
+
+def write_export(books: Books, query: str | None, file: IO[bytes]) -> None:
+    """All of the journal, or one query, as a tar. Raises StoreError, and what writing to the file raises."""
+    for tenant in [books.tenant_of(query)] if query else books.db.read(journal.tenants):
+        books.sign(tenant)
+
+    def write(tx: journal.Connection) -> None:
+        evidence = QueryEvidence(tx, books.vault, query) if query else LiveEvidence(tx, books.vault)
+        try:
+            write_archive(evidence, file)
+        except ValueError as error:
+            raise StoreError(f"the journal cannot be exported, what is stored of it is damaged: {error}") from None
+
+    books.db.read(write)
 
 
 def histories(books: Books, text: str | None) -> Generator[list[Recorded]]:
@@ -206,18 +227,16 @@ def scores(books: Books) -> dict[str, Decimal]:
     return found
 
 
-def prove(home: Path, text: str, seq: int) -> str:
+def prove(books: Books, query: str, seq: int) -> str:
     """That a record, which is in the proof, is in its log (C2SP tlog-proof). Raises RequestError, StoreError."""
-    with open_books(home) as books:
-        query = books.find(text)
-        found = books.db.read(lambda tx: journal.leaf_of(tx, query, seq))
-        if found is None:
-            raise RequestError(f"query {query} has no record {seq}")
-        tenant = books.tenant_of(query)
-        note = books.sign(tenant)
-        head = open_checkpoint(note, books.notary().verifier)
-        path = books.db.read(lambda tx: logs.tree(tx, logs.tenants_log(tenant)).inclusion(found[0], head.size))
-        return Proof(found[0], path, note, found[1]).text()
+    found = books.db.read(lambda tx: journal.leaf_of(tx, query, seq))
+    if found is None:
+        raise RequestError(f"query {query} has no record {seq}")
+    tenant = books.tenant_of(query)
+    note = books.sign(tenant)
+    head = open_checkpoint(note, books.notary().verifier)
+    path = books.db.read(lambda tx: logs.tree(tx, logs.tenants_log(tenant)).inclusion(found[0], head.size))
+    return Proof(found[0], path, note, found[1]).text()
 
 
 def check_proof(text: str, trusted: Verifier) -> bytes:
@@ -314,8 +333,13 @@ def past_of(home: Path, text: str, *, to_resume: bool = False) -> Past:
         query = books.find(text)
         if to_resume:
             books.db.read(partial(standing, query=query, tenant=TENANT))
-        (records,) = histories(books, query)
-        return read_past(records)
+        return past_in(books, query)
+
+
+def past_in(books: Books, query: str) -> Past:
+    """Likewise, of a query that is there. Raises NotKept, StoreError."""
+    (records,) = histories(books, query)
+    return read_past(records)
 
 
 async def follow(

@@ -6,8 +6,9 @@ It needs no model and no key, and changes neither the ledger nor the journal.
 from __future__ import annotations
 
 import json
+import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -63,22 +64,45 @@ async def replay_query(home: Path, past: Past, backend: str | None, tell: Callab
     Raises NotKept, NotPermitted, RequestError, SandboxUnusable, StoreError.
     """
     past.require()
-    contexts, slots = ContextStore(home / "contexts"), Slots(home)
+    contexts, pool = ContextStore(home / "contexts"), Pool(Slots(home))
     chosen, notes = _backend_for(past, backend, home)
-    notes += [f"{where}: secrets were taken out, so what follows from it may differ" for _, where in past.redacted]
-    pool = Pool(slots)
-    replayed = Replayed(past.query, chosen.name, chosen.isolation.name, notes=notes)
+    try:
+        return await replay_in(past, chosen, pool, contexts, notes, tell)
+    finally:
+        with anyio.CancelScope(shield=True):
+            await pool.aclose()
+        chosen.close()
+
+
+async def replay_in(
+    past: Past,
+    backend: Backend,
+    pool: Pool,
+    contexts: ContextStore,
+    notes: Sequence[str] = (),
+    tell: Callable[[Again], object] = lambda _again: None,
+    most_s: float = math.inf,
+) -> Replayed:
+    """In sandboxes that are there. most_s: of all of it; what was not run by then is not compared.
+
+    Raises NotKept, SandboxUnusable, StoreError.
+    """
+    past.require()
+    cut = [f"{where}: secrets were taken out, so what follows from it may differ" for _, where in past.redacted]
+    replayed = Replayed(past.query, backend.name, backend.isolation.name, notes=[*notes, *cut])
 
     def take(again: Again) -> None:
         replayed.cells.append(again)
         tell(again)
 
-    try:
-        await replay(past, Stage(partial(pool.open, chosen), contexts.open, contexts.verify), take)
-    finally:
-        with anyio.CancelScope(shield=True):
-            await pool.aclose()
-        chosen.close()
+    with anyio.move_on_after(most_s) as over:
+        await replay(past, Stage(partial(pool.open, backend), contexts.open, contexts.verify), take)
+    if over.cancelled_caught:
+        done = {(again.node, again.cell) for again in replayed.cells}
+        for node in past.nodes.values():
+            for cell in node.cells:
+                if (node.name, cell.number) not in done:
+                    take(Again(node.name, cell.number, "not compared", f"the {most_s:g} s for it all were over"))
     return replayed
 
 

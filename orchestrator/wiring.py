@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio
 import anyio.from_thread
@@ -51,6 +51,7 @@ from orchestrator.store.db import Database
 from orchestrator.store.signing import Notary
 from orchestrator.store.vault import Vault, open_vault
 
+T = TypeVar("T")
 TENANT = "default"
 
 
@@ -225,6 +226,10 @@ class Platform:
             on_closed=watch.closed,
         )
         return await run_query(complete, self._machinery)
+
+    async def sheltered(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Run `work`, which holds a sandbox: whatever cancels the caller, and `aclose`, lets it end in order."""
+        return await self._machinery.shelter.run(work)
 
     def _interrupted(self, query_id: str, tenant: str) -> Past:
         """What there is of it. Raises RequestError, NotKept, StoreError where its records are not whole."""

@@ -96,19 +96,24 @@ def _address(process: subprocess.Popen[bytes], log: Path) -> str:
     return until(found, 30)
 
 
-def make_key(airlock: Airlock, tenant: str, *scopes: str) -> str:
-    """Made beside the service, as the command line does."""
-    db = Database(airlock.home, airlock.env.get("AIRLOCK_DATABASE"))
+@contextmanager
+def registry(airlock: Airlock) -> Iterator[Registry]:
+    """Tenants and keys, beside the service, as the command line has them."""
+    db = Database(airlock.home)
     try:
         vault = open_vault(db, airlock.home, airlock.env.get("AIRLOCK_MASTER_KEY"), key_created)
-        registry = Registry(db, vault, Notary(vault.signer(), airlock.home / "heads", vault.stamp))
-        if registry.tenant(tenant) is None:
-            registry.add_tenant(tenant, by="a test")
-        label = "-".join(scopes) or "default"
-        more: dict[str, Any] = {"scopes": scopes} if scopes else {}
-        return registry.create_key(tenant, label=label, by="a test", **more)[1]
+        yield Registry(db, vault, Notary(vault.signer(), airlock.home / "heads", vault.stamp))
     finally:
         db.close()
+
+
+def make_key(airlock: Airlock, tenant: str, *scopes: str) -> str:
+    with registry(airlock) as known:
+        if known.tenant(tenant) is None:
+            known.add_tenant(tenant, by="a test")
+        label = "-".join(scopes) or "default"
+        more: dict[str, Any] = {"scopes": scopes} if scopes else {}
+        return known.create_key(tenant, label=label, by="a test", **more)[1]
 
 
 def ask(client: httpx2.Client, question: str = "Is it long?", wait: int = 30, **more: Any) -> dict[str, Any]:

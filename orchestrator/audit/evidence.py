@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -158,21 +159,24 @@ class LiveEvidence(Evidence):
         return hashes[: HASH * width] if as_bytes(found.root) == whole(hashes) else b""
 
     def queries(self) -> Iterator[tuple[str, str, str]]:
-        for row in self._tx.execute(sa.select(queries.c.id, queries.c.tenant, queries.c.status).order_by(queries.c.id)):
+        columns = (queries.c.id, queries.c.tenant, queries.c.status)
+        for row in self._tx.execute(self._of_query(sa.select(*columns), queries.c.id).order_by(queries.c.id)):
             status = "open" if row.status == journal.QUEUED else str(row.status)
             yield str(row.id), str(row.tenant), status
 
     def reservations(self) -> Iterator[Reservation]:
         table = reservations.c
         columns = (table.id, table.query, table.amount, table.settled, table.state, table.calls, table.scopes)
-        find: Any = self._reservations(sa.select(*columns)).execution_options(**_AT_ONCE)
-        rows: Any = self._tx.execute(find)
+        find = self._of_query(sa.select(*columns), table.query)
+        rows: Any = self._tx.execute(find.execution_options(**_AT_ONCE))
         for name, query, amount, settled, state, calls, names in rows:
             is_open = state == "open"
             held, paid = (amount, 0) if is_open else (0, settled or 0)
             yield Reservation(str(name), str(query), int(paid), int(held), is_open, int(calls), str(names))
 
-    def _reservations(self, find: Any) -> Any:
+    def _of_query(self, find: Any, column: sa.Column[str]) -> Any:
+        """Of the query alone where the evidence is of one."""
+        del column
         return find
 
     def scopes(self) -> Iterator[tuple[str, int, int, int, int]]:
@@ -206,23 +210,32 @@ class QueryEvidence(LiveEvidence):
         return [self._log]
 
     def entries(self, log: str) -> Iterator[Entry]:
-        columns = (records.c.leaf, records.c.query, records.c.record)
-        find = sa.select(*columns).where(records.c.log == log, records.c.query.in_((self._query, log)))
-        for leaf, chain, record in self._tx.execute(find.order_by(records.c.leaf)):
-            if chain == self._query or json.loads(record)["body"].get("query") == self._query:
-                yield Entry(leaf, as_bytes(record))
+        # Each chain by itself, as it is indexed: the log may hold many times what is wanted of it.
+        yield from heapq.merge(self._chain(log, self._query), self._about(log), key=lambda entry: entry.leaf)
+
+    def _chain(self, log: str, chain: str) -> Iterator[Entry]:
+        columns = (records.c.leaf, records.c.record)
+        find = sa.select(*columns).where(records.c.query == chain, records.c.log == log).order_by(records.c.seq)
+        rows: Any = self._tx.execute(find.execution_options(**_AT_ONCE))
+        for leaf, record in rows:
+            yield Entry(int(leaf), as_bytes(record))
+
+    def _about(self, log: str) -> Iterator[Entry]:
+        named = json.dumps(self._query).encode()  # canonical JSON has one spelling
+        for entry in self._chain(log, log):
+            if named in entry.record and json.loads(entry.record)["body"].get("query") == self._query:
+                yield entry
 
     def notes(self, log: str) -> Iterator[tuple[int, str]]:
-        yield from list(super().notes(log))[-1:]
+        find = sa.select(checkpoints.c.size, checkpoints.c.note).where(checkpoints.c.log == log)
+        for size, note in self._tx.execute(find.order_by(checkpoints.c.size.desc()).limit(1)):
+            yield size, str(note)
 
     def tile(self, log: str, level: int, n: int, width: int) -> bytes | None:
         return self._tiles(level, n, width)[: HASH * width]
 
-    def queries(self) -> Iterator[tuple[str, str, str]]:
-        yield from (row for row in super().queries() if row[0] == self._query)
-
-    def _reservations(self, find: Any) -> Any:
-        return find.where(reservations.c.query == self._query)
+    def _of_query(self, find: Any, column: sa.Column[str]) -> Any:
+        return find.where(column == self._query)
 
     def scopes(self) -> Iterator[tuple[str, int, int, int, int]]:
         yield from ()

@@ -24,6 +24,9 @@ _NOT_PUBLIC = {
     "priv",
 }  # members of a JWK (RFC 7518) that only its owner has
 
+_PUBLIC = ("kty", "kid", "use", "alg", "n", "e", "crv", "x", "y")  # that are looked at
+_MOST_MEMBER = 4096  # characters
+
 Word = Annotated[str, Field(min_length=1, max_length=MOST_WORD, pattern=r"^[\x21-\x7e]+$")]
 
 
@@ -66,8 +69,8 @@ class Issuer(BaseModel):
         return self
 
 
-def public_keys(jwks: Any) -> list[dict[str, Any]]:
-    """The keys of a JWK set. Raises ValueError where it is none, or has a secret in it."""
+def public_keys(jwks: Any) -> list[dict[str, str]]:
+    """The keys of a JWK set, with what is used of them. Raises ValueError where it is none, or has a secret in it."""
     named: Any = cast("Any", jwks).get("keys") if isinstance(jwks, dict) else None
     listed = cast("list[Any]", named) if isinstance(named, list) else []
     keys = [cast("dict[str, Any]", key) for key in listed if isinstance(key, dict)]
@@ -77,4 +80,8 @@ def public_keys(jwks: Any) -> list[dict[str, Any]]:
         raise ValueError(f"has more than {MOST_KEYS} keys")
     if any(_NOT_PUBLIC & set(key) or key.get("kty") == "oct" for key in keys):
         raise ValueError("has a private or a shared key in it: give public keys alone")
-    return keys
+    return [{name: key[name] for name in _PUBLIC if _is_member(key.get(name))} for key in keys]
+
+
+def _is_member(value: object) -> bool:
+    return isinstance(value, str) and len(value) <= _MOST_MEMBER and value.isascii() and value.isprintable()

@@ -14,8 +14,9 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from orchestrator.core.errors import AirlockError
+from orchestrator.server.access import RateHeaders
 from orchestrator.server.problems import Problem, problem_of
-from orchestrator.server.routes import chat
+from orchestrator.server.routes import admin, audit, chat, contexts, ops, queries, viewer
 from orchestrator.server.service import Service
 
 _log = logging.getLogger("airlock.app")
@@ -34,13 +35,9 @@ def make_app(service: Service) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.service = service
-    import importlib  # TEMPORARY: until all rooms are there
-
-    for name in ("queries", "contexts", "audit", "admin", "chat", "ops", "viewer"):
-        try:
-            app.include_router(importlib.import_module(f"orchestrator.server.routes.{name}").router)
-        except ModuleNotFoundError:
-            print("no", name)
+    app.add_middleware(RateHeaders)
+    for room in (queries, contexts, audit, admin, chat, ops, viewer):
+        app.include_router(room.router)
     app.add_exception_handler(Problem, _problem)
     app.add_exception_handler(AirlockError, _airlock_error)
     app.add_exception_handler(RequestValidationError, _not_valid)
@@ -52,6 +49,7 @@ def make_app(service: Service) -> FastAPI:
 
 def _answer(request: Request, problem: Problem) -> Response:
     """As the route's clients expect it."""
+    request.scope.setdefault("state", {})["problem"] = problem.kind  # for the log
     return chat.error_response(problem) if chat.speaks(request.scope["path"]) else problem.response()
 
 

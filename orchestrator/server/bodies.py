@@ -23,7 +23,7 @@ from orchestrator.settings import ServerSettings
 JSON_S = 60.0  # that a body has which is read before anything is done
 PIECE_S = 20.0  # that the next piece has; also what a rate is measured over
 LEAST_RATE = 1024  # bytes a second
-LINGER_S = 2.0  # that who is refused has to read why
+LINGER_S, LINGER_BYTES = 2.0, 8 << 20  # that who is refused has to read why, and may send meanwhile
 HEADER_BYTES = 32 << 10
 HEADERS = 100
 SMALL = 1 << 20
@@ -59,8 +59,8 @@ class Bodies:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = secrets.token_hex(8)  # never the client's: what is found by it in the log is ours
-        scope.setdefault("state", {})["request_id"] = request_id
+        # Never the client's: what is found by it in the log is ours.
+        request_id = scope.setdefault("state", {}).setdefault("request_id", secrets.token_hex(8))
         always = self._always | ({"Cache-Control": "no-store"} if scope["path"].startswith("/v1/") else {})
 
         async def told(message: Message) -> None:
@@ -189,8 +189,9 @@ async def _refuse(response: Response, scope: Scope, receive: Receive, send: Send
             return
         await send({**message, "more_body": True})
         with anyio.move_on_after(LINGER_S):
-            while (come := await receive())["type"] != "http.disconnect" and come.get("more_body"):
-                pass
+            left = LINGER_BYTES
+            while left > 0 and (come := await receive())["type"] != "http.disconnect" and come.get("more_body"):
+                left -= len(come.get("body", b""))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     await response(scope, receive, lingering)

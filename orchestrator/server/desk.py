@@ -219,6 +219,8 @@ class Desk:
             while True:
                 if not await anyio.to_thread.run_sync(self._is_open, query):
                     return True
+                if self.draining and query not in self._here:
+                    return False  # it goes on elsewhere
                 await anyio.sleep(LOOK_S / 4)
         return False
 

@@ -26,6 +26,7 @@ class Feed:
         self._books, self._most, self._here = books, most, here
         self._waiting: dict[str, set[anyio.Event]] = {}
         self._streams: dict[str, int] = {}
+        self.over = anyio.Event()  # the service stops, and all that ran was seen to: there is nothing to wait for
 
     @property
     def streams(self) -> int:
@@ -52,10 +53,16 @@ class Feed:
         for event in self._waiting.get(query, ()):
             event.set()
 
+    def stop(self) -> None:
+        """Streams end, for their clients to go on where another service answers."""
+        self.over.set()
+        for query in list(self._waiting):
+            self.wake(query)
+
     async def follow(self, tenant: str, query: str, after: int = -1) -> AsyncGenerator[Recorded]:
         """The query's records after number `after`, as they are written, to the one that closes it. Raises StoreError.
 
-        tenant: whose the query is, looked at by the caller.
+        It ends without that one when the service stops. tenant: whose the query is, looked at by the caller.
         """
         keeper = await anyio.to_thread.run_sync(self._books.vault.opener, tenant, query)
         while True:
@@ -71,6 +78,8 @@ class Feed:
                     return
                 if len(rows) == AT_ONCE:
                     continue
+                if self.over.is_set():
+                    return
                 with anyio.move_on_after(HERE_S if self._here(query) else ELSEWHERE_S):
                     await woken.wait()
                     await anyio.sleep(SOON_S)

@@ -6,9 +6,10 @@ import json
 import logging
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from typing import Any
+from typing import Any, BinaryIO
 
 import anyio
+import anyio.to_thread
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -17,6 +18,7 @@ from orchestrator.core.errors import AirlockError
 
 HEARTBEAT_S = 15.0
 SLOWEST_S = 30.0  # a client that does not take a piece in this time has gone
+_PIECE = 256 << 10  # bytes of a file that are sent at once
 
 _log = logging.getLogger("airlock.streaming")
 
@@ -42,7 +44,7 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         ready, taken = anyio.create_memory_object_stream[bytes](1)
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(_gone, receive, tasks.cancel_scope)
+            tasks.start_soon(cancel_when_gone, receive, tasks.cancel_scope)
             tasks.start_soon(_pump, self._pieces, ready)
             with anyio.move_on_after(SLOWEST_S):
                 await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
@@ -51,10 +53,36 @@ class EventStream(Response):
             tasks.cancel_scope.cancel()
 
 
-async def _gone(receive: Receive, scope: anyio.CancelScope) -> None:
+async def cancel_when_gone(receive: Receive, scope: anyio.CancelScope) -> None:
+    """Beside work that is of use only as long as its client waits for it."""
     while (await receive())["type"] != "http.disconnect":
         pass
     scope.cancel()
+
+
+class FileStream(Response):
+    """A file that is nobody else's, from its beginning on; closed when it was sent, or the client does not take it."""
+
+    media_type = "application/octet-stream"
+
+    def __init__(self, file: BinaryIO, bytes_: int, media_type: str, headers: Mapping[str, str]) -> None:
+        super().__init__(headers={"Cache-Control": "no-store", **headers}, media_type=media_type)
+        self.headers["content-length"] = str(bytes_)
+        self._file = file
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._file:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(cancel_when_gone, receive, tasks.cancel_scope)
+                await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+                more = True
+                while more:
+                    piece = await anyio.to_thread.run_sync(self._file.read, _PIECE)
+                    more = bool(piece)
+                    with anyio.move_on_after(SLOWEST_S) as slow:
+                        await send({"type": "http.response.body", "body": piece, "more_body": more})
+                    more = more and not slow.cancelled_caught
+                tasks.cancel_scope.cancel()
 
 
 async def _pump(pieces: AsyncGenerator[bytes], ready: MemoryObjectSendStream[bytes]) -> None:

@@ -278,6 +278,13 @@ def after(
     return [(_bytes(row.record), texts.get(row.seq, {})) for row in rows]
 
 
+def links_after(tx: sa.Connection, query: str, seq: int, most: int) -> list[tuple[bytes, str]]:
+    """`chain`, of at most `most` records after number `seq`."""
+    find = sa.select(records.c.record, records.c.hash).where(records.c.query == query, records.c.seq > seq)
+    rows = tx.execute(find.order_by(records.c.seq).limit(most))
+    return [(_bytes(row.record), row.hash) for row in rows]
+
+
 def tenants(tx: sa.Connection) -> list[str]:
     """Those that have a log: by their queries, or by having been added."""
     named = sa.union(sa.select(queries.c.tenant), sa.select(registered.c.name))

@@ -111,13 +111,22 @@ class Notary:
 
     def remembered(self, log: str) -> Checkpoint | None:
         """What this folder has of the log. Raises StoreError where that was not signed with this database's key."""
+        note = self.note(log)
+        try:
+            return None if note is None else self._open(note)
+        except NoteError as error:
+            file = self._file(log)
+            raise StoreError(f"{file}, what was signed last of log {log}, cannot be used: {error}") from None
+
+    def note(self, log: str) -> str | None:
+        """Likewise, whatever it is. Raises StoreError where it cannot be read."""
         file = self._file(log)
         try:
-            return self._open(file.read_text())
+            return file.read_text(errors="replace")
         except FileNotFoundError:
             return None
-        except (OSError, NoteError, UnicodeDecodeError) as error:
-            raise StoreError(f"{file}, what was signed last of log {log}, cannot be used: {error}") from None
+        except OSError as error:
+            raise StoreError(f"{file}, what was signed last of log {log}, cannot be read: {error.strerror}") from None
 
     def notes(self) -> list[str]:
         """All that this folder remembers. Raises StoreError."""

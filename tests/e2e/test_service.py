@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -148,6 +149,27 @@ def test_queries_of_a_service_that_ended_are_gone_on_with_by_the_next_one(airloc
     kinds = [row["type"] for row in airlock.records(running)]
     assert kinds.count("query.opened") == 1
     assert "query.resumed" in kinds
+
+
+def test_a_stopped_service_keeps_nobody_waiting(airlock: Airlock):
+    """Streams end, and who waits is told how far it is: at once, and in order."""
+    config = "[server]\ndrain_s = 0\n"
+    with (
+        served(airlock, script=SLOW, config=config) as server,
+        server.client() as client,
+        ThreadPoolExecutor(2) as both,
+    ):
+        query = ask(client, wait=0)["id"]
+        seen: list[str] = []
+        stream = both.submit(lambda: [seen.append(kind) for _number, kind, _data in events(client, query)])
+        waits = both.submit(lambda: ask(client, "And this?", wait=60))
+        until(lambda: "call.intent" in seen and len(airlock.rows("SELECT id FROM queries WHERE status='open'")) == 2)
+        begun = time.monotonic()
+        assert server.stop() == 0
+        assert time.monotonic() - begun < 5, "it waited for its clients"
+        stream.result()
+        assert seen[-1] == "query.interrupted"
+        assert waits.result()["status"] == "interrupted"
 
 
 def test_a_stopped_service_closes_what_it_could_not_leave(airlock: Airlock):

@@ -1,4 +1,4 @@
-"""An app with some of the service's routes, over a real store: for what is below queries."""
+"""The application over a real store, with nothing that runs queries: for what needs none."""
 
 from __future__ import annotations
 
@@ -13,15 +13,12 @@ from typing import Any
 import limits.storage.memory
 import limits.strategies
 import pytest
-from fastapi import APIRouter, FastAPI, Request
-from starlette.responses import Response
+from fastapi import APIRouter, FastAPI
 from starlette.testclient import TestClient
 
 from orchestrator.auditing import Books
-from orchestrator.core.errors import AirlockError
 from orchestrator.server import access
-from orchestrator.server.access import RateHeaders
-from orchestrator.server.problems import Problem, problem_of
+from orchestrator.server.app import make_app
 from orchestrator.server.service import Service
 from orchestrator.settings import ServerSettings
 from orchestrator.store import journal
@@ -34,7 +31,7 @@ from tests.unit.helpers import DEFAULT, fill
 
 @dataclass
 class Small:
-    """A service of these routes alone. client: as if on https://airlock.example."""
+    """client: as if on https://airlock.example."""
 
     app: FastAPI
     service: Service
@@ -59,6 +56,7 @@ class Small:
 
 @contextmanager
 def small(home: Path, *routers: APIRouter, secure: bool = True, **settings: Any) -> Generator[Small]:
+    """routers: added to the service's own."""
     fill(home)
     db = Database(home)
     try:
@@ -68,11 +66,7 @@ def small(home: Path, *routers: APIRouter, secure: bool = True, **settings: Any)
         others: Any = SimpleNamespace()
         registry, books = Registry(db, vault, notary), Books(home, db, vault)
         service = Service(home, ServerSettings(**settings), platform, books, registry, others, others, others, secure)
-        app = FastAPI()
-        app.state.service = service
-        app.add_middleware(RateHeaders)
-        app.add_exception_handler(Problem, _problem)
-        app.add_exception_handler(AirlockError, _problem)
+        app = make_app(service)
         for router in routers:
             app.include_router(router)
         with TestClient(app, base_url="https://airlock.example") as client, _within_a_minute():
@@ -90,10 +84,3 @@ def _within_a_minute() -> Generator[None]:
         for module in (limits.storage.memory, limits.strategies, access):
             patch.setattr(module, "time", clock)
         yield
-
-
-async def _problem(_request: Request, error: Exception) -> Response:
-    if isinstance(error, AirlockError):
-        return problem_of(error).response()
-    assert isinstance(error, Problem)
-    return error.response()
