@@ -37,6 +37,7 @@ Kind = Literal["text", "json", "jsonl"]
 PATIENCE_S = 60.0  # with a connection that breaks, since anything last came over it
 AGAIN_S, MOST_AGAIN_S = 0.2, 5.0  # until it is tried again
 SILENT_S = 45.0  # that a stream may be, in which the service says something every 15 s
+UPLOAD_S = 900.0  # that the service has to make a context of what has come
 WHOLE = 16 << 20  # bytes of a file that goes in one request; a longer one goes in pieces
 PIECE = 8 << 20
 _CHUNK = 1 << 20
@@ -213,7 +214,7 @@ class Client:
     def __init__(self, url: str, api_key: str, *, timeout_s: float = 60.0) -> None:
         import httpx2  # slow to load, and of no use to who imports the package for something else
 
-        self.url = _address(url)
+        self.url, self._key, self._timeout_s = _address(url), api_key, timeout_s
         if not api_key.isascii() or not api_key.isprintable() or not api_key:
             raise RequestError("the API key has characters that no key has")
         self._http = httpx2.Client(
@@ -232,6 +233,10 @@ class Client:
 
     def close(self) -> None:
         self._http.close()
+
+    def again(self) -> Client:
+        """Another one of the same service, with connections of its own."""
+        return Client(self.url, self._key, timeout_s=self._timeout_s)
 
     # Queries
 
@@ -378,7 +383,7 @@ class Client:
         about = {"kind": kind or "text", "name": name, "encoding": encoding}
         if not isinstance(source, Path):
             pieces = iter(lambda: source.read(_CHUNK), b"")
-            return _made(Stored, self._call("PUT", "/v1/contexts", params=about, content=pieces))
+            return _made(Stored, self._call("PUT", "/v1/contexts", params=about, content=pieces, timeout=UPLOAD_S))
         if source.is_dir():
             with _as_lines(source, encoding) as lines:
                 return self._file(lines, {"kind": "jsonl", "name": name or _shown(source)}, progress)
@@ -390,7 +395,8 @@ class Client:
             with open_regular(path) as file:
                 size = path.stat().st_size
                 if size <= WHOLE:
-                    return _made(Stored, self._call("PUT", "/v1/contexts", params=about, content=file.read()))
+                    whole = self._call("PUT", "/v1/contexts", params=about, content=file.read(), timeout=UPLOAD_S)
+                    return _made(Stored, whole)
                 return self._in_pieces(file, size, about, progress)
         except (Unreadable, OSError) as why:
             raise ContextError(f"cannot read {path}: {why}") from None
@@ -414,7 +420,7 @@ class Client:
                 if not (piece := file.read(min(PIECE, size - offset))):
                     raise ContextError("the file has become shorter while it was read: try again")
                 headers = {**tus, "Upload-Offset": str(offset), "Content-Type": "application/offset+octet-stream"}
-                answer = self._answer("PATCH", where[1], headers=headers, content=piece)
+                answer = self._answer("PATCH", where[1], headers=headers, content=piece, timeout=UPLOAD_S)
                 patience.renew()
             except ServiceError as error:
                 if error.status != 409:  # it is elsewhere than we thought

@@ -302,6 +302,11 @@ def test_what_a_query_may_is_narrowed_by_words_of_our_own(airlock: Airlock):
         ({"messages": [{"role": "user", "content": " "}]}, "messages[0].content", "no text"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "'user'"),
         (
+            {"messages": [{"role": "user", "content": [{"type": "file", "file": {"file_data": "x"}}]}]},
+            "messages[0].content[0].file.file_id",
+            "required",
+        ),
+        (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}]},
             "messages[0].content[0]",
             "type text",
