@@ -19,12 +19,11 @@ import anyio.from_thread
 import anyio.to_thread
 from fastapi import APIRouter, Depends, Header, Query, Response
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
-from starlette.background import BackgroundTask
 from starlette.requests import ClientDisconnect, Request
 
 from orchestrator.core.errors import ContextError
 from orchestrator.server.access import allowed
-from orchestrator.server.housekeeping import collect
+from orchestrator.server.housekeeping import remove_later
 from orchestrator.server.inline import INGESTS
 from orchestrator.server.problems import Problem, documented, not_found
 from orchestrator.server.service import Principal, Service, the_service
@@ -326,7 +325,8 @@ async def give_up(request: Request, principal: Gives, context_id: str) -> Respon
         raise not_found("context")
     if not await service.platform.db.write(lambda tx: holdings.give_up(tx, principal.tenant, context_id)):
         raise not_found("context")
-    return Response(status_code=204, background=BackgroundTask(collect, service, context_id))
+    remove_later(service, context_id)
+    return Response(status_code=204)
 
 
 # Parts of these
