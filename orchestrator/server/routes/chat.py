@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -168,7 +169,7 @@ async def complete(
             depth=ours.depth,
             answer_schema=schema,
             idempotency=idempotency_key,
-            fingerprint=asked.model_dump_json(exclude={"stream", "stream_options"}, exclude_unset=True).encode(),
+            fingerprint=_fingerprint(await request.body()),
         ),
     )
     answer = _Answer(service, principal, query.id, asked.model)
@@ -178,6 +179,17 @@ async def complete(
         usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
         return _Streamed(answer, usage=usage, leave=leave, headers=headers)
     return JSONResponse(await _whole(answer, request.receive, leave=leave), headers=headers)
+
+
+def _fingerprint(body: bytes) -> bytes:
+    """What is asked, however it is written. Whether it is streamed is no part of it."""
+    try:
+        asked: dict[str, Any] = json.loads(body)
+        return json.dumps(
+            {name: asked[name] for name in asked.keys() - {"stream", "stream_options"}}, sort_keys=True
+        ).encode()
+    except (ValueError, RecursionError):  # it was read before, at less depth
+        return body
 
 
 def _fault(param: str, text: str) -> Problem:
