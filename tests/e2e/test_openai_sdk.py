@@ -289,7 +289,6 @@ def test_what_a_query_may_is_narrowed_by_words_of_our_own(airlock: Airlock):
         ({"extra_body": {"best_of": 2}}, "best_of", "not permitted"),
         ({"extra_body": {"airlock": {"backend": "none"}}}, "airlock.backend", "not permitted"),
         ({"extra_body": {"airlock": {"budget_usd": "much"}}}, "airlock.budget_usd", "pattern"),
-        ({"stream_options": {"include_usage": True}}, "stream_options", "stream: true"),
         ({"response_format": {"type": "xml"}}, "response_format", "json_schema"),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": 1}}}},
