@@ -22,6 +22,7 @@ from orchestrator.choices import narrowed
 from orchestrator.core.context import Context
 from orchestrator.core.errors import (
     AirlockError,
+    ContextGone,
     CountExceeded,
     LimitError,
     ModelError,
@@ -393,7 +394,7 @@ class Desk:
             _log.error("a query could not be resumed", extra={"query": query, "error": error.kind})
             return error.kind
         except (Problem, AirlockError) as error:
-            why, passes = str(error), isinstance(error, LimitError | SandboxUnusable | ProviderError)
+            why, passes = str(error), isinstance(error, ContextGone | LimitError | SandboxUnusable | ProviderError)
             last = last or not passes
         finally:
             del self._here[query]
