@@ -35,14 +35,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar
 
 
 class AirlockError(Exception):
     """Base of every deliberate error. `str()` is one line that says what is wrong and what to do."""
 
-    kind: ClassVar[str] = "error"
-    exit_code: ClassVar[int] = 1
+    kind: str = "error"  # these two are a class's, but for what a service tells of its errors
+    exit_code: int = 1
 
     @property
     def told(self) -> str:
