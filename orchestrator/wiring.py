@@ -174,6 +174,15 @@ class Platform:
         """Close a query that waits, or was interrupted, as cancelled. False where it is neither. Raises StoreError."""
         return await withdraw(query_id, tenant, why, self._machinery)
 
+    async def recover(self) -> None:
+        """Interrupt what runs or waits in processes that have died, so that it can be resumed. Raises StoreError."""
+
+        def work() -> None:
+            if recover(self.db, self.notary):
+                self.slots.clear_dead()
+
+        await anyio.to_thread.run_sync(work)
+
     async def resume(self, query_id: str, *, watch: Watch | None = None, tenant: str = TENANT) -> Closed:
         """Go on with a query that was interrupted: its REPL is rebuilt, and no call that had a result is asked again.
 

@@ -358,6 +358,7 @@ class Desk:
         while not db.lost:
             try:
                 await db.write(lambda _tx: None)
+                await self._platform.recover()  # of processes beside this one, which nobody may start again
                 for query in await anyio.to_thread.run_sync(db.look, partial(requests.to_cancel, owner=db.owner)):
                     self._end(query, "cancelled")
                 suspended = await anyio.to_thread.run_sync(self._registry.suspended)
@@ -408,6 +409,9 @@ class Desk:
         except (Problem, AirlockError) as error:
             why, passes = str(error), isinstance(error, ContextGone | LimitError | SandboxUnusable | ProviderError)
             last = last or not passes
+        except Exception as error:  # a fault of ours, or damage: no affair of the others, and it may be put right
+            _log.exception("a query could not be resumed", extra={"query": query, "error": type(error).__name__})
+            why = f"internal: {type(error).__name__}"
         finally:
             del self._here[query]
             here.done.set()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import signal
+import sqlite3
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 
 import pytest
 
@@ -149,6 +151,39 @@ def test_queries_of_a_service_that_ended_are_gone_on_with_by_the_next_one(airloc
     kinds = [row["type"] for row in airlock.records(running)]
     assert kinds.count("query.opened") == 1
     assert "query.resumed" in kinds
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_queries_of_a_service_that_ended_are_gone_on_with_by_the_one_beside_it(airlock: Airlock, how: signal.Signals):
+    """Those that ran, and those that waited: nobody has to be started anew for them."""
+    beside = Airlock(airlock.home, airlock.folder / "beside")
+    beside.folder.mkdir()
+    slow, config = SCRIPT + "delay_s: 1\n", "[server]\nqueries = 1\ndrain_s = 0\n"
+    same = ("--model", f"scripted:{airlock.folder}/script.yaml")
+    with served(airlock, script=slow, config=config) as server, served(beside, *same, script=slow) as other:
+        other.keys = {"acme": server.key()}
+        with server.client() as client:
+            asked = [ask(client, question, wait=0)["id"] for question in ("Is it long?", "And this one?")]
+            until(lambda: client.get(f"/v1/queries/{asked[0]}").json()["status"] == "running")
+        server.stop(how)
+        with other.client() as client:
+            for query in asked:
+                ended = until(lambda q=query: (got := client.get(f"/v1/queries/{q}").json())["journal_head"] and got)
+                assert ended["answer"] == "it is short"
+
+
+def test_a_query_that_cannot_be_gone_on_with_ends_alone(airlock: Airlock):
+    """Its tenant's policy is one of a newer Airlock: what others ask is answered all the same."""
+    with served(airlock, script=SLOW) as server, server.client() as client:
+        query = ask(client, wait=0)["id"]
+        until(lambda: client.get(f"/v1/queries/{query}").json()["status"] == "running")
+        server.stop(signal.SIGKILL)
+    with closing(sqlite3.connect(airlock.home / "airlock.db")) as db, db:
+        db.execute("UPDATE tenants SET policy = '{\"newer\": 1}' WHERE name = 'acme'")
+    with served(airlock) as server, server.client("other") as client:
+        until(lambda: [line for line in server.lines() if line["level"] == "error" and line.get("query") == query])
+        assert ask(client)["status"] == "answered"
+        assert airlock.rows("SELECT status FROM queries WHERE id = ?", query) == [("interrupted",)]
 
 
 def test_a_stopped_service_keeps_nobody_waiting(airlock: Airlock):
