@@ -113,7 +113,7 @@ class _Query:
                 self._record(Event("limit.hit", ROOT, limit_hit(error)))
             if error is not caught and self._account.nothing_new:
                 status = "interrupted"
-            outcome = self._root.stopped(status, f"{error.kind}: {error}")
+            outcome = self._root.stopped(status, f"{error.kind}: {error.told}")
         except BaseException as stopped:  # cancelled, or a fault of our own: the chain is closed all the same
             cancelled = isinstance(stopped, anyio.get_cancelled_exc_class())
             how: Status = "cancelled" if cancelled else "failed"

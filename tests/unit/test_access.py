@@ -160,7 +160,13 @@ def test_a_use_is_noted(there: Small):
 def test_every_answer_says_what_is_left(there: Small):
     headers = there.bearer("read")
     left: list[int] = []
-    for path, status in (("/v1/read", 200), ("/v1/plain", 200), ("/v1/wrong", 418), ("/v1/admin", 403), ("/v1/read", 200)):
+    for path, status in (
+        ("/v1/read", 200),
+        ("/v1/plain", 200),
+        ("/v1/wrong", 418),
+        ("/v1/admin", 403),
+        ("/v1/read", 200),
+    ):
         answer = there.client.get(path, headers=headers)
         assert answer.status_code == status
         assert answer.headers["ratelimit-policy"] == '"minute";q=50;w=60'
