@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from orchestrator.core.errors import AirlockError
-from orchestrator.server.access import RateHeaders
+from orchestrator.server.access import Door
 from orchestrator.server.problems import Problem, problem_of
 from orchestrator.server.routes import admin, audit, chat, contexts, ops, queries, viewer
 from orchestrator.server.service import Service
@@ -35,7 +35,7 @@ def make_app(service: Service) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.service = service
-    app.add_middleware(RateHeaders)
+    app.add_middleware(Door, answer=_answer)
     for room in (queries, contexts, audit, admin, chat, ops, viewer):
         app.include_router(room.router)
     app.add_exception_handler(Problem, _problem)

@@ -331,7 +331,7 @@ async def _events(answer: _Answer, *, usage: bool) -> AsyncGenerator[bytes]:
                 async for record in records:
                     if told := reasoning.told(record):
                         yield chunk({"reasoning_content": told})
-                    if record.type == "query.interrupted" and answer.is_left():
+                    if record.type == "query.interrupted" and service.desk.draining:
                         answer.left = True
                         raise _stopping(answer.query)
             answer.left = True
