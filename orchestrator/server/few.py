@@ -9,7 +9,7 @@ from pydantic import BaseModel, model_validator
 MOST_FIELDS = 100  # more than any object of ours has
 
 
-def few(given: Any, most: int = MOST_FIELDS) -> Any:
+def few(given: object, most: int = MOST_FIELDS) -> object:
     """Raises ValueError, once, before anything is said of each. Lists have `fail_fast` for it."""
     if isinstance(given, dict) and len(cast("dict[str, Any]", given)) > most:
         raise ValueError(f"an object here has at most {most} fields")
@@ -21,5 +21,5 @@ class Few(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _few(cls, given: Any) -> Any:
+    def _few(cls, given: object) -> object:
         return few(given)
