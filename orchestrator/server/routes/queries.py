@@ -19,6 +19,7 @@ from orchestrator.core.units import NANO
 from orchestrator.server import inline, queries_view
 from orchestrator.server.access import allowed
 from orchestrator.server.desk import Ask
+from orchestrator.server.few import Few
 from orchestrator.server.problems import documented
 from orchestrator.server.service import Principal, Service, the_service
 from orchestrator.server.streaming import EventStream, event
@@ -42,7 +43,7 @@ _EXAMPLE: dict[str, Any] = {
 }
 
 
-class _Given(BaseModel):
+class _Given(Few):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
