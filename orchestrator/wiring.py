@@ -171,7 +171,10 @@ class Platform:
         return await enqueue(order, self._machinery, also)
 
     async def withdraw(self, query_id: str, tenant: str, why: str) -> bool:
-        """Close a query that waits, or was interrupted, as cancelled. False where it is neither. Raises StoreError."""
+        """Close a query that was interrupted, or waits here, as cancelled. False where it is neither.
+
+        Raises StoreError.
+        """
         return await withdraw(query_id, tenant, why, self._machinery)
 
     async def recover(self) -> None:

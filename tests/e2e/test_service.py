@@ -266,3 +266,28 @@ def test_who_asks_much_does_not_make_others_wait_for_all_of_it(airlock: Airlock)
         assert len(waiting) >= 4
         for query in waiting:
             client.post(f"/v1/queries/{query}/cancel")
+
+
+def test_services_beside_each_other_keep_one_limit_and_end_each_others_queries(airlock: Airlock):
+    policy = airlock.policy(tenant_queries_at_once="1")
+    beside = Airlock(airlock.home, airlock.folder / "beside")
+    beside.folder.mkdir()
+    same = ("--policy", policy, "--model", f"scripted:{airlock.folder}/script.yaml")
+    with served(airlock, "--policy", policy, script=SLOW) as server, served(beside, *same, script=SLOW) as other:
+        other.keys = {"acme": server.key()}
+        with server.client() as client, other.client() as there:
+
+            def status(query: str) -> str:
+                return client.get(f"/v1/queries/{query}").json()["status"]
+
+            running = ask(client, wait=0)["id"]
+            until(lambda: status(running) == "running")
+            waiting, unwanted = ask(there, wait=0)["id"], ask(there, wait=0)["id"]
+            assert client.post(f"/v1/queries/{unwanted}/cancel").status_code == 202
+            until(lambda: status(unwanted) == "cancelled")
+            assert status(waiting) == "queued"
+            there.post(f"/v1/queries/{running}/cancel")
+            until(lambda: status(waiting) == "running")
+            client.post(f"/v1/queries/{waiting}/cancel")
+            until(lambda: status(waiting) == "cancelled")
+        assert not [line for line in (*server.lines(), *other.lines()) if line["level"] == "error"]

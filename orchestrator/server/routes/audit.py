@@ -231,7 +231,7 @@ async def replay_query(request: Request, service: The, principal: Audits, query:
     status = (await _require_own(service, principal, query)).status
     if status in ("open", journal.QUEUED):
         raise Problem(409, "still-running", "the query has not ended: it can be run again when it has")
-    if service.desk.draining:
+    if service.under_way.draining:
         raise _stopping()
     tenant, platform = principal.tenant, service.platform
     if tenant in _replaying or len(_replaying) >= REPLAYS:

@@ -275,7 +275,7 @@ async def ask(
         response.headers["Idempotency-Replayed"] = "true"
     if wait := _WAIT.search(prefer or ""):
         response.headers["Preference-Applied"] = f"wait={wait[1]}"
-        if await service.desk.ended(asked.id, min(float(wait[1]), MOST_WAIT_S)):
+        if await service.under_way.ended(asked.id, min(float(wait[1]), MOST_WAIT_S)):
             response.status_code = 200
     return await _view(service, principal, asked.id)
 
@@ -306,7 +306,7 @@ async def get_query(service: The, principal: Reads, query: QueryId) -> dict[str,
 async def _view(service: Service, principal: Principal, query: str) -> dict[str, Any]:
     def read(tx: queries_view.Connection) -> dict[str, Any]:
         found = own(tx, service, principal, query)
-        return queries_view.view(tx, service.books, found, service.desk.account(query))
+        return queries_view.view(tx, service.books, found, service.under_way.account(query))
 
     return await anyio.to_thread.run_sync(service.platform.db.look, read)
 
