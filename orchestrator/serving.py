@@ -55,6 +55,7 @@ async def serve(options: dict[str, Any], choices: Choices) -> int:
     logs.configure(json=options["log"] == "json")
     with _listening(host, options["port"]) as bound:
         async with open_platform(choices, home) as platform:
+            platform.require_models()  # who can mend it is here now, and not when a tenant asks
             config = platform.config.server
             registry = Registry(platform.db, platform.vault, platform.notary)
             metrics = Metrics()

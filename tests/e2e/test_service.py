@@ -208,6 +208,15 @@ def test_a_public_address_needs_tls(airlock: Airlock):
     assert "--tls-cert" in said
 
 
+def test_it_does_not_start_without_a_model_that_can_be_asked(airlock: Airlock):
+    def refused(*options: object) -> str:
+        return airlock("serve", "--port", 0, "--backend", "bubblewrap", *options, code=2).lines[0]
+
+    assert "no model is configured" in refused()
+    assert "there is no API key for gpt-5-mini: set OPENAI_API_KEY" in refused("--model", "gpt-5-mini")
+    assert "--price mine=" in refused("--model", "mine", "--base-url", "http://127.0.0.1:9")
+
+
 def test_what_a_tenant_has_running_ends_when_it_is_suspended(airlock: Airlock):
     with served(airlock, script=SLOW) as server, server.client() as client, server.client("other") as other:
         mine, theirs = ask(client, wait=0)["id"], ask(other, wait=0)["id"]
