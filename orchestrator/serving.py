@@ -178,7 +178,7 @@ async def _run(app: Any, bound: socket.socket, options: dict[str, Any], service:
     desk = service.desk
     config = uvicorn.Config(
         app,
-        http=limited(BEHIND_A_PROXY) if options["insecure_http"] else Protocol,
+        http=limited(BEHIND_A_PROXY) if options["insecure_http"] or _is_loopback(options["host"]) else Protocol,
         ws="none",
         lifespan="off",
         log_config=None,
