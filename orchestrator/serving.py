@@ -56,6 +56,7 @@ async def serve(options: dict[str, Any], choices: Choices) -> int:
     logs.configure(json=options["log"] == "json")
     with _listening(host, options["port"]) as bound:
         async with open_platform(choices, home) as platform:
+            platform.require_models()  # who can mend it is here now, and not when a tenant asks
             config = platform.config.server
             registry = Registry(platform.db, platform.vault, platform.notary)
             metrics = Metrics()
@@ -179,7 +180,7 @@ async def _run(app: Any, bound: socket.socket, options: dict[str, Any], service:
     under_way = service.under_way
     config = uvicorn.Config(
         app,
-        http=limited(BEHIND_A_PROXY) if options["insecure_http"] else Protocol,
+        http=limited(BEHIND_A_PROXY) if options["insecure_http"] or _is_loopback(options["host"]) else Protocol,
         ws="none",
         lifespan="off",
         log_config=None,

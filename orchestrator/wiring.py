@@ -282,6 +282,14 @@ class Platform:
         """
         self._require(question, self.model, self.sub_models, self.policy)
 
+    def require_models(self) -> None:
+        """That whatever a tenant may name can be asked, at a known price. Raises ModelError, PriceUnknown."""
+        if not self.models.named:
+            raise ModelError(NO_MODEL)
+        for name in self.models.named:
+            self.models.require([name])
+        self._require_prices(self.models.named)
+
     def _require(self, question: str | None, model: str, sub_models: Sequence[str], policy: Policy) -> list[str]:
         """The names of all models that the query may ask."""
         if question is not None:

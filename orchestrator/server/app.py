@@ -12,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.routing import Match
 
 from orchestrator.core.errors import AirlockError
 from orchestrator.server.access import Door
@@ -21,6 +22,7 @@ from orchestrator.server.service import Service
 
 _log = logging.getLogger("airlock.app")
 _MOST_FAULTS = 20  # of one request that are told
+_METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
 
 
 def make_app(service: Service) -> FastAPI:
@@ -66,8 +68,21 @@ async def _airlock_error(request: Request, error: Exception) -> Response:
 async def _http(request: Request, error: Exception) -> Response:
     """No such page, no such method."""
     assert isinstance(error, HTTPException)
-    kind = {404: "not-found", 405: "method-not-allowed"}.get(error.status_code, "bad-request")
+    if error.status_code == 405:
+        taken = ", ".join(_methods(request))
+        return _answer(request, Problem(405, "method-not-allowed", f"this takes {taken}", headers={"Allow": taken}))
+    kind = "not-found" if error.status_code == 404 else "bad-request"
     return _answer(request, Problem(error.status_code, kind, str(error.detail).lower(), headers=error.headers))
+
+
+def _methods(request: Request) -> list[str]:
+    """What the path takes, of all its routes: the framework names those of the first one alone."""
+
+    def is_taken(method: str) -> bool:
+        scope = {**request.scope, "method": method}
+        return any(route.matches(scope)[0] is Match.FULL for route in request.app.routes)
+
+    return list(filter(is_taken, _METHODS))
 
 
 async def _not_valid(request: Request, error: Exception) -> Response:
@@ -76,6 +91,8 @@ async def _not_valid(request: Request, error: Exception) -> Response:
     faults: Sequence[Any] = error.errors()
     if any(fault["type"] == "json_invalid" for fault in faults):
         return _answer(request, Problem(400, "bad-json", "the body is not JSON"))
+    if any(fault["loc"] == ("body",) for fault in faults) and not request.headers.get("content-type", "").count("json"):
+        return _answer(request, Problem(422, "bad-request", "send a body with Content-Type: application/json"))
     told = [{"at": _place(fault["loc"]), "is": str(fault["msg"])} for fault in faults[:_MOST_FAULTS]]
     first = f"{told[0]['at']}: {told[0]['is']}" if told else "it is not as it has to be"
     return _answer(request, Problem(422, "bad-request", first[:500], errors=told))

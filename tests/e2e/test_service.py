@@ -8,8 +8,16 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
+
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from urllib.parse import urlsplit
+
 import pytest
 
+from orchestrator.server.protocol import PER_ADDRESS
 from tests.command import Airlock, until
 from tests.service import SCRIPT, SLOW, ask, events, served
 
@@ -241,6 +249,24 @@ def test_money_that_is_spent_is_402_and_says_whose(airlock: Airlock):
 def test_a_public_address_needs_tls(airlock: Airlock):
     said = airlock("serve", "--host", "0.0.0.0", "--port", 0, code=2).said  # noqa: S104
     assert "--tls-cert" in said
+
+
+def test_it_does_not_start_without_a_model_that_can_be_asked(airlock: Airlock):
+    def refused(*options: object) -> str:
+        return airlock("serve", "--port", 0, "--backend", "bubblewrap", *options, code=2).lines[0]
+
+    assert "no model is configured" in refused()
+    assert "there is no API key for gpt-5-mini: set OPENAI_API_KEY" in refused("--model", "gpt-5-mini")
+    assert "--price mine=" in refused("--model", "mine", "--base-url", "http://127.0.0.1:9")
+
+
+def test_a_proxy_on_this_machine_may_have_many_connections(airlock: Airlock):
+    with served(airlock) as server, ExitStack() as open_ones:
+        where = urlsplit(server.url)
+        for _number in range(PER_ADDRESS + 20):
+            connection = open_ones.enter_context(socket.create_connection((where.hostname, where.port), timeout=20))
+            connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert connection.recv(12) == b"HTTP/1.1 200"
 
 
 def test_what_a_tenant_has_running_ends_when_it_is_suspended(airlock: Airlock):

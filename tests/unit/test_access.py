@@ -260,3 +260,24 @@ def test_the_document_says_how_to_be_let_in(there: Small):
     assert (schemes["bearer"]["scheme"], schemes["session"]["in"]) == ("bearer", "cookie")
     assert document["paths"]["/v1/read"]["get"]["security"] == [{"bearer": []}, {"session": []}]
     assert "security" not in document["paths"]["/open"]["get"]
+
+
+def test_another_method_is_told_those_of_all_routes(there: Small):
+    answer = there.client.delete("/v1/queries")
+    problem(answer, 405, "method-not-allowed")
+    assert answer.headers["Allow"] == "GET, POST"
+    assert answer.json()["detail"] == "this takes GET, POST"
+
+
+def test_a_body_that_is_not_called_json_is_told_so(there: Small):
+    headers = there.bearer("query") | {"Content-Type": "application/x-www-form-urlencoded"}
+    answer = there.client.post("/v1/queries", content=b'{"question": "q"}', headers=headers)
+    problem(answer, 422, "bad-request")
+    assert "Content-Type: application/json" in answer.json()["detail"]
+
+
+def test_the_document_says_where_a_query_is_found(there: Small):
+    answers = there.app.openapi()["paths"]["/v1/queries"]["post"]["responses"]
+    for status in ("200", "202"):
+        assert answers[status]["headers"].keys() == {"Location", "Idempotency-Replayed", "Preference-Applied"}
+        assert answers[status]["content"]["application/json"]["schema"]

@@ -221,6 +221,13 @@ class Budgets(BaseModel):
     queries: QueriesNow
 
 
+_ASKED: dict[str, Any] = {
+    "headers": {
+        "Location": {"schema": {"type": "string"}, "description": "where the query is"},
+        "Idempotency-Replayed": {"schema": {"const": "true"}, "description": "it was asked before, under this key"},
+        "Preference-Applied": {"schema": {"type": "string"}, "description": "what of Prefer was heeded"},
+    }
+}
 Asks = Annotated[Principal, Depends(allowed("query"))]
 Reads = Annotated[Principal, Depends(allowed("read"))]
 The = Annotated[Service, Depends(the_service)]
@@ -231,7 +238,8 @@ The = Annotated[Service, Depends(the_service)]
     status_code=202,
     response_model=QueryView,
     responses={
-        200: {"model": QueryView, "description": "it ended within the time to wait"},
+        200: {"model": QueryView, "description": "it ended within the time to wait", **_ASKED},
+        202: {"description": "it is taken on", **_ASKED},
         **documented(400, 402, 403, 404, 409, 413, 422, 429, 503),
     },
 )
