@@ -7,8 +7,9 @@ import ipaddress
 import logging
 import signal
 import socket
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from functools import partial
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -66,6 +67,7 @@ async def serve(options: dict[str, Any], choices: Choices) -> int:
 
             def observe(query: str, event: Event) -> None:
                 metrics.event(event, query)
+                logs.query(event, query)
                 feed.wake(query)
 
             def ended(query: str, tenant: str) -> None:
@@ -161,15 +163,15 @@ def _listening(host: str, port: int) -> Generator[socket.socket]:
 
 
 class _Server(uvicorn.Server):
-    """Signals are ours: running queries have to be seen to first. where: its address."""
+    """Signals are ours: running queries have to be seen to first. about: what the log is told when it serves."""
 
-    def __init__(self, config: uvicorn.Config, where: str) -> None:
+    def __init__(self, config: uvicorn.Config, about: Mapping[str, str]) -> None:
         super().__init__(config)
-        self._where = where
+        self._about = about
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        _log.info("serving", extra={"url": self._where})
+        _log.info("serving", extra=self._about)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None]:
@@ -199,7 +201,9 @@ async def _run(app: Any, bound: socket.socket, options: dict[str, Any], service:
         raise RequestError(f"the certificate or its key cannot be used: {error.strerror or error}") from None
     scheme, port = "https" if options["tls_cert"] else "http", bound.getsockname()[1]
     name = f"[{options['host']}]" if ":" in options["host"] else options["host"]
-    server = _Server(config, f"{scheme}://{name}:{port}")
+    backend = service.platform.backend
+    about = {"version": version("airlock"), "backend": backend.name, "isolation": backend.isolation.name}
+    server = _Server(config, {"url": f"{scheme}://{name}:{port}", **about})
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(_stopped_by_signals, server, service, tasks)
         tasks.start_soon(_stopped_by_loss, server, service)

@@ -25,6 +25,8 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from orchestrator.console import printable
+from orchestrator.core.errors import KINDS
+from orchestrator.core.events import Event
 from orchestrator.core.redact import Redactor, excerpt
 from orchestrator.server.metrics import METHODS, OTHER, Metrics
 
@@ -41,7 +43,11 @@ FIELDS = (  # of a line, beside its time, level, logger and message; what else a
     "tenant",
     "asker",
     "query",
+    "outcome",
     "url",
+    "version",
+    "backend",
+    "isolation",
     "error",
     "where",
 )
@@ -52,8 +58,26 @@ _MOST_PLACES = 20  # of a traceback, the innermost
 _QUERY = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{10}", re.ASCII)
 
 _access = logging.getLogger("airlock.access")
+_queries = logging.getLogger("airlock.queries")
 _fault = logging.getLogger("airlock.fault")
 _request: ContextVar[str] = ContextVar("request")
+
+
+def query(event: Event, query: str) -> None:
+    """A line for what a query's begin and end are. Of a reason only its kind: the rest may quote what was said."""
+    match event.type:
+        case "query.opened" | "query.resumed":
+            _queries.info("a query %s", "began" if event.type == "query.opened" else "goes on", extra={"query": query})
+        case "query.interrupted":
+            _queries.info("a query was interrupted", extra={"query": query})
+        case "query.closed":
+            kind, _, _text = str(event.body.get("reason") or "").partition(":")
+            said: dict[str, str] = {"query": query, "outcome": str(event.body["status"])}
+            if kind in KINDS:
+                said["error"] = kind
+            _queries.info("a query ended", extra=said)
+        case _:
+            pass
 
 
 def configure(*, json: bool, stream: TextIO | None = None) -> None:

@@ -165,6 +165,9 @@ class UnderWay:
             for here in list(self._here.values()):
                 if here.account:
                     await here.done.wait()
+        running = sum(here.account is not None for here in self._here.values())
+        text = "%d queries that run and %d that wait are left to be gone on with"
+        _log.info(text, running, len(self._here) - running)
         for here in list(self._here.values()):
             here.why = STOPPED
             if here.account:

@@ -191,3 +191,14 @@ def test_plain_lines_for_a_terminal(airlock: Airlock):
         until(lambda: "info request " in server.log.read_text())
     line = next(line for line in server.log.read_text().splitlines() if " info request " in line)
     assert "method=GET route=/healthz status=200" in line
+
+
+def test_the_log_tells_how_queries_begin_and_end(airlock: Airlock):
+    with served(airlock) as server, server.client() as client:
+        query = ask(client, "What of the zebra?")["id"]
+        said = until(lambda: len(found := [line for line in server.lines() if line.get("query") == query]) > 2 and found)
+    own = [(line["message"], line.get("outcome")) for line in said if line["logger"] == "airlock.queries"]
+    assert own == [("a query began", None), ("a query ended", "answered")]
+    assert "zebra" not in server.log.read_text()
+    (serving,) = [line for line in server.lines() if line["message"] == "serving"]
+    assert (serving["backend"], serving["isolation"]) == ("bubblewrap", "namespace")
