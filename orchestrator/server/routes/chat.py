@@ -326,9 +326,11 @@ async def _events(answer: _Answer, *, usage: bool) -> AsyncGenerator[bytes]:
                     if told := reasoning.told(record):
                         yield chunk({"reasoning_content": told})
                     if record.type == "query.interrupted" and answer.is_left():
-                        answer.left = True
-                        raise _stopping(answer.query)
-            answer.left = True
+                        break
+                    answer.left = record.type == "query.closed"
+            answer.left, ended = True, answer.left
+            if not ended:  # the feed ends when the service stops
+                raise _stopping(answer.query)
             query, used = await answer.found()
             text = query["answer"]
             for at in range(0, len(text), PIECE):
