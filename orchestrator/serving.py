@@ -7,9 +7,9 @@ import ipaddress
 import logging
 import signal
 import socket
-import sys
 from collections.abc import Generator
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import uvicorn
@@ -18,17 +18,23 @@ from orchestrator import settings
 from orchestrator.auditing import Books
 from orchestrator.choices import Choices
 from orchestrator.core.errors import RequestError, StoreError
-from orchestrator.core.events import Event
+from orchestrator.core.events import Event, Recorded
+from orchestrator.server import logs
 from orchestrator.server.app import make_app
 from orchestrator.server.bodies import Bodies
 from orchestrator.server.desk import Desk
 from orchestrator.server.feed import Feed
 from orchestrator.server.housekeeping import keep_swept
+from orchestrator.server.logs import Accounted
 from orchestrator.server.metrics import Metrics
 from orchestrator.server.protocol import Protocol, limited
 from orchestrator.server.service import Service
+from orchestrator.store import journal
 from orchestrator.store.registry import Registry
 from orchestrator.wiring import open_platform
+
+if TYPE_CHECKING:
+    from orchestrator.server.traces import Traces
 
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 BEHIND_A_PROXY = 16_384  # connections of one address, which the proxy is
@@ -45,6 +51,7 @@ async def serve(options: dict[str, Any], choices: Choices) -> int:
     """
     host, secure = options["host"], _require_safe(options)
     home = settings.home()
+    logs.configure(json=options["log"] == "json")
     with _listening(host, options["port"]) as bound:
         async with open_platform(choices, home) as platform:
             config = platform.config.server
@@ -61,6 +68,8 @@ async def serve(options: dict[str, Any], choices: Choices) -> int:
             def ended(query: str, tenant: str) -> None:
                 metrics.ended(query)
                 feed.wake(query)
+                if traces:
+                    traces.query(query)
 
             desk = Desk(platform, registry, config, observe, ended)
             metrics.watch(
@@ -71,9 +80,33 @@ async def serve(options: dict[str, Any], choices: Choices) -> int:
             service = Service(home, config, platform, books, registry, desk, feed, metrics, secure)
             hosts = _hosts(host, config.hosts)
             app = Bodies(make_app(service), config, hosts=hosts, secure=bool(options["tls_cert"]))
-            async with desk:
-                await _run(app, bound, options, service)
+            with _traces(books, metrics) as traces:
+                async with desk:
+                    await _run(Accounted(app, metrics, traces), bound, options, service)
     return 0
+
+
+@contextlib.contextmanager
+def _traces(books: Books, metrics: Metrics) -> Generator[Traces | None]:
+    """Raises RequestError where they are asked for, and cannot be sent."""
+    endpoint = settings.collector()
+    if endpoint is None:
+        yield None
+        return
+    try:
+        from orchestrator.server.traces import Traces  # needs an extra
+    except ImportError as error:
+        text = f"traces cannot be sent to where OTEL_EXPORTER_OTLP_ENDPOINT says: {error}"
+        raise RequestError(f"{text}; install Airlock again with the extra `otel`") from None
+
+    def history(query: str) -> list[Recorded]:
+        return books.db.look(partial(journal.history, query=query, keeper=None))  # without any payload
+
+    traces = Traces(endpoint, history, metrics.traces)
+    try:
+        yield traces
+    finally:
+        traces.close()
 
 
 def _require_safe(options: dict[str, Any]) -> bool:
@@ -132,7 +165,7 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        print(f"serving {self._where}", file=sys.stderr, flush=True)
+        _log.info("serving", extra={"url": self._where})
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None]:

@@ -176,6 +176,17 @@ def database_password(config: Config) -> str | None:
     return unquote(found[1]) if found else None
 
 
+def collector() -> str | None:
+    """Where traces go, by OpenTelemetry's variables: the address for traces, else the collector's; None for nowhere.
+
+    Headers, certificates and time-outs are read by its exporter.
+    """
+    if os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
+        return None
+    whole, base = (os.environ.get(f"OTEL_EXPORTER_OTLP_{name}") for name in ("TRACES_ENDPOINT", "ENDPOINT"))
+    return whole or (f"{base.rstrip('/')}/v1/traces" if base else None)
+
+
 def docker_socket() -> str:
     """The engine's socket: that of DOCKER_HOST, else the usual one. Raises ValueError for an engine elsewhere.
 

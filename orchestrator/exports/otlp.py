@@ -42,7 +42,7 @@ def send(histories: Iterable[Sequence[Recorded]], endpoint: str, *, content: boo
     Headers, certificates and time-outs are the exporter's: OTEL_EXPORTER_OTLP_HEADERS and its like.
     """
     sent = 0
-    exporter = OTLPSpanExporter(_address(endpoint))
+    exporter = OTLPSpanExporter(address_of(endpoint))
     try:
         for history in histories:
             for batch, _ in _batches(spans(history, content=content)):
@@ -57,7 +57,7 @@ def send(histories: Iterable[Sequence[Recorded]], endpoint: str, *, content: boo
     return sent
 
 
-def _address(endpoint: str) -> str:
+def address_of(endpoint: str) -> str:
     """With the path for traces, where only the collector is named."""
     try:
         parts = urlsplit(endpoint)

@@ -140,6 +140,7 @@ async def admit(connection: HTTPConnection, scope: Scope | None) -> Principal:
     """Who asks, if all that `allowed` says is so. scope: None for any."""
     gate = the_gate(connection)
     principal = await gate.principal(connection)
+    connection.scope.setdefault("state", {})["principal"] = principal  # for the log
     gate.count(connection, principal.tenant)
     if principal.via == "session" and connection.scope.get("method", "GET") not in _SAFE:
         gate.require_same_page(connection)

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from orchestrator.core.errors import AirlockError
 from orchestrator.server.access import RateHeaders
 from orchestrator.server.problems import Problem, problem_of
-from orchestrator.server.routes import chat
+from orchestrator.server.routes import admin, audit, chat, contexts, ops, queries, viewer
 from orchestrator.server.service import Service
 
 _log = logging.getLogger("airlock.app")
@@ -36,13 +36,8 @@ def make_app(service: Service) -> FastAPI:
     )
     app.state.service = service
     app.add_middleware(RateHeaders)
-    import importlib  # TEMPORARY: until all rooms are there
-
-    for name in ("queries", "contexts", "audit", "admin", "chat", "ops", "viewer"):
-        try:
-            app.include_router(importlib.import_module(f"orchestrator.server.routes.{name}").router)
-        except ModuleNotFoundError:
-            print("no", name)
+    for room in (queries, contexts, audit, admin, chat, ops, viewer):
+        app.include_router(room.router)
     app.add_exception_handler(Problem, _problem)
     app.add_exception_handler(AirlockError, _airlock_error)
     app.add_exception_handler(RequestValidationError, _not_valid)
@@ -54,6 +49,7 @@ def make_app(service: Service) -> FastAPI:
 
 def _answer(request: Request, problem: Problem) -> Response:
     """As the route's clients expect it."""
+    request.scope.setdefault("state", {})["problem"] = problem.kind  # for the log
     return chat.error_response(problem) if chat.speaks(request.scope["path"]) else problem.response()
 
 

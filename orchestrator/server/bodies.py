@@ -59,8 +59,8 @@ class Bodies:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = secrets.token_hex(8)  # never the client's: what is found by it in the log is ours
-        scope.setdefault("state", {})["request_id"] = request_id
+        # Never the client's: what is found by it in the log is ours.
+        request_id = scope.setdefault("state", {}).setdefault("request_id", secrets.token_hex(8))
         always = self._always | ({"Cache-Control": "no-store"} if scope["path"].startswith("/v1/") else {})
 
         async def told(message: Message) -> None:

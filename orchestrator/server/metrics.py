@@ -43,7 +43,7 @@ class _Open:
 
 
 class Metrics:
-    """All of the service's. Its methods are called from the event loop alone, but for `text`."""
+    """All of the service's. Any thread may call `text` and `traces`; the rest is the event loop's."""
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
