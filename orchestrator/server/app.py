@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
+from fastapi.routing import iter_route_contexts
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.routing import compile_path
 
 from orchestrator.core.errors import AirlockError
 from orchestrator.server.access import RateHeaders
@@ -67,7 +71,24 @@ async def _http(request: Request, error: Exception) -> Response:
     """No such page, no such method."""
     assert isinstance(error, HTTPException)
     kind = {404: "not-found", 405: "method-not-allowed"}.get(error.status_code, "bad-request")
-    return _answer(request, Problem(error.status_code, kind, str(error.detail).lower(), headers=error.headers))
+    headers = {**(error.headers or {})}
+    if error.status_code == 405:
+        headers["Allow"] = _methods(request)
+    return _answer(request, Problem(error.status_code, kind, str(error.detail).lower(), headers=headers))
+
+
+def _methods(request: Request) -> str:
+    """Of every route with this path: Starlette names those of the first one alone."""
+    path, found = request.scope["path"], set[str]()
+    for route in iter_route_contexts(request.app.routes):
+        if _pattern(str(route.path)).match(path):
+            found |= set(route.methods or ())
+    return ", ".join(sorted(found))
+
+
+@cache
+def _pattern(path: str) -> re.Pattern[str]:
+    return compile_path(path)[0]
 
 
 async def _not_valid(request: Request, error: Exception) -> Response:
@@ -99,5 +120,8 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
         made = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
         for name in ("HTTPValidationError", "ValidationError"):  # FastAPI's own shape, which is not ours
             made["components"]["schemas"].pop(name, None)
+        for operation in (each for path in made["paths"].values() for each in path.values()):
+            if "HTTPValidationError" in str(operation["responses"].get("422")):  # it has none of its own
+                del operation["responses"]["422"]
         app.openapi_schema = made
     return app.openapi_schema

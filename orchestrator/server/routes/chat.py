@@ -30,7 +30,7 @@ from orchestrator.server.desk import Ask
 from orchestrator.server.problems import Problem, come_again, problem_of
 from orchestrator.server.routes.queries import Asks, Reads, The, own
 from orchestrator.server.service import Principal, Service
-from orchestrator.server.streaming import EventStream, event
+from orchestrator.server.streaming import EVENTS, EventStream, event
 
 PIECE = 4000  # characters of an answer in one event
 LOOK_S = 2.0  # between two looks at whether the service stops
@@ -100,9 +100,7 @@ class Completion(BaseModel):
 
 
 _DONE = b"data: [DONE]\n\n"
-_STREAM = {
-    "text/event-stream": {"schema": {"type": "string"}, "example": 'data: {"object":"chat.completion.chunk"}\n\n'}
-}
+_STREAM = {"text/event-stream": {**EVENTS, "example": 'data: {"object":"chat.completion.chunk"}\n\n'}}
 
 
 @router.post(
