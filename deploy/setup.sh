@@ -5,7 +5,7 @@ set -euo pipefail
 
 # What only the tests need of the system, as COMMAND:PACKAGE.
 test_commands=(dockerd:docker.io docker:docker.io docker-compose:docker-compose runsc:runsc openssl:openssl
-    chromium:chromium)
+    chromium:chromium systemd-analyze:systemd)
 test_files=('/usr/lib/postgresql/*/bin/initdb:postgresql' # likewise, what is on no PATH
     '/usr/share/fonts/truetype/dejavu/DejaVuSansMono.ttf:fonts-dejavu-core')
 

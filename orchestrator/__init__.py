@@ -6,6 +6,7 @@ with RLM(model="gpt-5-mini") as rlm:
     print(rlm.completion("What is the magic number?", Path("haystack.txt")).response)
 """
 
+from orchestrator.client import Client, ServiceError
 from orchestrator.core.errors import (
     AirlockError,
     LimitError,
@@ -19,9 +20,11 @@ __all__ = [
     "RLM",
     "AirlockError",
     "AsyncRLM",
+    "Client",
     "Completion",
     "LimitError",
     "MachineError",
     "ProviderError",
     "RequestError",
+    "ServiceError",
 ]

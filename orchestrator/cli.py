@@ -6,7 +6,7 @@ The answer alone goes to standard output, progress to standard error. Errors are
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,6 +33,7 @@ policy; 4 sandbox, or another part of this machine; 5 provider; 130 interrupted.
 _BACKENDS = "How the sandbox is isolated: bubblewrap, docker, gvisor; auto: the strongest usable."
 _DEPTH = "0: no sub-calls; 1: plain ones; 2 and more: child queries with a sandbox of their own."
 _POLICIES = "default, strict, development, or a file."
+_HERE_ALONE = ("resume", "base_url", "prices", "backend", "policy")
 _WITH_RESUME = ("resume", "base_url", "api_key_env", "prices", "backend", "as_json")
 _LOOP = {"use_uvloop": True}  # a sixth less time for a query of many calls
 
@@ -124,32 +125,47 @@ def app() -> None:
 @click.argument("question", required=False, metavar="QUESTION")
 @_context_option(required=False)
 @click.option("--answer-schema", type=click.Path(path_type=Path), metavar="FILE", help="A JSON Schema for the answer.")
+@click.option("--server", metavar="URL", help="Have a service run it; its key is in AIRLOCK_API_KEY or --api-key-env.")
 @click.option("--resume", metavar="QUERY", help="Go on with a query whose process died, instead of a new one.")
 @_query_options
 @click.pass_context
 def run(
-    ctx: click.Context, question: str | None, answer_schema: Path | None, resume: str | None, **options: Any
+    ctx: click.Context,
+    question: str | None,
+    answer_schema: Path | None,
+    server: str | None,
+    resume: str | None,
+    **options: Any,
 ) -> int:
     """Answer QUESTION over a context."""
-    from orchestrator import runs  # loaded by the commands that need it: it takes longer than `policy show` does in all
     from orchestrator.choices import load_schema
 
-    if resume is not None:
-        _refuse_with_resume(ctx)
+    if resume is not None and server is None:
+        from orchestrator import runs  # loaded by the commands that need it: it takes longer than others do in all
+
+        told = {param.name or "" for param in ctx.command.params} - set(_WITH_RESUME)
+        _refuse(ctx, told, "--resume: the journal has what the query was asked")
         return anyio.run(runs.resume, resume, options, backend_options=_LOOP)
     _require(ctx, "question", question)
     _require(ctx, "context", options["context"])
     assert question is not None
     schema = load_schema(answer_schema) if answer_schema else None
+    if server is not None:
+        from orchestrator import remote_runs
+
+        _refuse(ctx, _HERE_ALONE, "--server: the service has what it runs queries with")
+        return remote_runs.run(server, question, options, schema)
+    from orchestrator import runs
+
     return anyio.run(runs.run, question, options, schema, backend_options=_LOOP)
 
 
-def _refuse_with_resume(ctx: click.Context) -> None:
-    """What a query was asked is on record, and stays as it was."""
+def _refuse(ctx: click.Context, names: Collection[str], why: str) -> None:
+    """These, where they were given."""
     for param in ctx.command.params:
-        if param.name not in _WITH_RESUME and ctx.get_parameter_source(param.name or "") is ParameterSource.COMMANDLINE:
+        if param.name in names and ctx.get_parameter_source(param.name or "") is ParameterSource.COMMANDLINE:
             name = param.opts[0] if isinstance(param, click.Option) else "a question"
-            raise click.UsageError(f"{name} does not go with --resume: the journal has what the query was asked.", ctx)
+            raise click.UsageError(f"{name} does not go with {why}.", ctx)
 
 
 def _require(ctx: click.Context, name: str, value: object) -> None:

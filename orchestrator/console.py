@@ -11,12 +11,14 @@ import re
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, TextIO
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from orchestrator.core.events import Event, Recorded, read_record
 from orchestrator.core.units import usd
 
 if TYPE_CHECKING:
+    from orchestrator.core.policy import Policy
     from orchestrator.proxy.account import Account
 
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
@@ -42,6 +44,35 @@ def _joined(line: str) -> str:
     return re.sub(r"[\r\n\x0b\x0c\x85\u2028\u2029]+", " / ", line)
 
 
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """Which query it is, and what it may: nano-USD, turns of its root, milliseconds; None where that is not known."""
+
+    query: str
+    limit: int
+    iterations: int | None
+    time_ms: int | None
+
+    @classmethod
+    def of(cls, query: str, policy: Policy) -> Bounds:
+        return cls(query, policy.money.query, policy.counts.iterations, policy.time.query)
+
+
+class Counts(Protocol):
+    """How far a query is. An `Account` is one; money in nano-USD."""
+
+    @property
+    def turns(self) -> int: ...
+    @property
+    def sub_calls(self) -> int: ...
+    @property
+    def children(self) -> int: ...
+    @property
+    def running(self) -> int: ...
+    @property
+    def spent(self) -> int: ...
+
+
 class PlainView:
     """One line for each thing that happens, to standard error."""
 
@@ -55,7 +86,10 @@ class PlainView:
         sys.stderr.flush()
 
     def account(self, account: Account) -> None:
-        self._say(f"query {account.key.id}, budget {usd(account.policy.money.query)} USD")
+        self.begin(Bounds.of(account.key.id, account.policy), account)
+
+    def begin(self, bounds: Bounds, _counts: Counts) -> None:
+        self._say(f"query {bounds.query}, budget {usd(bounds.limit)} USD")
 
     def event(self, event: Event) -> None:
         if line := one_line(event):
@@ -78,7 +112,8 @@ def one_line(event: Event) -> str:
         case "node.closed":
             return f"child query {body['status']}: {counted(body['turns'], 'turn')}, {body['cost_usd']} USD"
         case "cell.started":
-            return f"cell {body['cell']}: {counted(event.payloads['code'].count(chr(10)) + 1, 'line')}"
+            code = event.payloads.get("code")  # from a journal that keeps none
+            return f"cell {body['cell']}" + (f": {counted(code.count(chr(10)) + 1, 'line')}" if code else "")
         case "cell.ended":
             detail = f" ({body['detail']})" if body["detail"] else ""
             return f"cell {body['cell']} {body['status']} after {body['duration_ms']} ms{detail}"
@@ -87,6 +122,8 @@ def one_line(event: Event) -> str:
         case "query.resumed" | "cell.replayed":
             return _again(event.type, body)
         case "query.closed":
+            if "turns" not in body:  # it has not had its turn
+                return body["status"]
             turns, calls = counted(body["turns"], "turn"), counted(body["sub_calls"], "sub-call")
             return f"{body['status']}: {turns}, {calls}, {body['cost_usd']} USD"
         case _:

@@ -13,7 +13,7 @@ from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
-from orchestrator.console import counted, one_line, printable
+from orchestrator.console import Bounds, Counts, counted, one_line, printable
 from orchestrator.core.events import Event
 from orchestrator.core.units import usd
 from orchestrator.proxy.account import Account
@@ -27,7 +27,7 @@ class LiveView:
 
     def __init__(self) -> None:
         self._console = Console(stderr=True)
-        self._account: Account | None = None
+        self._query: tuple[Bounds, Counts] | None = None
         self._code = ""
         self._tail: deque[str] = deque(maxlen=_OUTPUT_LINES)
         self._open_line = ""
@@ -45,7 +45,10 @@ class LiveView:
         self._live.stop()
 
     def account(self, account: Account) -> None:
-        self._account = account
+        self.begin(Bounds.of(account.key.id, account.policy), account)
+
+    def begin(self, bounds: Bounds, counts: Counts) -> None:
+        self._query = bounds, counts
 
     def event(self, event: Event) -> None:
         body = event.body
@@ -54,7 +57,7 @@ class LiveView:
         elif event.type == "call.result" and body["outcome"] != "answered":
             self._doing = f"call {body['call']}: {body['detail']}"
         elif event.type == "cell.started":
-            self._cell, self._code = body["cell"], event.payloads["code"]
+            self._cell, self._code = body["cell"], event.payloads.get("code", "")
             self._tail.clear()
             self._open_line = ""
             self._doing = f"cell {self._cell} is running"
@@ -83,23 +86,24 @@ class LiveView:
         return Group(*parts)
 
     def _head(self) -> RenderableType:
-        account = self._account
-        if account is None:
+        if self._query is None:
             return Text("airlock: starting")
-        policy, elapsed = account.policy, time.monotonic() - self._started
-        limit, total = policy.money.query, policy.time.query / 1000
-        turns = f"turn {account.turns} of {policy.counts.iterations}"
-        calls = f"{counted(account.sub_calls, 'sub-call')}, {counted(account.running, 'call')} in flight"
-        if account.children:
-            calls = f"{account.children} child {'query' if account.children == 1 else 'queries'}, {calls}"
-        money, clock = f"{usd(account.spent)} of {usd(limit)} USD", f"{elapsed:.0f} of {total:.0f} s"
+        (bounds, counts), elapsed = self._query, time.monotonic() - self._started
+        total = (bounds.time_ms or 0) / 1000
+        turns = f"turn {counts.turns}" + (f" of {bounds.iterations}" if bounds.iterations else "")
+        calls = f"{counted(counts.sub_calls, 'sub-call')}, {counted(counts.running, 'call')} in flight"
+        if counts.children:
+            calls = f"{counts.children} child {'query' if counts.children == 1 else 'queries'}, {calls}"
+        money = f"{usd(counts.spent)} of {usd(bounds.limit)} USD"
+        clock = f"{elapsed:.0f}" + (f" of {total:.0f} s" if total else " s")
         doing = Text(printable(self._doing)[:70], style="cyan")
         if self._console.width < _WIDE:
             lines = (turns, calls, money, clock)
-            return Group(Text(account.key.id, style="bold"), *(Text(line) for line in lines), doing)
+            return Group(Text(bounds.query, style="bold"), *(Text(line) for line in lines), doing)
         table = Table.grid(padding=(0, 2))
-        table.add_row(Text(account.key.id, style="bold"), Text(turns), Text(calls))
-        spent = ProgressBar(total=max(1, limit), completed=account.spent, width=20)
+        table.add_row(Text(bounds.query, style="bold"), Text(turns), Text(calls))
+        spent = ProgressBar(total=max(1, bounds.limit), completed=counts.spent, width=20)
         table.add_row(Text(money), spent, doing)
-        table.add_row(Text(clock), ProgressBar(total=total, completed=min(elapsed, total), width=20))
+        if total:
+            table.add_row(Text(clock), ProgressBar(total=total, completed=min(elapsed, total), width=20))
         return table

@@ -18,22 +18,19 @@ import click
 from orchestrator import settings
 from orchestrator.auditing import past_of
 from orchestrator.choices import Choices
-from orchestrator.console import PlainView
 from orchestrator.core.errors import MachineError, RequestError
 from orchestrator.core.units import parse_price, usd
 from orchestrator.guest.wire import MAX_LINE
 from orchestrator.interrupts import StandardInput, cancelled_by_signals
 from orchestrator.streams import Printer, say
+from orchestrator.views import INTERRUPTED, STATUS_EXIT, make_view
 from orchestrator.wiring import Platform, Watch, open_platform
 
 if TYPE_CHECKING:
-    from orchestrator.live import LiveView
     from orchestrator.loop.order import Closed
 
 Start = Callable[..., Awaitable[Any]]  # of a query: given `watch`
 
-INTERRUPTED = 130
-_STATUS_EXIT = {"answered": 0, "limit": 3, "refused": 3, "cancelled": INTERRUPTED, "interrupted": INTERRUPTED}
 _CELL_EXIT = {"ok": 0, "error": 1, "timeout": 3, "killed": 4}
 
 
@@ -61,7 +58,7 @@ async def resume(query: str, options: dict[str, Any]) -> int:
 
 
 async def _viewed(start: Start) -> Closed | None:
-    view = _make_view()
+    view = make_view()
     watch = Watch(event=view.event, output=view.output, account=view.account)
     with view:
         return await _watched(start, watch)
@@ -80,7 +77,7 @@ def _answer(closed: Closed | None, platform: Platform, options: dict[str, Any]) 
     if outcome.status != "answered":
         why = "" if outcome.reason == outcome.status else f": {outcome.reason}"  # cancelled is all there is to say
         say(sys.stderr, f"airlock: {outcome.status}{why}{_again(closed)}")
-    return closed.error.exit_code if closed.error else _STATUS_EXIT[outcome.status]
+    return closed.error.exit_code if closed.error else STATUS_EXIT[outcome.status]
 
 
 def _again(closed: Closed) -> str:
@@ -133,14 +130,6 @@ def _report(closed: Closed, backend: Any) -> dict[str, Any]:
         "journal_head": closed.journal_head,
         "checkpoint": closed.checkpoint,
     }
-
-
-def _make_view() -> LiveView | PlainView:
-    if sys.stderr.isatty():
-        from orchestrator.live import LiveView
-
-        return LiveView()
-    return PlainView()
 
 
 async def run_cell(code: str, options: dict[str, Any]) -> int:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 import uvicorn
+from anyio.abc import TaskGroup
 
 from orchestrator import settings
 from orchestrator.auditing import Books
@@ -197,7 +198,7 @@ async def _run(app: Any, bound: socket.socket, options: dict[str, Any], service:
     name = f"[{options['host']}]" if ":" in options["host"] else options["host"]
     server = _Server(config, f"{scheme}://{name}:{port}")
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(_stopped_by_signals, server, desk, service.feed)
+        tasks.start_soon(_stopped_by_signals, server, service, tasks)
         tasks.start_soon(_stopped_by_loss, server, desk, service.feed)
         tasks.start_soon(keep_swept, service)
         await server.serve(sockets=[bound])
@@ -212,27 +213,18 @@ async def _stopped_by_loss(server: uvicorn.Server, desk: Desk, feed: Feed) -> No
     server.should_exit = True
 
 
-async def _stopped_by_signals(server: uvicorn.Server, desk: Desk, feed: Feed) -> None:
+async def _stopped_by_signals(server: uvicorn.Server, service: Service, tasks: TaskGroup) -> None:
     """The first signal: take nothing more on, see running queries to their end in their time. A second: at once."""
     with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async for _number in signals:
-            if desk.draining:
-                break
-            _log.info("stopping: no more queries are taken on")
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(_drained, desk, tasks.cancel_scope)
-                tasks.start_soon(_again, signals, tasks.cancel_scope)
-            break
-    feed.stop()
+            if service.desk.draining:
+                service.desk.hurry()
+            else:
+                _log.info("stopping: no more queries are taken on")
+                tasks.start_soon(_drained, server, service)
+
+
+async def _drained(server: uvicorn.Server, service: Service) -> None:
+    await service.desk.drain()
+    service.feed.stop()
     server.should_exit = True
-
-
-async def _drained(desk: Desk, scope: anyio.CancelScope) -> None:
-    await desk.drain()
-    scope.cancel()
-
-
-async def _again(signals: Any, scope: anyio.CancelScope) -> None:
-    async for _number in signals:
-        scope.cancel()
-        return

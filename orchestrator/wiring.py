@@ -19,6 +19,7 @@ from orchestrator.choices import Choices, effective_policy
 from orchestrator.core.context import Context
 from orchestrator.core.errors import (
     ContextError,
+    ContextGone,
     ModelError,
     NotKept,
     NotPermitted,
@@ -256,7 +257,7 @@ class Platform:
         try:
             context = self.contexts.open(past.root.context["id"])
         except ContextError as error:
-            raise NotKept(f"the context of query {past.query} is gone: {error}") from None
+            raise ContextGone(f"the context of query {past.query} is gone: {error}") from None
         if past.rules.audit.verify_context and not self.contexts.verify(context):
             raise NotKept(f"the context of query {past.query} is not what it was: its hash is another one")
         return context

@@ -19,7 +19,8 @@
     │   ├── SandboxUnusable       the isolation asked for is not to be had here
     │   ├── SandboxDied           the guest ended, or was killed
     │   ├── ProtocolViolation     the guest broke the channel's rules, and was killed
-    │   ├── NotKept               what a replay takes is gone: payloads, or the context
+    │   ├── NotKept               what a replay takes is gone: payloads
+    │   │   └── ContextGone         or the context, which another machine may have
     │   ├── NotRebuilt            an interrupted query's REPL cannot be had again by running its cells again
     │   ├── Interrupted           a query that has just been resumed cannot go on now; it can be resumed again
     │   └── StoreError            ledger, journal or context store cannot be written
@@ -34,14 +35,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar
 
 
 class AirlockError(Exception):
     """Base of every deliberate error. `str()` is one line that says what is wrong and what to do."""
 
-    kind: ClassVar[str] = "error"
-    exit_code: ClassVar[int] = 1
+    kind: str = "error"  # these two are a class's, but for what a service tells of its errors
+    exit_code: int = 1
 
     @property
     def told(self) -> str:
@@ -153,6 +153,10 @@ class ProtocolViolation(SandboxDied):
 
 class NotKept(MachineError):
     kind = "not-kept"
+
+
+class ContextGone(NotKept):
+    kind = "context-gone"
 
 
 class NotRebuilt(MachineError):

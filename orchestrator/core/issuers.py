@@ -27,7 +27,15 @@ _NOT_PUBLIC = {
 _PUBLIC = ("kty", "kid", "use", "alg", "n", "e", "crv", "x", "y")  # that are looked at
 _MOST_MEMBER = 4096  # characters
 
-Word = Annotated[str, Field(min_length=1, max_length=MOST_WORD, pattern=r"^[\x21-\x7e]+$")]
+_EXAMPLE: dict[str, Any] = {
+    "issuer": "https://login.example/",
+    "audience": "airlock-acme",
+    "algorithm": "RS256",
+    "jwks_uri": "https://login.example/.well-known/jwks.json",
+    "scopes": ["query", "read"],
+}
+
+Word = Annotated[str, Field(min_length=1, max_length=MOST_WORD, pattern=r"^[!-~]+$")]
 
 
 class Issuer(BaseModel):
@@ -37,7 +45,7 @@ class Issuer(BaseModel):
     the public keys (RFC 7517), or jwks_uri: where they are. scopes: words of the token's `scope` that are heeded.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, json_schema_extra={"examples": [_EXAMPLE]})
 
     issuer: Word
     audience: Word

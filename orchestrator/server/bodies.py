@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import anyio
@@ -17,6 +17,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from orchestrator.server.chat.errors import error_response, speaks
 from orchestrator.server.problems import Problem
 from orchestrator.settings import ServerSettings
 
@@ -39,7 +40,6 @@ class Bodies:
     """ASGI middleware, outside of the application.
 
     hosts: names that the service is called by, without ports; empty for any. secure: it is reached over TLS alone.
-    answer: how those who ask for a path are told a problem.
     """
 
     def __init__(
@@ -49,9 +49,8 @@ class Bodies:
         *,
         hosts: Collection[str] = (),
         secure: bool = False,
-        answer: Callable[[str, Problem], Response] = lambda _path, problem: problem.response(),
     ) -> None:
-        self._app, self._settings, self._answer = app, settings, answer
+        self._app, self._settings = app, settings
         self._hosts = {host.lower() for host in hosts}
         self._always = _ALWAYS | ({"Strict-Transport-Security": "max-age=31536000"} if secure else {})
 
@@ -84,7 +83,8 @@ class Bodies:
                 if problem is not body.fault:
                     raise
         if body.fault is not None and not body.answered:
-            await _refuse(self._answer(scope["path"], body.fault), scope, receive, told)
+            told_so = error_response(body.fault) if speaks(scope["path"]) else body.fault.response()
+            await _refuse(told_so, scope, receive, told)
 
     def _allowance(self, method: str, path: str) -> Allowance:
         if (method, path) == ("PUT", "/v1/contexts") or (method == "PATCH" and path.startswith("/v1/contexts/")):

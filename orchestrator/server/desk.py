@@ -22,6 +22,7 @@ from orchestrator.choices import narrowed
 from orchestrator.core.context import Context
 from orchestrator.core.errors import (
     AirlockError,
+    ContextGone,
     CountExceeded,
     LimitError,
     ModelError,
@@ -119,6 +120,7 @@ class Desk:
         self._coming: dict[str, int] = {}  # tenant -> queries that are being put on record
         self._tasks: anyio.abc.TaskGroup | None = None
         self.draining = False
+        self._patience = anyio.CancelScope()
         self.lost = anyio.Event()  # the database is lost to this process: another one can go on
 
     async def __aenter__(self) -> Self:
@@ -128,7 +130,8 @@ class Desk:
 
     async def __aexit__(self, *raised: Any) -> None:
         assert self._tasks
-        await self.drain()
+        if not self.draining:  # something else than a signal ends it: the database was lost
+            await self.drain()
         self._tasks.cancel_scope.cancel()
         await self._tasks.__aexit__(*raised)
 
@@ -200,7 +203,7 @@ class Desk:
         """End a query of the tenant's, wherever it runs. Nothing happens to one that has ended. Raises StoreError."""
         await self._platform.db.write(partial(requests.cancel, query=query))
         if not self._end(query, "cancelled"):  # it is another process's, which looks for it; or nobody's
-            await self._platform.withdraw(query, tenant, "cancelled")
+            await self._withdraw(query, tenant, "cancelled")
 
     def _end(self, query: str, why: str) -> bool:
         """Whether it is here to be ended."""
@@ -228,10 +231,15 @@ class Desk:
         status, _tenant = self._platform.db.read(partial(journal.status_of, query=query))
         return status in ("open", journal.QUEUED, journal.INTERRUPTED)
 
+    def hurry(self) -> None:
+        """While it drains: wait no longer for what runs."""
+        self._patience.cancel()
+
     async def drain(self) -> None:
         """Take nothing more on; let what runs end in its time, and leave the rest to be resumed."""
         self.draining = True
-        with anyio.move_on_after(self._settings.drain_s):
+        self._patience.deadline = anyio.current_time() + self._settings.drain_s
+        with self._patience:
             for here in list(self._here.values()):
                 if here.account:
                     await here.done.wait()
@@ -323,8 +331,8 @@ class Desk:
         try:
             with here.scope:
                 await self._run(query, here, start, policy)
-            if here.account is None and here.why != STOPPED:  # it has not had its turn, or was interrupted
-                await self._platform.withdraw(query, here.tenant, here.why)
+            if here.account is None and here.why != STOPPED:  # it has not had its turn
+                await self._withdraw(query, here.tenant, here.why)
         except StoreError as error:
             _log.error("a query could not be seen through", extra={"query": query, "error": error.kind})
         except Exception as error:  # a fault of ours: its own records say so, where it got that far
@@ -339,6 +347,11 @@ class Desk:
         async with self._turns.turn(here.tenant, policy.tenant.share, most):
             await start(watch=Watch(event=partial(self._observe, query), account=partial(_began, here)))
 
+    async def _withdraw(self, query: str, tenant: str, why: str) -> None:
+        """Close one that does not run. Nothing is done where it runs, or has ended. Raises StoreError."""
+        if await self._platform.withdraw(query, tenant, why):
+            self._observe(query, Event("query.closed", "root", {"status": "cancelled", "reason": why}))
+
     async def _look(self) -> None:
         """Go on with what was interrupted, end what others want ended, and notice that the database was lost."""
         trying, db = set[str](), self._platform.db
@@ -352,7 +365,7 @@ class Desk:
                     self._end(query, SUSPENDED)
                 for query, tenant, cancelled in await anyio.to_thread.run_sync(db.look, requests.to_resume):
                     if cancelled:
-                        await self._platform.withdraw(query, tenant, "cancelled")
+                        await self._withdraw(query, tenant, "cancelled")
                     elif query not in trying and query not in self._here and not self.draining:
                         trying.add(query)
                         assert self._tasks
@@ -387,20 +400,20 @@ class Desk:
                 return None
             if here.scope.cancelled_caught:
                 if here.why != STOPPED:
-                    await self._platform.withdraw(query, tenant, here.why)
+                    await self._withdraw(query, tenant, here.why)
                 return None
         except StoreError as error:
             _log.error("a query could not be resumed", extra={"query": query, "error": error.kind})
             return error.kind
         except (Problem, AirlockError) as error:
-            why, passes = str(error), isinstance(error, LimitError | SandboxUnusable | ProviderError)
+            why, passes = str(error), isinstance(error, ContextGone | LimitError | SandboxUnusable | ProviderError)
             last = last or not passes
         finally:
             del self._here[query]
             here.done.set()
             self._ended(query, tenant)
         if last:
-            await self._platform.withdraw(query, tenant, f"not resumed: {why}"[:1000])
+            await self._withdraw(query, tenant, f"not resumed: {why}"[:1000])
             return None
         return why
 

@@ -15,7 +15,8 @@ import anyio.to_thread
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from orchestrator.core.context import Context
-from orchestrator.core.errors import ContextError
+from orchestrator.core.errors import AirlockError, ContextError
+from orchestrator.server.housekeeping import remove_later
 from orchestrator.server.problems import not_found
 from orchestrator.server.service import Principal, Service
 from orchestrator.store import holdings
@@ -142,7 +143,11 @@ def _json(value: object) -> bytes:
 
 def _hold(context: Context, service: Service, tenant: str) -> tuple[Held, bool]:
     most = service.settings.stored_bytes
-    return service.platform.db.write_sync(lambda tx: holdings.hold(tx, tenant, context, "", most))
+    try:
+        return service.platform.db.write_sync(lambda tx: holdings.hold(tx, tenant, context, "", most))
+    except AirlockError:
+        remove_later(service, context.id)
+        raise
 
 
 def store_of(service: Service, most: int, placed: Callable[[Context], object]) -> ContextStore:

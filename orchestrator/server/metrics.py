@@ -113,7 +113,8 @@ class Metrics:
                 self._open[query] = _Open(whole=event.type == "query.opened")
             case "query.closed":
                 self._queries.labels(_one_of(body, "status", _STATUS)).inc()
-                self._query_s.observe(number(body, "duration_ms") / 1000)
+                if "duration_ms" in body:  # it had its turn
+                    self._query_s.observe(number(body, "duration_ms") / 1000)
                 self._close(query, _usd(body))
             case "query.interrupted":
                 self._queries.labels("interrupted").inc()

@@ -29,14 +29,14 @@ import hashlib
 import json
 import re
 import stat
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Literal, cast
 
 from orchestrator.core.context import Context, ContextKind
 from orchestrator.core.errors import ContextError, StoreError
-from orchestrator.store.drafts import Draft, drafts, is_removable, placing
+from orchestrator.store.drafts import LATER, Draft, drafts, is_removable, placing
 from orchestrator.store.readers import (
     CHUNK,
     Encoding,
@@ -54,6 +54,8 @@ from orchestrator.store.readers import (
 STRIDE = 65_536
 _KINDS: dict[str, ContextKind] = {".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl"}
 _ID = re.compile(r"[0-9a-f]{64}")
+Wanted = Callable[[Collection[int]], Mapping[str, int]]
+"""Who is wanted, of all contexts with these numbers of bytes; id -> bytes."""
 
 
 class ContextStore:
@@ -63,7 +65,7 @@ class ContextStore:
 
     placed: makes contexts that can be removed again, as long as nobody stores them without it. Called with each when it
     is in place and before it could be removed: it has to put on record who wants it. What it raises ends the ingest,
-    and leaves a context that nobody wants.
+    and leaves a context that nobody wants: see `remove_later`.
 
     Safe for threads and processes at once. Every method blocks: call it in a thread from async code.
     """
@@ -205,33 +207,47 @@ class ContextStore:
         return context
 
     def removable(self) -> list[str]:
-        """Ids of the contexts that were only ever stored to be removed again."""
-        folder = self._root / "manifests"
+        """Ids of the contexts that were only ever stored to be removed again. What a killed process left goes."""
+        folders = [self._root / name for name in ("manifests", "data")]
         with _storing(self._root):
-            return [path.name for path in folder.iterdir() if is_removable(path)] if folder.is_dir() else []
+            if not all(folder.is_dir() for folder in folders):
+                return []
+            with placing(self._root, alone=True):
+                for left in (path for folder in folders for path in folder.iterdir() if path.suffix):
+                    left.unlink()
+            return [path.name for path in folders[0].iterdir() if is_removable(path)]
 
-    def remove(self, ids: Iterable[str], wanted: Callable[[], Mapping[str, int]]) -> int:
-        """Remove those that can be and that nobody wants; how many those were.
+    def remove(self, ids: Iterable[str], wanted: Wanted) -> int:
+        """Remove those that can be and that nobody wants; how many those were. Waits for whoever stores something.
 
-        wanted: tells who is wanted, as id -> bytes; asked when no other can be put in place meanwhile.
+        wanted: asked when no other can be put in place meanwhile.
         """
         count = 0
         with _storing(self._root):
             if not (self._root / "manifests").is_dir():
                 return 0
             with placing(self._root, alone=True):
-                needed = wanted()
-                for each in ids:
-                    manifest = self._root / "manifests" / each
-                    if _ID.fullmatch(each) and each not in needed and is_removable(manifest):
-                        with suppress(StoreError):  # it is damaged: whose data it has, nobody can tell
-                            self._remove(each, needed)
-                            count += 1
+                found = [context for each in ids if (context := self._unless_kept(each))]
+                needed = wanted({context.bytes for context in found})
+                for context in found:
+                    if context.id not in needed:
+                        self._remove(context, needed)
+                        count += 1
         return count
 
-    def _remove(self, context_id: str, needed: Mapping[str, int]) -> None:
-        """The data first: what a crash leaves is a manifest, which the next removal finds."""
-        context = self.open(context_id)
+    def remove_later(self, context_id: str, wanted: Wanted) -> None:
+        """`remove` for nobody to wait for: how long it takes tells whether others have it. Raises nothing."""
+        LATER.submit(self.remove, [context_id], wanted)
+
+    def _unless_kept(self, context_id: str) -> Context | None:
+        """None for what cannot be removed, or is damaged: whose data it has, nobody can tell."""
+        if _ID.fullmatch(context_id) and is_removable(self._root / "manifests" / context_id):
+            with suppress(StoreError):
+                return self.open(context_id)
+        return None
+
+    def _remove(self, context: Context, needed: Mapping[str, int]) -> None:
+        """The data first: what a crash leaves is a manifest, which the next sweep finds."""
         alike = (other for other, size in needed.items() if size == context.bytes)
         if is_removable(context.files["data"]) and not any(self._is_of(other, context.sha256) for other in alike):
             context.files["data"].unlink()
@@ -242,6 +258,8 @@ class ContextStore:
             return self.open(context_id).sha256 == sha256
         except ContextError:  # gone, and not because of us
             return False
+        except StoreError:  # damaged: it may be
+            return True
 
     def _context(self, context_id: str, facts: Facts) -> Context:
         if not _ID.fullmatch(facts["sha256"]):

@@ -17,6 +17,7 @@ from orchestrator.core.errors import CountExceeded
 
 _BUFFER = 1 << 20
 _SYNC = 4 << 20  # bytes of a draft that are sent to the disk together
+LATER = ThreadPoolExecutor(1)  # for removals that nobody may be seen to wait for
 REMOVABLE = 0o1444  # the sticky bit, which means nothing on a file: it goes where the file goes, and with it
 
 
@@ -30,7 +31,7 @@ def drafts(folder: Path) -> Generator[None]:
         with suppress(BlockingIOError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for left in folder.iterdir():
-                left.unlink()
+                left.unlink(missing_ok=True)  # its owner may be at it, too
         fcntl.flock(lock, fcntl.LOCK_SH)
         yield
 
@@ -72,6 +73,7 @@ class Draft:
 
     def __init__(self, folder: Path, check: Callable[[], object] = lambda: None, most: int | None = None) -> None:
         self.size = 0
+        self._told_nothing = False
         self._check, self._most = check, most
         self._hash = hashlib.sha256()
         self._hasher = ThreadPoolExecutor(1)  # large pieces are hashed while they are written
@@ -92,7 +94,10 @@ class Draft:
             self._syncer.shutdown()
             self.stream.close()
         finally:
-            self._path.unlink(missing_ok=True)
+            if self._told_nothing:
+                LATER.submit(self._path.unlink, missing_ok=True)
+            else:
+                self._path.unlink(missing_ok=True)
 
     def write(self, data: bytes) -> None:
         self._check()
@@ -123,15 +128,20 @@ class Draft:
 
         A file of this name is replaced: it should be the same, and if the disk damaged it, it is whole again. Hard
         links to the old one stay as they are. removable: it says so of itself (`is_removable`), and replaces none: so
-        what was ever placed without that word stays without it.
+        what was ever placed without that word stays without it. Whether there was one is not to be told by the time
+        that this takes.
         """
         os.fchmod(self.stream.fileno(), REMOVABLE if removable else 0o444)
         self.sync()
         self._hasher.shutdown()
         name = self._hash.hexdigest()
         if removable:
+            self._told_nothing = True
+            beside = folder / f"{name}.{self._path.name}"  # in any case: the folder is changed, and has to be synced
+            beside.hardlink_to(self._path)
             with suppress(FileExistsError):
                 (folder / name).hardlink_to(self._path)
+            beside.unlink()
         else:
             self._path.replace(folder / name)
         with _folder(folder) as handle:

@@ -7,7 +7,7 @@ transaction: what is counted against a limit is counted and written in one.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import sqlalchemy as sa
@@ -18,6 +18,7 @@ from orchestrator.store.db import now
 from orchestrator.store.journal import INTERRUPTED
 from orchestrator.store.schema import contexts, queries, records, uploads
 
+MOST_SIZES = 500  # that one statement names; beyond it takes all
 UNFINISHED = ("queued", "open", INTERRUPTED)  # queries that may still take their context from the store
 
 
@@ -90,14 +91,24 @@ def give_up(tx: sa.Connection, tenant: str, context_id: str) -> bool:
     return tx.execute(sa.delete(contexts).where(*_own(tenant, context_id))).rowcount > 0
 
 
-def wanted(tx: sa.Connection) -> dict[str, int]:
-    """All contexts that somebody has, or that a query which is not finished began with; id -> bytes."""
-    found = {row.id: row.bytes for row in tx.execute(sa.select(contexts.c.id, contexts.c.bytes))}
+def wanted(tx: sa.Connection, sizes: Collection[int]) -> dict[str, int]:
+    """Of contexts with these numbers of bytes, those that somebody has, or that a query which is not finished began
+    with; id -> bytes.
+    """
+    held = sa.select(contexts.c.id, contexts.c.bytes)
+    if len(sizes) <= MOST_SIZES:
+        held = held.where(contexts.c.bytes.in_(sizes))
+    found = {row.id: row.bytes for row in tx.execute(held)}
     first = sa.select(records.c.record).join(queries, queries.c.id == records.c.query)
     for record in tx.execute(first.where(records.c.seq == 0, queries.c.status.in_(UNFINISHED))).scalars():
         context = json.loads(record)["body"]["context"]
         found[context["id"]] = context["bytes"]
     return found
+
+
+def owned(tx: sa.Connection) -> set[str]:
+    """Ids of all contexts that somebody has."""
+    return set(tx.execute(sa.select(contexts.c.id)).scalars())
 
 
 def _own(tenant: str, context_id: str) -> Sequence[sa.ColumnElement[bool]]:

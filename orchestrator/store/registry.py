@@ -45,7 +45,8 @@ _find_key = Prepared(
 )
 
 
-_NOBODY = (KeyRow("", "", "", (), "", None, None, None), bytes(32))  # what a key that is not there is compared with
+# What a key that is not there is compared with: a row like any other, so that it takes as long.
+_NOBODY: tuple[Any, ...] = ("", "", "", json.dumps(EVERYDAY), "", None, None, None, None, bytes(32))
 
 
 class Registry:
@@ -191,14 +192,14 @@ class Registry:
         key = parse_key(text)
         if key is None:
             return None
-        row, mac = self._found(key.id) or _NOBODY
+        row, mac = self._found(key.id)
         same = hmac.compare_digest(self._mac(key, row), mac)
         return row if same and row.id and row.status == "live" else None
 
     def live_key(self, name: str) -> KeyRow | None:
         """By its id, for a session that it began."""
-        found = self._found(name) if is_key_id(name) else None
-        return found[0] if found and found[0].status == "live" else None
+        row = self._found(name)[0] if is_key_id(name) else None
+        return row if row and row.id and row.status == "live" else None
 
     def touch(self, name: str) -> None:
         """Note that a key is used: once a minute, and committed with what comes next. Does not block."""
@@ -208,11 +209,11 @@ class Registry:
             used = sa.update(api_keys).where(api_keys.c.id == name).values(used_at=now())
             self._db.post(lambda tx: tx.execute(used))
 
-    def _found(self, name: str) -> tuple[KeyRow, bytes] | None:
+    def _found(self, name: str) -> tuple[KeyRow, bytes]:
+        """The key, without an id where there is none, and what its secret is compared with."""
         rows = self._db.look(lambda tx: _find_key(tx, {"of": name}))
-        if not rows:
-            return None
-        *fields, suspended_at, mac = rows[0]
+        fields: list[Any]
+        *fields, suspended_at, mac = rows[0] if rows else _NOBODY
         fields[3] = tuple(json.loads(fields[3]))
         return KeyRow(*fields, suspended=suspended_at is not None), bytes(mac)
 

@@ -17,13 +17,14 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import sqlalchemy as sa
 
 from orchestrator.core.context import Context
-from orchestrator.core.errors import CountExceeded, RateLimited, StoreError
+from orchestrator.core.errors import AirlockError, CountExceeded, RateLimited, StoreError
 from orchestrator.settings import ServerSettings
 from orchestrator.store import holdings
 from orchestrator.store.contexts import ContextStore
@@ -205,7 +206,11 @@ class Uploads:
         kept: list[tuple[Held, bool]] = []
 
         def placed(context: Context) -> None:
-            kept.append(self._db.write_sync(lambda tx: self._finished(tx, upload, context)))
+            try:
+                kept.append(self._db.write_sync(lambda tx: self._finished(tx, upload, context)))
+            except AirlockError:
+                store.remove_later(context.id, lambda sizes: self._db.look(partial(holdings.wanted, sizes=sizes)))
+                raise
 
         store = ContextStore(self._root, check=self._check, most=self._limits.upload_bytes, placed=placed)
         with os.fdopen(os.dup(file), "rb") as stream:

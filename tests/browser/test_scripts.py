@@ -16,8 +16,8 @@ from orchestrator.core.events import Recorded
 from orchestrator.core.units import read_usd
 from orchestrator.exports.tree import Cell, Node, grow
 from orchestrator.loop.parse import parse
-from tests.browser.conftest import Visit, visiting
 from tests.service import Served, ask
+from tests.visits import Visit, visiting
 
 CODE = '''
 @decorated.twice
@@ -210,3 +210,62 @@ def _shape(node: Node) -> dict[str, Any]:
 def _cell(cell: Cell) -> dict[str, Any]:
     asked = [one.type if isinstance(one, Recorded) else one.name for one in cell.asked]
     return {"status": cell.ending["status"], "asked": asked}
+
+
+def test_a_page_holds_only_so_much_of_a_query(modules: Visit):
+    """Five thousand sub-calls in one cell, and three hundred turns: what is drawn has a bound, and more can be had."""
+    told = modules.page.evaluate(_LONG)
+    assert told["records"] == 11_200
+    assert told["calls"] == 5_000
+    assert told["elements"] < 5_000
+    assert 40 <= told["turns"] <= 160
+    assert told["more"] == told["turns"] + 50
+    assert told["last"] == "Turn 300"
+    assert told["frames_ms"] < 2_000  # a page that freezes takes minutes for this
+
+
+_LONG = """async () => {
+    const { Tree } = await import("/static/records.js");
+    const { Timeline } = await import("/static/timeline.js");
+    const place = document.createElement("div");
+    document.body.append(place);
+    let drawn = 0;
+    const tree = new Tree((part) => timeline.changed(part));
+    const timeline = new Timeline(place, "", tree, () => drawn++);
+    let seq = 0, call = 0;
+    const take = (type, body, payloads = {}) =>
+        tree.take({ seq: seq++, at: "2026-11-26T01:20:29.000Z", type, node: "root", body, payloads });
+    const ask = (role, prompt, completion) => {
+        const body = { call: `root.c${++call}`, attempt: 1, role, model: "m", messages: 1, shared: 0 };
+        take("call.intent", body, { prompt: JSON.stringify([{ role: "user", content: prompt }]) });
+        const usage = { input_tokens: 1, output_tokens: 1 };
+        const result = { call: body.call, outcome: "answered", detail: "stop", cost_usd: "0.01", usage };
+        take("call.result", result, { completion });
+    };
+    const frame = () => new Promise((done) => requestAnimationFrame(() => setTimeout(done)));
+    let longest = 0;
+    for (let turn = 1; turn <= 300; turn++) {
+        ask("root", "go on", "Next.");
+        take("cell.started", { cell: turn }, { code: "print('x' * 20_000)" });
+        if (turn === 290) for (let i = 0; i < 5_000; i++) ask("sub", `${i} `.repeat(2_000), "no");
+        const ended = { cell: turn, status: "ok", detail: "", names: [], dropped_bytes: 0, duration_ms: 1 };
+        take("cell.ended", { ...ended, answered: false }, { stdout: "x".repeat(20_000) });
+        if (turn % 20 === 0) {
+            const begun = performance.now();
+            await frame();
+            longest = Math.max(longest, performance.now() - begun);
+        }
+    }
+    await frame();
+    const turns = place.querySelectorAll(".turn").length;
+    const elements = place.querySelectorAll("*").length;
+    place.querySelector("button.more").click();
+    await frame();
+    const all = place.querySelectorAll(".turn");
+    const found = {
+        records: seq, calls: tree.subCalls, elements, turns, more: all.length, frames_ms: longest,
+        last: all[all.length - 1].getAttribute("aria-label"),
+    };
+    place.remove();
+    return found;
+}"""

@@ -289,7 +289,6 @@ def test_what_a_query_may_is_narrowed_by_words_of_our_own(airlock: Airlock):
         ({"extra_body": {"best_of": 2}}, "best_of", "not permitted"),
         ({"extra_body": {"airlock": {"backend": "none"}}}, "airlock.backend", "not permitted"),
         ({"extra_body": {"airlock": {"budget_usd": "much"}}}, "airlock.budget_usd", "pattern"),
-        ({"stream_options": {"include_usage": True}}, "stream_options", "stream: true"),
         ({"response_format": {"type": "xml"}}, "response_format", "json_schema"),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": 1}}}},
@@ -301,6 +300,11 @@ def test_what_a_query_may_is_narrowed_by_words_of_our_own(airlock: Airlock):
         ({"messages": [BELL, TURNS[1]]}, "messages", "end with a user message"),
         ({"messages": [{"role": "user", "content": " "}]}, "messages[0].content", "no text"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "'user'"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "file", "file": {"file_data": "x"}}]}]},
+            "messages[0].content[0].file.file_id",
+            "required",
+        ),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}]},
             "messages[0].content[0]",
@@ -350,6 +354,35 @@ def test_errors_have_their_classes(server: Served):
         assert client.get("/v1/chat/completions").json()["error"]["code"] == "method_not_allowed"
         assert client.get("/v1/models/%00%ff").json()["error"]["code"] == "model_not_found"
         assert client.get("/v1/nowhere").json()["type"] == "urn:airlock:not-found"
+
+
+ODD = [
+    '{"a":' * 100 + "1" + "}" * 100,
+    '{"properties":{"a":' * 400 + "{}" + "}}" * 400,
+    '{"a":' * 100_000 + "1" + "}" * 100_000,
+    '{"a": "\\ud800"}',
+    '{"\\ud800": 1}',
+    '{"a": 1' + "0" * 400 + "}",
+    '{"a": 1' + "0" * 5000 + "}",
+    '{"minimum": NaN}',
+    '{"$ref": "http://127.0.0.1:9/"}',
+    '{"pattern": "(a+)+$"}',
+]
+
+
+def test_nothing_in_a_body_is_a_fault_of_the_service(airlock: Airlock):
+    """Deep, huge, half of a character, no number: wherever anything may stand."""
+    policy = airlock.policy(counts_iterations="1")
+    with served(airlock, "--policy", policy, script="root: ['FINAL(1)']") as server, server.client() as client:
+        named = json.dumps({"model": model(server), "messages": QUESTION})[:-1]
+        headers = {"Content-Type": "application/json"}
+        for number, value in enumerate(ODD):
+            schema = '{"type": "json_schema", "json_schema": {"name": "n", "schema": %s}}' % value  # noqa: UP031  braces
+            for more in (f'"metadata": {value}', f'"response_format": {schema}', f'"seed": {value}'):
+                headers["Idempotency-Key"] = str((number, more[:5]))
+                answer = client.post("/v1/chat/completions", content=f"{named}, {more}}}".encode(), headers=headers)
+                assert answer.status_code in (200, 400, 422), answer.text
+                assert ("error" in answer.json()) is (answer.status_code != 200)
 
 
 def test_rates_and_money_have_their_classes(airlock: Airlock):

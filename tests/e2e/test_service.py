@@ -172,6 +172,17 @@ def test_a_stopped_service_keeps_nobody_waiting(airlock: Airlock):
         assert waits.result()["status"] == "interrupted"
 
 
+def test_a_second_signal_stops_it_at_once_and_what_ran_is_left(airlock: Airlock):
+    with served(airlock, script=SLOW, config="[server]\ndrain_s = 600\n") as server, server.client() as client:
+        query = ask(client, wait=0)["id"]
+        until(lambda: client.get(f"/v1/queries/{query}").json()["status"] == "running")
+        server.process.send_signal(signal.SIGTERM)
+        until(lambda: client.get("/readyz").status_code == 503)
+        assert client.post("/v1/queries", json={"question": "q", "context": {"text": "a"}}).status_code == 503
+        assert server.stop() == 0
+    assert airlock.records(query)[-1]["type"] == "query.interrupted"
+
+
 def test_a_stopped_service_closes_what_it_could_not_leave(airlock: Airlock):
     policy = airlock.policy(audit_payloads="hash")
     config = "[server]\ndrain_s = 0\n"

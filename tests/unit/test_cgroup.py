@@ -45,6 +45,13 @@ def test_version_2():
     assert found == Hierarchy(2, {"memory": folder, "pids": folder, "cpu": folder})
 
 
+def test_version_2_beside_the_group_that_was_made_to_live_in():
+    """A group that has processes gives no controllers to groups below it."""
+    found = find_hierarchy(OTHER + V2, "0::/system.slice/airlock.service/orchestrator\n")
+    folder = Path("/sys/fs/cgroup/system.slice/airlock.service")
+    assert found == Hierarchy(2, {"memory": folder, "pids": folder, "cpu": folder})
+
+
 def test_hybrid_uses_version_1():
     own = "8:pids:/\n4:memory:/\n2:cpuacct:/\n1:cpu:/\n0::/\n"
     found = find_hierarchy(OTHER + HYBRID, own)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+import threading
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -14,7 +16,7 @@ import sqlalchemy as sa
 from orchestrator.core.context import Context
 from orchestrator.core.errors import ContextError, CountExceeded
 from orchestrator.core.events import Event
-from orchestrator.store import holdings, journal
+from orchestrator.store import drafts, holdings, journal
 from orchestrator.store.contexts import ContextStore
 from orchestrator.store.db import Database
 from orchestrator.store.journal import QueryKey
@@ -45,7 +47,10 @@ class Shop:
         return found
 
     def collect(self) -> int:
-        return self.own.remove(self.own.removable(), lambda: self.db.look(holdings.wanted))
+        return self.own.remove(self.own.removable(), self.wanted)
+
+    def wanted(self, sizes: Collection[int]) -> Mapping[str, int]:
+        return self.db.look(partial(holdings.wanted, sizes=sizes))
 
     def files(self) -> int:
         return sum(path.is_file() for path in self.root.rglob("*"))
@@ -177,6 +182,50 @@ def test_a_name_is_kept_and_changed(shop: Shop, db: Database):
         found = db.look(lambda tx, context=context: holdings.find(tx, "ann", context.id))
         names.append(found.name if found else "none")
     assert names == ["first", "first", "second"]
+
+
+@pytest.mark.parametrize("most", [1, 500])
+def test_many_are_removed_at_once(shop: Shop, db: Database, monkeypatch: pytest.MonkeyPatch, most: int):
+    monkeypatch.setattr(holdings, "MOST_SIZES", most)
+    kept = shop.give("bob", "x" * 70)
+    gone = [shop.give("ann", "y" * size) for size in (1, 2, 3, 70)]
+    db.write_sync(lambda tx: [holdings.give_up(tx, "ann", context.id) for context in gone])
+    assert shop.collect() == 4
+    assert shop.own.removable() == [kept.id]
+    assert db.look(holdings.owned) == {kept.id}
+    assert shop.own.verify(kept)
+
+
+def test_what_a_killed_process_left_beside_goes(shop: Shop):
+    context = shop.give("ann")
+    for path in context.files.values():
+        path.with_suffix(".tmpx").hardlink_to(path)
+    assert shop.collect() == 0
+    assert shop.own.verify(context)
+    assert sorted(path.name for path in context.files["data"].parent.iterdir()) == [context.sha256]
+    assert shop.own.removable() == [context.id]
+
+
+def test_whether_another_has_it_changes_nothing_that_is_done(shop: Shop, monkeypatch: pytest.MonkeyPatch):
+    """Time is not measured here, where it is noise; what is done to the disk is the same, and so is its order."""
+    done: list[str] = []
+    for name in ("fsync", "link", "unlink", "rename"):
+        call: Callable[..., object] = getattr(os, name)
+        monkeypatch.setattr(os, name, partial(noted, done, name, call))
+    runs: list[list[str]] = []
+    for tenant, text in (("ann", "some text"), ("bob", "some text"), ("bob", "other text")):
+        done.clear()
+        shop.give(tenant, text)
+        drafts.LATER.submit(int).result()  # what is removed later, is by now
+        runs.append(list(done))
+    assert runs[0] == runs[1] == runs[2]
+    assert (runs[0].count("link"), runs[0].count("unlink")) == (4, 2)  # no draft is removed meanwhile
+
+
+def noted(done: list[str], name: str, call: Callable[..., object], *arguments: object, **options: object) -> object:
+    if threading.current_thread() is threading.main_thread():
+        done.append(name)
+    return call(*arguments, **options)
 
 
 def test_a_manifest_that_is_damaged_is_left_alone(shop: Shop, db: Database):

@@ -19,6 +19,7 @@ from orchestrator.server.service import Principal
 from orchestrator.settings import ServerSettings
 from orchestrator.store import holdings
 from orchestrator.store.contexts import ContextStore
+from tests.command import until
 from tests.unit.helpers import database
 
 pytestmark = pytest.mark.anyio
@@ -136,6 +137,8 @@ async def test_what_a_tenant_has_stored_counts(service: Any):
     await keep(service, {"text": "y" * 1000})
     with pytest.raises(CountExceeded, match="24 bytes are left of the 2,048"):
         await keep(service, {"text": "z" * 25})
+    data = service.home / "contexts" / "data"
+    until(lambda: len(list(data.iterdir())) == 2)  # what was refused does not stay
     await keep(service, {"text": "z" * 25}, BOB)
 
 

@@ -8,6 +8,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -33,7 +34,6 @@ from orchestrator.store.db import Database
 from orchestrator.store.registry import Registry
 from orchestrator.store.signing import Notary
 from orchestrator.store.vault import open_vault
-from tests.command import until
 from tests.unit.helpers import fill
 
 pytestmark = pytest.mark.anyio
@@ -353,8 +353,9 @@ def served() -> Iterator[Served]:
             self.send_response(found.status)
             for name, value in {"Content-Length": str(len(found.body)), **found.headers}.items():
                 self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(found.body)
+            with suppress(OSError):  # whoever asked has not waited
+                self.end_headers()
+                self.wfile.write(found.body)
 
         def log_message(self, *_: object) -> None:
             """Nothing: standard error is the tests'."""
@@ -464,11 +465,10 @@ async def test_nobody_waits_for_a_server_that_is_silent(
 ):
     monkeypatch.setattr(tokens, "FETCH_S", 0.2)
     served.hold = threading.Event()
-    with pytest.raises(OSError, match=r"\S"):
+    with pytest.raises(OSError, match=r"(?i)time"):
         await fetch_keys(served.url)
     registry.set_issuer("acme", remote(served), by="a test")
     assert await who(registry, signed()) is None
-    until(lambda: served.asked == 2)
 
 
 async def test_who_has_a_known_key_does_not_wait_for_an_unknown_one(

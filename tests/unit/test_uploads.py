@@ -22,6 +22,7 @@ from orchestrator.store.contexts import ContextStore
 from orchestrator.store.db import Database
 from orchestrator.store.schema import uploads as table
 from orchestrator.store.uploads import DONE, LIVES, STEP, Busy, Upload, Uploads
+from tests.command import until
 
 LIMITS = ServerSettings(upload_bytes=4000, stored_bytes=10_000, uploads=3)
 
@@ -203,8 +204,18 @@ def test_what_grows_while_it_is_decoded_is_held_to_the_limit(uploads: Uploads, d
         incoming.write(b"\xff" * 2000)
         with pytest.raises(CountExceeded, match="4,000 bytes"):
             incoming.finish()
-    assert not any((tmp_path / "contexts" / "drafts").iterdir())
     assert stored(db) == 3000
+    for number in range(2):
+        with uploads.whole("ann", "text", "utf-8", "", 3000) as incoming:
+            incoming.write(str(number).encode() * 3000)
+            incoming.finish()
+    with uploads.whole("ann", "text", "latin-1", "", 900) as incoming:  # there is room for it, and not as UTF-8
+        incoming.write(b"\xe9" * 900)
+        with pytest.raises(CountExceeded, match="1,000 bytes are left"):
+            incoming.finish()
+    assert stored(db) == 9000
+    until(lambda: len(list((tmp_path / "contexts" / "data").iterdir())) == 3)
+    until(lambda: not any((tmp_path / "contexts" / "drafts").iterdir()))
 
 
 def test_the_old_and_the_dead_are_swept(uploads: Uploads, db: Database, left: Path):

@@ -23,7 +23,7 @@ from orchestrator.core.errors import (
     TimeExceeded,
     read_reason,
 )
-from orchestrator.server.chat.request import NOT_TAKEN, TAGS
+from orchestrator.server.chat.request import NOT_TAKEN, TAG
 from orchestrator.server.problems import Problem, problem_of
 
 NO_RETRY = {"x-should-retry": "false"}  # which OpenAI's clients heed: another query would cost as much again
@@ -86,8 +86,8 @@ def _told(problem: Problem) -> tuple[str, str | None]:
 
 
 def _param(at: str) -> str | None:
-    """`body.messages.0.content.parts.1` -> `messages[0].content[1]`."""
-    parts = [part for part in at.split(".")[1:] if part not in TAGS and not part.startswith("format ")]
+    """`body.messages.0.content.as parts.1` -> `messages[0].content[1]`."""
+    parts = [part for part in at.split(".")[1:] if not part.startswith(TAG)]
     named = "".join(f"[{part}]" if part.isdecimal() else f".{part}" for part in parts)
     return named.removeprefix(".") or None
 

@@ -44,11 +44,13 @@ _PARTS = {"text": TextPart, "refusal": RefusalPart, "file": FilePart}
 
 def _part(given: Any) -> str | None:
     kind = cast("dict[str, Any]", given).get("type") if isinstance(given, dict) else getattr(given, "type", None)
-    return kind if isinstance(kind, str) and kind in _PARTS else None
+    return f"as {kind}" if isinstance(kind, str) and kind in _PARTS else None
 
 
 Part = Annotated[
-    Annotated[TextPart, Tag("text")] | Annotated[RefusalPart, Tag("refusal")] | Annotated[FilePart, Tag("file")],
+    Annotated[TextPart, Tag("as text")]
+    | Annotated[RefusalPart, Tag("as refusal")]
+    | Annotated[FilePart, Tag("as file")],
     Discriminator(
         _part,
         custom_error_type="part",
@@ -58,16 +60,16 @@ Part = Annotated[
 
 
 def _content(given: Any) -> str | None:
-    return "words" if isinstance(given, str) else "parts" if isinstance(given, list) else None
+    return "as words" if isinstance(given, str) else "as parts" if isinstance(given, list) else None
 
 
 Content = Annotated[
-    Annotated[str, Tag("words")] | Annotated[list[Part], Field(max_length=1000), Tag("parts")],
+    Annotated[str, Tag("as words")] | Annotated[list[Part], Field(max_length=1000), Tag("as parts")],
     Discriminator(
         _content, custom_error_type="content", custom_error_message="has to be a text, or a list of parts of it"
     ),
 ]
-TAGS = ("words", "parts", *_PARTS)  # that stand in the place of a fault, and not in what was sent
+TAG = "as "  # what begins like this in the place of a fault is none of the names that were sent
 
 
 class ChatMessage(Given):
@@ -109,13 +111,13 @@ _FORMATS = {"text": TextFormat, "json_object": JsonFormat, "json_schema": Schema
 
 def _format(given: Any) -> str | None:
     kind = cast("dict[str, Any]", given).get("type") if isinstance(given, dict) else getattr(given, "type", None)
-    return f"format {kind}" if isinstance(kind, str) and kind in _FORMATS else None
+    return f"as {kind}" if isinstance(kind, str) and kind in _FORMATS else None
 
 
 Format = Annotated[
-    Annotated[TextFormat, Tag("format text")]
-    | Annotated[JsonFormat, Tag("format json_object")]
-    | Annotated[SchemaFormat, Tag("format json_schema")],
+    Annotated[TextFormat, Tag("as text")]
+    | Annotated[JsonFormat, Tag("as json_object")]
+    | Annotated[SchemaFormat, Tag("as json_schema")],
     Discriminator(
         _format,
         custom_error_type="format",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import anyio
 import anyio.to_thread
-from fastapi import APIRouter, Header, Request, Response
+from fastapi import APIRouter, Header, Path, Request, Response
 from pydantic import BaseModel, Field
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
@@ -141,8 +142,6 @@ async def complete(
     A client that goes away ends its query, unless it gave an Idempotency-Key, with which it can come again. An answer
     costs what the whole query costs: see `airlock.cost_usd`.
     """
-    if asked.stream_options is not None and not asked.stream:
-        raise _fault("stream_options", "goes with stream: true")
     policy = await service.desk.policy_of(principal.tenant)
     model = asked.model.removeprefix(PREFIX)
     if not asked.model.startswith(PREFIX) or model not in service.desk.models_for(policy):
@@ -166,7 +165,7 @@ async def complete(
             depth=ours.depth,
             answer_schema=schema,
             idempotency=idempotency_key,
-            fingerprint=asked.model_dump_json(exclude={"stream", "stream_options"}, exclude_unset=True).encode(),
+            fingerprint=_fingerprint(await request.body()),
         ),
     )
     answer = _Answer(service, principal, query.id, asked.model)
@@ -178,8 +177,15 @@ async def complete(
     return JSONResponse(await _whole(answer, request.receive, leave=leave), headers=headers)
 
 
-def _fault(param: str, text: str) -> Problem:
-    return Problem(400, "bad-request", f"{param}: {text}", param=param)
+def _fingerprint(body: bytes) -> bytes:
+    """What is asked, however it is written. Whether it is streamed is no part of it."""
+    try:
+        asked: dict[str, Any] = json.loads(body)
+        return json.dumps(
+            {name: asked[name] for name in asked.keys() - {"stream", "stream_options"}}, sort_keys=True
+        ).encode()
+    except (ValueError, RecursionError):  # it was read before, at less depth
+        return body
 
 
 async def _schema(asked: ChatRequest) -> Mapping[str, Any] | None:
@@ -362,8 +368,12 @@ async def list_models(service: The, principal: Reads) -> ModelList:
     return ModelList(data=[ModelView(id=PREFIX + name) for name in service.desk.models_for(policy)])
 
 
-@router.get("/models/{model:path}", response_model=ModelView, responses=documented(401, 403, 404, 429, 503))
-async def get_model(service: The, principal: Reads, model: str) -> ModelView:
+@router.get("/models/{model:path}", response_model=ModelView, responses=documented(400, 401, 403, 404, 422, 429, 503))
+async def get_model(
+    service: The,
+    principal: Reads,
+    model: Annotated[str, Path(min_length=1, max_length=512, examples=["rlm/gpt-5-mini"])],
+) -> ModelView:
     """One of these."""
     for found in (await list_models(service, principal)).data:
         if found.id == model:

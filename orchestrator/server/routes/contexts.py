@@ -19,12 +19,11 @@ import anyio.from_thread
 import anyio.to_thread
 from fastapi import APIRouter, Depends, Header, Query, Response
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
-from starlette.background import BackgroundTask
 from starlette.requests import ClientDisconnect, Request
 
 from orchestrator.core.errors import ContextError
 from orchestrator.server.access import allowed
-from orchestrator.server.housekeeping import collect
+from orchestrator.server.housekeeping import remove_later
 from orchestrator.server.inline import INGESTS
 from orchestrator.server.problems import Problem, documented, not_found
 from orchestrator.server.service import Principal, Service, the_service
@@ -38,7 +37,7 @@ TUS = "1.0.0"
 OFFSET_TYPE = "application/offset+octet-stream"
 PIECE = 1 << 20  # bytes that are written at once
 _EXAMPLE = "5e884898da28047151d0e56f8dc6292773603d0d6aabbdd62a11ef721d1542d8"
-_CURSOR = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z)_([0-9a-f]{64})", re.ASCII)
+_CURSOR = r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{3}Z_[0-9a-f]{64}$"
 
 router = APIRouter(prefix="/v1/contexts", tags=["contexts"])
 Gives = Annotated[Principal, Depends(allowed("query"))]
@@ -88,7 +87,7 @@ class UploadView(BaseModel):
     context: ContextView | None
 
 
-_ENDS = (403, 429, 503)  # of every route here
+_ENDS = (403, 422, 429, 503)  # of every route here
 
 
 def _told(*names: str) -> dict[str, Any]:
@@ -111,7 +110,7 @@ def _body(media_type: str) -> dict[str, Any]:
     responses={
         200: {"model": ContextView, "description": "this tenant has it already", **_told("Location")},
         201: {"description": "it is kept", **_told("Location")},
-        **documented(400, 408, 413, 415, 422, *_ENDS),
+        **documented(400, 408, 413, 415, *_ENDS),
     },
     openapi_extra=_body("application/octet-stream"),
 )
@@ -135,7 +134,7 @@ async def put(request: Request, response: Response, principal: Gives, about: Ann
 
 
 async def _resumable(
-    response: Response, version: Annotated[str | None, Header(alias="Tus-Resumable", examples=[TUS])] = None
+    response: Response, version: Annotated[str, Header(alias="Tus-Resumable", json_schema_extra={"enum": [TUS]})]
 ) -> None:
     if version != TUS:
         raise Problem(412, "tus-version", f"send Tus-Resumable: {TUS}", headers={"Tus-Version": TUS})
@@ -165,7 +164,7 @@ async def options(request: Request) -> Response:
     dependencies=_TUS,
     responses={
         201: {"description": "send the pieces to Location", **_told("Location", "Upload-Expires", "Tus-Resumable")},
-        **documented(400, 412, 413, 422, *_ENDS),
+        **documented(400, 412, 413, *_ENDS),
     },
 )
 async def begin(
@@ -189,7 +188,7 @@ async def begin(
 
 
 @router.options("/uploads/{upload_id}", status_code=204, response_class=Response)
-async def upload_options(upload_id: str) -> Response:
+async def upload_options() -> Response:
     """What of tus there is."""
     return _options()
 
@@ -219,7 +218,7 @@ async def how_far(request: Request, response: Response, principal: Gives, upload
     response_class=Response,
     responses={
         204: {"description": "the piece is kept", **_told("Upload-Offset", "Tus-Resumable")},
-        **documented(400, 404, 408, 409, 412, 413, 415, 422, 423, *_ENDS),
+        **documented(400, 404, 408, 409, 412, 413, 415, 423, *_ENDS),
     },
     openapi_extra=_body(OFFSET_TYPE),
 )
@@ -251,7 +250,7 @@ async def go_on(
 @router.get(
     "/uploads/{upload_id}",
     response_model=UploadView,
-    responses=documented(404, 413, 422, 423, *_ENDS),
+    responses=documented(404, 413, 423, *_ENDS),
 )
 async def upload(request: Request, principal: Gives, upload_id: str) -> UploadView:
     """How far an upload is, and what became of it."""
@@ -288,18 +287,16 @@ async def end(request: Request, principal: Gives, upload_id: str) -> Response:
 # What there is
 
 
-@router.get("", response_model=ContextList, responses=documented(422, *_ENDS))
+@router.get("", response_model=ContextList, responses=documented(*_ENDS))
 async def contexts(
     request: Request,
     principal: Reads,
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
-    cursor: Annotated[str | None, Query(max_length=200, examples=[f"2026-11-26T01:20:28.123Z_{_EXAMPLE}"])] = None,
+    cursor: Annotated[str | None, Query(pattern=_CURSOR, examples=[f"2026-11-26T01:20:28.123Z_{_EXAMPLE}"])] = None,
 ) -> ContextList:
     """The tenant's contexts, the newest first."""
-    at = _CURSOR.fullmatch(cursor) if cursor is not None else None
-    if cursor is not None and at is None:
-        raise Problem(422, "bad-cursor", "the cursor is not one that a list gave")
-    after = (at[1], at[2]) if at else None
+    at, _, last = (cursor or "").partition("_")
+    after = (at, last) if cursor else None
     db = the_service(request).platform.db
     found = await anyio.to_thread.run_sync(
         lambda: db.look(lambda tx: holdings.listed(tx, principal.tenant, limit + 1, after))
@@ -326,7 +323,8 @@ async def give_up(request: Request, principal: Gives, context_id: str) -> Respon
         raise not_found("context")
     if not await service.platform.db.write(lambda tx: holdings.give_up(tx, principal.tenant, context_id)):
         raise not_found("context")
-    return Response(status_code=204, background=BackgroundTask(collect, service, context_id))
+    remove_later(service, context_id)
+    return Response(status_code=204)
 
 
 # Parts of these

@@ -3,6 +3,7 @@
 const QUERY = /^[0-9]{8}-[0-9]{6}-[0-9a-f]{10}$/;
 const SAFE = ["GET", "HEAD"];
 let session = null;
+let leaving = false; // for the page to log in: once is enough
 
 /* What went wrong, in a line for people. */
 export class Refused extends Error {
@@ -65,14 +66,21 @@ export async function fault(answer) {
     }
 }
 
-export function logIn() {
-    location.assign(`/login?next=${encodeURIComponent(location.pathname)}`);
+function logIn() {
+    if (!leaving) location.assign(`/login?next=${encodeURIComponent(location.pathname)}`);
+    leaving = true;
     return new Promise(() => {});
 }
 
 export async function logOut() {
-    await request("/logout", { method: "POST" });
-    location.assign("/login");
+    leaving = true; // what else is asked for meanwhile may find that nobody is logged in
+    try {
+        await request("/logout", { method: "POST" });
+        location.assign("/login");
+    } catch (error) {
+        leaving = false;
+        throw error;
+    }
 }
 
 /* One record of a query again, with all of its payloads. */

@@ -15,7 +15,7 @@ export function make(tag, attributes = {}, ...children) {
     return element;
 }
 
-export function set(element, name, value) {
+function set(element, name, value) {
     if (value === null || value === undefined || value === false) element.removeAttribute(name);
     else element.setAttribute(name, value === true ? "" : printable(String(value)));
 }
@@ -26,10 +26,12 @@ export function fill(element, ...children) {
 }
 
 function nodes(children) {
-    return children
+    const made = children
         .flat(Infinity)
         .filter((child) => child !== null && child !== undefined && child !== false)
         .map((child) => (child instanceof Node ? child : document.createTextNode(printable(String(child)))));
+    // A space between elements, so that they are words of their own to whoever hears or copies them.
+    return made.flatMap((node, i) => (node instanceof Element && made[i - 1] instanceof Element ? [" ", node] : [node]));
 }
 
 /* A text of whatever origin, its escapes marked as ours. */
@@ -106,9 +108,8 @@ export class Bar {
         for (const [name, value] of [["viewBox", "0 0 1000 6"], ["preserveAspectRatio", "none"], ["class", "bar"], ["aria-hidden", "true"]])
             svg.setAttribute(name, value);
         this.text = make("span", { class: "amount" });
-        this.meter = make("div", { class: "meter", role: "meter", "aria-label": label, "aria-valuemin": 0, "aria-valuemax": 100 },
+        this.element = make("div", { class: "meter", role: "meter", "aria-label": label, "aria-valuemin": 0, "aria-valuemax": 100 },
             make("span", { class: "label" }, label), this.text, svg);
-        this.element = this.meter;
     }
 
     update(text, used, held = 0) {
@@ -116,9 +117,9 @@ export class Bar {
         const [part, both] = [used, used + held].map((share) => Math.round(Math.min(1, Math.max(0, share || 0)) * 1000));
         this.rows[0].setAttribute("width", both);
         this.rows[1].setAttribute("width", part);
-        set(this.meter, "data-full", part >= 900);
-        set(this.meter, "aria-valuenow", Math.round(part / 10));
-        set(this.meter, "aria-valuetext", text);
+        set(this.element, "data-full", part >= 900);
+        set(this.element, "aria-valuenow", Math.round(part / 10));
+        set(this.element, "aria-valuetext", text);
     }
 }
 

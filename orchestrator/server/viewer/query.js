@@ -9,6 +9,7 @@ import { greet, reportFaults } from "./shell.js";
 import { bytes, counted, duration, line, nano, usd, when } from "./text.js";
 import { Timeline } from "./timeline.js";
 
+const AGAIN_MS = 5_000; // until a stream that was refused is asked for again
 const SPEND_MS = 2_000; // between two looks at what is spent and held, while something changes
 const ENDED = ["answered", "limit", "refused", "failed", "cancelled"];
 const place = (id) => document.getElementById(id);
@@ -60,10 +61,9 @@ class Page {
         fill(place("question"), view.question === null ? notKept("Question") : line(view.question, 300));
         if (view.question?.length > 300)
             place("question").parentElement.append(make("details", {}, make("summary", {}, "The whole question"), long(view.question, { label: "question" })));
-        document.title = `${view.question === null ? view.id : line(view.question, 60)} - Airlock`;
         const { context } = view;
         const parts = [
-            ["model", view.model ?? "none"], view.sub_models.length && ["sub-calls", view.sub_models.join(", ")],
+            ["model", view.model ?? "none"], view.sub_models.some((name) => name !== view.model) && ["sub-calls", view.sub_models.join(", ")],
             ["sandbox", `${view.backend} (${view.isolation})`],
             ["context", [context.name, context.kind, bytes(context.bytes)].filter(Boolean).join(", ")], ["asked", when(view.created_at)],
         ].filter(Boolean);
@@ -80,6 +80,7 @@ class Page {
         if (this.said !== now + doing) {
             this.said = now + doing;
             document.body.dataset.state = now;
+            document.title = `${now}: ${line(view?.question ?? this.id, 60)} - Airlock`;
             fill(place("status"), status(now), doing && ` ${doing}`);
             this.actions();
         }
@@ -146,9 +147,11 @@ class Page {
             this.load();
         });
         source.addEventListener("open", () => this.live(""));
-        source.addEventListener("error", () => {
-            if (source.readyState !== EventSource.CLOSED) this.live("The connection broke; trying again.");
-            else if (!this.tree.closed) this.live("There is nothing more to come.");
+        source.addEventListener("error", async () => {
+            this.live("The connection broke; trying again.");
+            if (source.readyState !== EventSource.CLOSED) return; // the browser tries by itself
+            await this.load().catch((error) => this.live(error.message));
+            setTimeout(() => this.look(), AGAIN_MS);
         });
     }
 

@@ -37,7 +37,6 @@ export class Tree {
     closed = null;
     last = null;
     spent = 0n;
-    open = 0; // requests that are under way
     subCalls = 0;
     keeps = () => true;
     #changed;
@@ -135,7 +134,7 @@ export class Tree {
 
     #cell(node, record) {
         const turn = node.turns.at(-1) ?? this.#turn(node, record);
-        const cell = { kind: "cell", turn, began: record, ended: null, asked: [], sums: { calls: 0, failed: 0, spent: 0n } };
+        const cell = { kind: "cell", turn, began: record, ended: null, asked: [], sums: { calls: 0, open: 0, failed: 0, spent: 0n } };
         turn.cells.push(cell);
         if (record.type === "cell.started") node.running = cell;
         this.#changed(turn);
@@ -159,15 +158,16 @@ export class Tree {
     #intent(node, record) {
         const attempt = { intent: record, result: null };
         let call = this.calls.get(record.body.call);
-        this.open += 1;
         if (call) {
             call.attempts.push(attempt);
+            if (call.cell) call.cell.sums.open += 1;
         } else {
             call = { kind: "call", name: String(record.body.call), node, attempts: [attempt], cell: null, turn: null };
             this.calls.set(record.body.call, call);
             if (record.body.role !== "root") {
                 this.subCalls += 1;
                 this.#ask(node, record, call);
+                call.cell.sums.open += 1;
                 return;
             }
             const last = node.turns.at(-1);
@@ -183,11 +183,11 @@ export class Tree {
         if (!call) return;
         const cost = nano(record.body.cost_usd);
         call.attempts.at(-1).result = record;
-        this.open = Math.max(0, this.open - 1);
         this.spent += cost;
         node.spent += cost;
         if (call.cell) {
             call.cell.sums.spent += cost;
+            call.cell.sums.open -= 1;
             if (record.body.outcome !== "answered") call.cell.sums.failed += 1;
             this.#changed(call.cell);
         }

@@ -64,9 +64,9 @@ export function duration(seconds) {
     if (seconds < 1) return `${Math.max(0, Math.round(seconds * 1000))} ms`;
     if (seconds < 10) return `${seconds.toFixed(1)} s`;
     if (seconds < 60) return `${Math.floor(seconds)} s`;
-    const [minutes, rest] = [Math.floor(seconds / 60), Math.floor(seconds % 60)];
-    if (minutes < 60) return rest ? `${minutes} min ${rest} s` : `${minutes} min`;
-    return `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
+    const [minutes, hours] = [Math.floor(seconds / 60), Math.floor(seconds / 3600)];
+    const parts = hours ? [hours, "h", minutes % 60, "min"] : [minutes, "min", Math.floor(seconds % 60), "s"];
+    return (parts[2] ? parts : parts.slice(0, 2)).join(" ");
 }
 
 const TIME = new Intl.DateTimeFormat("en-GB", { hour: "2-digit", minute: "2-digit", second: "2-digit" });

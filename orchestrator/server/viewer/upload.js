@@ -8,7 +8,7 @@ const VERSION = { "Tus-Resumable": "1.0.0" };
 
 /* The context that the file has become, as the API tells it. told: how much is sent, from 0 to 1. Raises Refused. */
 export async function upload(file, { kind, encoding }, told) {
-    const about = Object.entries({ kind, encoding, name: file.name.slice(0, 255) });
+    const about = Object.entries({ kind, encoding, name: named(file) });
     const begun = await request("/v1/contexts", {
         method: "POST",
         headers: { ...VERSION, "Upload-Length": file.size, "Upload-Metadata": about.map(([name, text]) => `${name} ${base64(text)}`).join(",") },
@@ -38,6 +38,11 @@ async function send(path, file, offset) {
 
 function offsetOf(answer) {
     return Number(answer.headers.get("Upload-Offset"));
+}
+
+/* The file's name as the service takes it: what cannot be seen is replaced. */
+function named(file) {
+    return [...file.name.replace(/[^\p{L}\p{M}\p{N}\p{P}\p{S} ]/gu, "_")].slice(0, 255).join("");
 }
 
 function base64(text) {

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import re
 import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, expect
 
-from tests.browser.conftest import SLOW, Visit, visiting
+from orchestrator.named_policy import load_policy
+from orchestrator.store.db import Database
+from orchestrator.store.journal import key_created
+from orchestrator.store.registry import Registry
+from orchestrator.store.signing import Notary
+from orchestrator.store.vault import open_vault
 from tests.service import Served
+from tests.visits import CONTEXT, LINGER, PAUSE, Visit, visiting
 
 PHONE = {"width": 320, "height": 640}
 HOSTILE = "<script>window.pwned = 'question'</script> \u202e\u2066<img src=x onerror='window.pwned=1'> which one?"
@@ -40,6 +48,7 @@ def test_a_key_that_is_not_good_is_told(visit: Visit):
 
 def test_the_way_back_is_never_elsewhere(visit: Visit, key: str):
     for elsewhere in ("https://elsewhere.invalid/", "//elsewhere.invalid", "javascript:window.pwned=1", "/q/../login"):
+        visit.page.goto("about:blank")  # nothing of the page before is under way then
         visit.page.context.clear_cookies()
         visit.go(f"/login?next={elsewhere}")
         visit.page.get_by_label("API key").fill(key)
@@ -51,10 +60,11 @@ def test_a_query_from_the_question_to_the_answer(visit: Visit, key: str):
     page = visit.page
     visit.log_in(key)
     visit.shot("list-empty")
-    visit.ask("Which reports speak of an outage?")
-    expect(page.locator("#status")).to_contain_text("running")
-    expect(visit.turn(2)).to_be_visible()
+    visit.ask("Which reports speak of an outage?", CONTEXT + PAUSE)
+    expect(page.locator("#status")).to_have_text("running turn 1")
     expect(page.get_by_role("button", name="Cancel")).to_be_visible()
+    expect(page.get_by_role("article")).to_have_count(1)
+    expect(visit.turn(2)).to_be_visible()
     visit.ends("answered")
     expect(page.get_by_role("button", name="Cancel")).to_have_count(0)
     expect(page.get_by_role("article")).to_have_count(4)
@@ -90,8 +100,8 @@ def test_a_query_from_the_question_to_the_answer(visit: Visit, key: str):
 def test_a_query_is_cancelled(visit: Visit, key: str):
     page = visit.page
     visit.log_in(key)
-    visit.ask("Will this end?", model=SLOW)
-    expect(page.get_by_text("thinking")).to_be_visible()
+    visit.ask("Will this end?", LINGER)
+    expect(visit.turn(1)).to_contain_text("Cell 1 running")
     expect(page.get_by_role("meter", name="Money")).to_have_attribute("aria-valuetext", re.compile("held"))
     visit.shot("query-running")
     page.get_by_role("button", name="Cancel").click()
@@ -101,7 +111,7 @@ def test_a_query_is_cancelled(visit: Visit, key: str):
     other = page.context.new_page()
     visit.go("/")
     page.get_by_role("button", name="New query").wait_for()
-    query = visit.ask("And this?", model=SLOW)
+    query = visit.ask("And this?", LINGER)
     other.goto(visit.service.url)
     row = other.get_by_role("row", name=re.compile(r"And this\?"))
     expect(row).to_contain_text(re.compile("running|queued"))
@@ -160,6 +170,9 @@ def test_the_name_of_a_file_is_hostile_too(visit: Visit, key: str, tmp_path: Pat
     page.wait_for_url(re.compile(r"/q/"))
     visit.ends("answered")
     expect(page.get_by_text("text, 12 MB")).to_be_visible()
+    with visit.service.client() as client:
+        names = [context["name"] for context in client.get("/v1/contexts").json()["contexts"]]
+    assert "<img src=x onerror=window.pwned=1>_.txt" in names
     expect(visit.turn(1).get_by_label("output")).to_contain_text("11500000 characters")
 
 
@@ -176,6 +189,17 @@ def test_a_question_that_is_refused_says_why(visit: Visit, key: str):
     form.get_by_role("button", name="Ask").click()
     expect(form.get_by_role("alert")).to_contain_text("0.000001 USD")
     visit.shot("ask-refused")
+
+
+def test_the_models_are_those_of_the_service(visit: Visit, key: str):
+    page = visit.page
+    visit.log_in(key)
+    page.get_by_role("button", name="New query").click()
+    model = f"scripted:{visit.service.airlock.folder / 'script.yaml'}"
+    page.get_by_label("Model").select_option(model)
+    visit.send("By which model?")
+    expect(page.get_by_text(f"model {model}")).to_be_visible()
+    visit.ends("answered")
 
 
 def test_the_journal_is_asked(visit: Visit, key: str, answered: str, tmp_path: Path):
@@ -272,6 +296,38 @@ def test_a_session_ends_with_its_key(visit: Visit, key: str):
     page.wait_for_url(re.compile("/login"))
     assert page.context.cookies() == []
     assert page.evaluate("fetch('/v1/session').then((answer) => answer.status)") == 401
+
+
+def test_what_is_not_kept_is_said_to_be(visit: Visit, service: Served):
+    visit.log_in(service.key("forgetful"))
+    policy = load_policy("development")
+    with registry(service) as tenants:
+        kept = policy.audit.model_copy(update={"payloads": ()})
+        tenants.set_policy("forgetful", policy.model_copy(update={"audit": kept}), by="a test")
+    visit.ask("A question that nobody keeps?")
+    visit.ends("answered")
+    page = visit.page
+    expect(page.get_by_role("heading", level=1)).to_have_text("Question: not kept")
+    expect(page.get_by_role("region", name="Answer")).to_contain_text("The answer: not kept")
+    second = visit.turn(2)
+    for what in ("The reply: not kept", "The code: not kept", "output: not kept", "errors: not kept"):
+        expect(second.get_by_text(what)).to_be_visible()
+    second.locator("details.call summary").first.click()
+    expect(second.locator("details.call").first).to_contain_text("The prompt: not kept")
+    expect(second.locator("details.call").first).to_contain_text("The completion: not kept")
+    assert "nobody keeps" not in page.content()
+
+
+@contextmanager
+def registry(service: Served) -> Iterator[Registry]:
+    """Beside the service, as the command line has it."""
+    home = service.airlock.home
+    db = Database(home)
+    try:
+        vault = open_vault(db, home, None, key_created)
+        yield Registry(db, vault, Notary(vault.signer(), home / "heads", vault.stamp))
+    finally:
+        db.close()
 
 
 def test_another_tenants_query_is_not_there(visit: Visit, service: Served, answered: str):
