@@ -48,16 +48,29 @@ def price(airlock: Airlock) -> tuple[str, str]:
     return ("--price", f"scripted:{airlock.folder}/script.yaml=1,3")
 
 
-async def crowd(server: Served, tenants: int, queries: int, *, wave: str = "") -> Load:
+async def crowd(server: Served, tenants: int, queries: int) -> Load:
     """Ask `queries` at once, each with a number of its own in its context, and see all to their ends."""
     load = Load()
     begun = time.perf_counter()
     async with clients(server, tenants) as each, anyio.create_task_group() as tasks:
         for number, client in enumerate(each):
-            mine = [f"{wave}{count}" for count in range(number, queries, tenants)]
-            tasks.start_soon(see_through, client, mine, load)
+            tasks.start_soon(see_through, client, range(number, queries, tenants), load)
     load.seconds = time.perf_counter() - begun
     return load
+
+
+async def ask_all(server: Served, tenants: int, queries: int) -> dict[str, tuple[str, str]]:
+    """Query -> its tenant, and the number that it has to find."""
+    asked: dict[str, tuple[str, str]] = {}
+
+    async def ask(tenant: int, client: httpx2.AsyncClient) -> None:
+        for query, number in (await asked_at_once(client, range(tenant, queries, tenants))).items():
+            asked[query] = (f"tenant-{tenant}", number)
+
+    async with clients(server, tenants) as each, anyio.create_task_group() as tasks:
+        for tenant, client in enumerate(each):
+            tasks.start_soon(ask, tenant, client)
+    return asked
 
 
 @asynccontextmanager
@@ -71,8 +84,8 @@ async def clients(server: Served, tenants: int) -> AsyncIterator[list[httpx2.Asy
         yield made
 
 
-async def see_through(client: httpx2.AsyncClient, numbers: list[str], load: Load) -> None:
-    """One tenant: ask all at once, and look at them by turns until the last one has ended."""
+async def asked_at_once(client: httpx2.AsyncClient, numbers: range) -> dict[str, str]:
+    """Query -> its number."""
     asked: dict[str, str] = {}
 
     async def ask(number: str) -> None:
@@ -83,7 +96,13 @@ async def see_through(client: httpx2.AsyncClient, numbers: list[str], load: Load
 
     async with anyio.create_task_group() as tasks:
         for number in numbers:
-            tasks.start_soon(ask, number)
+            tasks.start_soon(ask, str(number))
+    return asked
+
+
+async def see_through(client: httpx2.AsyncClient, numbers: range, load: Load) -> None:
+    """One tenant: ask all at once, and look at them by turns until the last one has ended."""
+    asked = await asked_at_once(client, numbers)
     while asked:
         for query in list(asked):
             begun = time.perf_counter()

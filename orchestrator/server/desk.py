@@ -45,6 +45,7 @@ from orchestrator.store import holdings, journal, ledger, requests
 from orchestrator.store.registry import Registry
 from orchestrator.wiring import Platform, Watch
 
+ADMISSIONS = 4  # queries that are being taken on at once: others who ask for anything do not wait for a crowd
 LOOK_S = 1.0  # between two looks for what other processes want
 AGAIN_S, MOST_AGAIN_S = 2.0, 60.0  # until a query that could not be resumed is tried again
 PATIENCE_S = 900.0  # how long that goes on
@@ -116,6 +117,7 @@ class Desk:
         self._platform, self._registry, self._settings = platform, registry, settings
         self._observe, self._ended = observe, ended
         self._turns = Turns(settings.queries)
+        self._admissions = Turns(ADMISSIONS)
         self._here: dict[str, _Here] = {}
         self._coming: dict[str, int] = {}  # tenant -> queries that are being put on record
         self._tasks: anyio.abc.TaskGroup | None = None
@@ -172,15 +174,19 @@ class Desk:
 
     async def ask(self, principal: Principal, ask: Ask) -> Asked:
         """Take a query on. Raises Problem, AirlockError; nothing is left of one that is not taken on."""
-        if self.draining:
-            raise come_again(503, "stopping", "the service is stopping: ask again in a moment")
         key = ask.idempotency and hashlib.sha256(ask.idempotency.encode("utf-8", "replace")).hexdigest()
         fingerprint = hashlib.sha256(ask.fingerprint).hexdigest()
         if key and (before := await self.asked_before(principal.tenant, key)):
             return _the_same(before, fingerprint)
-        order = self._order(principal.tenant, ask, await self.policy_of(principal.tenant))
-        await anyio.to_thread.run_sync(self._require_money, order)
+        async with self._admissions.turn(principal.tenant, 1):
+            return await self._admit(principal, ask, key, fingerprint)
+
+    async def _admit(self, principal: Principal, ask: Ask, key: str | None, fingerprint: str) -> Asked:
+        if self.draining:
+            raise come_again(503, "stopping", "the service is stopping: ask again in a moment")
         tenant = principal.tenant
+        order = self._order(tenant, ask, await self.policy_of(tenant))
+        await anyio.to_thread.run_sync(self._require_money, order)
         self._require_room(tenant)
         self._coming[tenant] = self._coming.get(tenant, 0) + 1
         try:

@@ -20,7 +20,7 @@ from orchestrator.server import inline, queries_view
 from orchestrator.server.access import allowed
 from orchestrator.server.desk import Ask
 from orchestrator.server.problems import documented
-from orchestrator.server.service import Principal, Service, the_service
+from orchestrator.server.service import Principal, Service, of_request
 from orchestrator.server.streaming import EVENTS, EventStream, event
 
 router = APIRouter(prefix="/v1", tags=["queries"])
@@ -222,7 +222,7 @@ class Budgets(BaseModel):
 
 Asks = Annotated[Principal, Depends(allowed("query"))]
 Reads = Annotated[Principal, Depends(allowed("read"))]
-The = Annotated[Service, Depends(the_service)]
+The = Annotated[Service, Depends(of_request)]
 
 
 @router.post(
