@@ -24,6 +24,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Protocol, Self, TypeVar
 from urllib.parse import urlsplit
 
+from orchestrator.console import printable
 from orchestrator.core.errors import AirlockError, ContextError, RequestError
 from orchestrator.files import Unreadable, Unwritable, draft, open_regular
 
@@ -297,11 +298,16 @@ class Client:
         """End it, wherever it is; one that has ended stays as it is."""
         return _made(Query, self._call("POST", f"/v1/queries/{_name(query)}/cancel"))
 
-    def wait(self, query: str) -> Query:
-        """The query, when it has ended."""
-        for _record in self.events(query):
+    def wait(self, query: str, after: int = -1) -> Query:
+        """The query, when it has ended. after: the number of the last record that is known."""
+        for _record in self.events(query, after):
             pass
-        return self.query(query)
+        patience = _Patience()
+        while True:
+            try:
+                return self.query(query)
+            except ServiceError as error:
+                patience.wait(error)
 
     def events(self, query: str, after: int = -1) -> Iterator[Record]:
         """The query's records after number `after`, as they are written, to the one that closes it.
@@ -475,7 +481,8 @@ class Client:
             kind, detail = "service", f"{self.url} answers {answer.status_code} {answer.reason_phrase}".strip()
         again = answer.headers.get("Retry-After", "")
         after = float(again) if re.fullmatch("[0-9]{1,6}", again) else None
-        raise ServiceError(detail, status=answer.status_code, kind=kind, retry_after=after)
+        line = printable(" ".join(detail.split()))[:2000]  # whatever it is that answers
+        raise ServiceError(line, status=answer.status_code, kind=kind, retry_after=after)
 
 
 def _address(url: str) -> str:

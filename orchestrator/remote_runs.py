@@ -149,7 +149,7 @@ class _Remote:
 
     def _found(self, options: Mapping[str, Any]) -> Query:
         with self._client.again() as client:
-            query = client.query(self.query)
+            query = client.wait(self.query, self._after)
             if options["as_json"]:
                 self.more = {"usage": asdict(client.spend(self.query))["models"], "checkpoint": _checkpoint(client)}
             return query

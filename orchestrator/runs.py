@@ -18,7 +18,7 @@ import click
 from orchestrator import settings
 from orchestrator.auditing import past_of
 from orchestrator.choices import Choices
-from orchestrator.core.errors import MachineError, RequestError
+from orchestrator.core.errors import MachineError, ProviderError, RequestError
 from orchestrator.core.units import parse_price, usd
 from orchestrator.guest.wire import MAX_LINE
 from orchestrator.interrupts import StandardInput, cancelled_by_signals
@@ -75,7 +75,9 @@ def _answer(closed: Closed | None, platform: Platform, options: dict[str, Any]) 
     elif outcome.answer is not None:
         _give(outcome.answer, closed, platform)
     if outcome.status != "answered":
-        why = "" if outcome.reason == outcome.status else f": {outcome.reason}"  # cancelled is all there is to say
+        # The record is the tenant's, and does not tell where a provider is; who runs the command may know.
+        reason = f"{closed.error.kind}: {closed.error}" if isinstance(closed.error, ProviderError) else outcome.reason
+        why = "" if reason == outcome.status else f": {reason}"  # cancelled is all there is to say
         say(sys.stderr, f"airlock: {outcome.status}{why}{_again(closed)}")
     return closed.error.exit_code if closed.error else STATUS_EXIT[outcome.status]
 

@@ -30,6 +30,7 @@ from orchestrator.server.logs import Accounted
 from orchestrator.server.metrics import Metrics
 from orchestrator.server.protocol import Protocol, limited
 from orchestrator.server.service import Service
+from orchestrator.server.under_way import UnderWay
 from orchestrator.store import journal
 from orchestrator.store.registry import Registry
 from orchestrator.wiring import open_platform
@@ -55,12 +56,13 @@ async def serve(options: dict[str, Any], choices: Choices) -> int:
     logs.configure(json=options["log"] == "json")
     with _listening(host, options["port"]) as bound:
         async with open_platform(choices, home) as platform:
+            platform.require_models()  # who can mend it is here now, and not when a tenant asks
             config = platform.config.server
             registry = Registry(platform.db, platform.vault, platform.notary)
             metrics = Metrics()
             books = Books(home, platform.db, platform.vault)
-            desk: Desk
-            feed = Feed(books, config.streams, lambda query: desk.is_here(query))
+            under_way: UnderWay
+            feed = Feed(books, config.streams, lambda query: under_way.is_here(query))
 
             def observe(query: str, event: Event) -> None:
                 metrics.event(event, query)
@@ -72,17 +74,18 @@ async def serve(options: dict[str, Any], choices: Choices) -> int:
                 if traces:
                     traces.query(query)
 
-            desk = Desk(platform, registry, config, observe, ended)
+            under_way = UnderWay(platform, registry, config.queries, config.drain_s, observe, ended)
+            desk = Desk(platform, config, under_way)
             metrics.watch(
-                running=lambda: desk.running,
+                running=lambda: under_way.running,
                 waiting=lambda: desk.waiting,
                 pool=lambda: sum(shelf.ready for shelf in platform.pool.figures()),
             )
-            service = Service(home, config, platform, books, registry, desk, feed, metrics, secure)
+            service = Service(home, config, platform, books, registry, desk, under_way, feed, metrics, secure)
             hosts = _hosts(host, config.hosts)
             app = Bodies(make_app(service), config, hosts=hosts, secure=bool(options["tls_cert"]))
             with _traces(books, metrics) as traces:
-                async with desk:
+                async with under_way:
                     await _run(Accounted(app, metrics, traces), bound, options, service)
     return 0
 
@@ -174,10 +177,10 @@ class _Server(uvicorn.Server):
 
 
 async def _run(app: Any, bound: socket.socket, options: dict[str, Any], service: Service) -> None:
-    desk = service.desk
+    under_way = service.under_way
     config = uvicorn.Config(
         app,
-        http=limited(BEHIND_A_PROXY) if options["insecure_http"] else Protocol,
+        http=limited(BEHIND_A_PROXY) if options["insecure_http"] or _is_loopback(options["host"]) else Protocol,
         ws="none",
         lifespan="off",
         log_config=None,
@@ -199,17 +202,17 @@ async def _run(app: Any, bound: socket.socket, options: dict[str, Any], service:
     server = _Server(config, f"{scheme}://{name}:{port}")
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(_stopped_by_signals, server, service, tasks)
-        tasks.start_soon(_stopped_by_loss, server, desk, service.feed)
+        tasks.start_soon(_stopped_by_loss, server, service)
         tasks.start_soon(keep_swept, service)
         await server.serve(sockets=[bound])
         tasks.cancel_scope.cancel()
-    if desk.lost.is_set():
+    if under_way.lost.is_set():
         raise StoreError("the connection to the database broke: what was under way is gone on with by the next start")
 
 
-async def _stopped_by_loss(server: uvicorn.Server, desk: Desk, feed: Feed) -> None:
-    await desk.lost.wait()
-    feed.stop()
+async def _stopped_by_loss(server: uvicorn.Server, service: Service) -> None:
+    await service.under_way.lost.wait()
+    service.feed.stop()
     server.should_exit = True
 
 
@@ -217,14 +220,14 @@ async def _stopped_by_signals(server: uvicorn.Server, service: Service, tasks: T
     """The first signal: take nothing more on, see running queries to their end in their time. A second: at once."""
     with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async for _number in signals:
-            if service.desk.draining:
-                service.desk.hurry()
+            if service.under_way.draining:
+                service.under_way.hurry()
             else:
                 _log.info("stopping: no more queries are taken on")
                 tasks.start_soon(_drained, server, service)
 
 
 async def _drained(server: uvicorn.Server, service: Service) -> None:
-    await service.desk.drain()
+    await service.under_way.drain()
     service.feed.stop()
     server.should_exit = True

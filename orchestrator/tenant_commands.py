@@ -100,7 +100,7 @@ def keys() -> None:
     "scopes",
     multiple=True,
     type=click.Choice(list(SCOPES)),
-    help=f"What it may do; may be repeated. Default: {', '.join(EVERYDAY)}.",
+    help=f"What it may do; may be repeated. admin: administer all tenants. Default: {', '.join(EVERYDAY)}.",
 )
 @click.option("--expires", metavar="WHEN", help="After 12h, 90d, 4w, or at a time such as 2027-01-31T12:00:00Z.")
 @_as_json

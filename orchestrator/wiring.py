@@ -171,8 +171,20 @@ class Platform:
         return await enqueue(order, self._machinery, also)
 
     async def withdraw(self, query_id: str, tenant: str, why: str) -> bool:
-        """Close a query that waits, or was interrupted, as cancelled. False where it is neither. Raises StoreError."""
+        """Close a query that was interrupted, or waits here, as cancelled. False where it is neither.
+
+        Raises StoreError.
+        """
         return await withdraw(query_id, tenant, why, self._machinery)
+
+    async def recover(self) -> None:
+        """Interrupt what runs or waits in processes that have died, so that it can be resumed. Raises StoreError."""
+
+        def work() -> None:
+            if recover(self.db, self.notary):
+                self.slots.clear_dead()
+
+        await anyio.to_thread.run_sync(work)
 
     async def resume(self, query_id: str, *, watch: Watch | None = None, tenant: str = TENANT) -> Closed:
         """Go on with a query that was interrupted: its REPL is rebuilt, and no call that had a result is asked again.
@@ -269,6 +281,14 @@ class Platform:
         PriceUnknown.
         """
         self._require(question, self.model, self.sub_models, self.policy)
+
+    def require_models(self) -> None:
+        """That whatever a tenant may name can be asked, at a known price. Raises ModelError, PriceUnknown."""
+        if not self.models.named:
+            raise ModelError(NO_MODEL)
+        for name in self.models.named:
+            self.models.require([name])
+        self._require_prices(self.models.named)
 
     def _require(self, question: str | None, model: str, sub_models: Sequence[str], policy: Policy) -> list[str]:
         """The names of all models that the query may ask."""

@@ -99,7 +99,7 @@ def _address(process: subprocess.Popen[bytes], log: Path) -> str:
 @contextmanager
 def registry(airlock: Airlock) -> Iterator[Registry]:
     """Tenants and keys, beside the service, as the command line has them."""
-    db = Database(airlock.home)
+    db = Database(airlock.home, airlock.env.get("AIRLOCK_DATABASE"))
     try:
         vault = open_vault(db, airlock.home, airlock.env.get("AIRLOCK_MASTER_KEY"), key_created)
         yield Registry(db, vault, Notary(vault.signer(), airlock.home / "heads", vault.stamp))

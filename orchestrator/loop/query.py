@@ -48,6 +48,9 @@ SIGN_S = 10.0  # a cell that begins so long after the last signature has its ten
 async def run_query(order: Order, machinery: Machinery) -> Closed:
     """Run it. Raises only StoreError, when the end cannot be recorded; every other end is in the result.
 
+    One that waited waits on, and CountExceeded is raised, where as many of its tenant run already; RequestError where
+    it does not wait any more.
+
     One that goes on is not touched, and an error is raised, where it cannot be taken: RequestError when it is not
     interrupted any more, LimitError when the tenant has no room or no money for it. As long as nothing new has come of
     it, a provider or a sandbox that is not to be had, and a cancellation, interrupt it again; they do not close it.
@@ -113,7 +116,7 @@ class _Query:
                 self._record(Event("limit.hit", ROOT, limit_hit(error)))
             if error is not caught and self._account.nothing_new:
                 status = "interrupted"
-            outcome = self._root.stopped(status, f"{error.kind}: {error}")
+            outcome = self._root.stopped(status, f"{error.kind}: {error.told}")
         except BaseException as stopped:  # cancelled, or a fault of our own: the chain is closed all the same
             cancelled = isinstance(stopped, anyio.get_cancelled_exc_class())
             how: Status = "cancelled" if cancelled else "failed"
@@ -152,8 +155,10 @@ class _Query:
         if self._order.id and not journal.begin_query(tx, self._key, self._m.db.owner):
             raise RequestError(f"query {self._key.id} does not wait any more")
         if not self._order.past:
-            if not self._order.id:
-                journal.open_query(tx, self._key, self._m.db.owner, opened)
+            if self._order.id:  # it can go on waiting
+                self._admit_one_more(running := journal.open_queries(tx, self._order.tenant))
+                return running
+            journal.open_query(tx, self._key, self._m.db.owner, opened)
             return journal.open_queries(tx, self._order.tenant)
         taken = journal.resume_query(tx, self._key, self._m.db.owner, opened)
         # Another process may have gone on with it since its past was read, and may have been interrupted as well.

@@ -34,10 +34,10 @@ async def enqueue(order: Order, machinery: Machinery, also: Also) -> Order:
 
 
 async def withdraw(query_id: str, tenant: str, why: str, machinery: Machinery) -> bool:
-    """Close a query that waits, or was interrupted, as cancelled. False where it is neither. Raises StoreError."""
+    """Close a query that was interrupted, or waits here, as cancelled. False where it is neither. Raises StoreError."""
 
     def work(tx: journal.Connection) -> Signed | None:
-        if not (key := journal.withdraw(tx, query_id, tenant)):
+        if not (key := journal.withdraw(tx, query_id, tenant, machinery.db.owner)):
             return None
         settle_open(tx, key, why)
         spent, _held = ledger.balance(tx, f"query:{query_id}")

@@ -269,7 +269,7 @@ class Proxy:
             self._circuit.succeeded(_circuit_of(node, plan.name))
             return reply
         except AirlockError as error:
-            ended, detail = error, str(error)
+            ended, detail = error, error.told
             if _is_providers_fault(error, time.monotonic() - started):
                 self._circuit.failed(_circuit_of(node, plan.name))
             raise

@@ -10,7 +10,7 @@ import hmac
 import math
 import time
 from collections.abc import Awaitable, Callable
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 from urllib.parse import urlsplit
 
 import anyio.to_thread
@@ -21,15 +21,18 @@ from limits.storage import MemoryStorage
 from limits.strategies import SlidingWindowCounterRateLimiter
 from starlette.datastructures import MutableHeaders
 from starlette.requests import HTTPConnection, Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Send
 from starlette.types import Scope as AsgiScope
 
-from orchestrator.server.problems import Problem, come_again
+from orchestrator.core.errors import AirlockError
+from orchestrator.server.problems import Problem, come_again, problem_of
 from orchestrator.server.service import Principal, Scope, Service, the_service
 from orchestrator.server.sessions import Session, Sessions, cookie_name
 from orchestrator.server.tokens import Tokens
 from orchestrator.store.registered import KeyRow
 
+_GUARDED = ("/v1/", "/metrics")  # paths of whoever has a credential
 _SAFE = ("GET", "HEAD", "OPTIONS")
 _PER = 60  # seconds of the rate's window
 _LEFT = "airlock.rate"  # in a connection's state: the headers of its answer
@@ -121,34 +124,26 @@ def the_gate(connection: HTTPConnection) -> Gate:
 
 
 def allowed(scope: Scope) -> Callable[..., Awaitable[Principal]]:
-    """A dependency of routes: who asks, who has this scope.
-
-    Raises Problem: 401, 403 (suspended, csrf, insufficient-scope), 429.
-    """
+    """A dependency of routes behind `Door`: who asks, who has this scope. Raises Problem (403, insufficient-scope)."""
 
     async def check(
         request: Request,
         _key: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)] = None,
         _session: Annotated[str | None, Security(_cookie)] = None,
     ) -> Principal:
-        return await admit(request, scope)
+        principal = principal_of(request)
+        if scope not in principal.scopes:
+            needed = f'Bearer error="insufficient_scope", scope="{scope}"'
+            text = f"this needs the scope {scope!r}: ask for a key that has it"
+            raise Problem(403, "insufficient-scope", text, headers={"WWW-Authenticate": needed})
+        return principal
 
     return check
 
 
-async def admit(connection: HTTPConnection, scope: Scope | None) -> Principal:
-    """Who asks, if all that `allowed` says is so. scope: None for any."""
-    gate = the_gate(connection)
-    principal = await gate.principal(connection)
-    connection.scope.setdefault("state", {})["principal"] = principal  # for the log
-    gate.count(connection, principal.tenant)
-    if principal.via == "session" and connection.scope.get("method", "GET") not in _SAFE:
-        gate.require_same_page(connection)
-    if scope is not None and scope not in principal.scopes:
-        needed = f'Bearer error="insufficient_scope", scope="{scope}"'
-        text = f"this needs the scope {scope!r}: ask for a key that has it"
-        raise Problem(403, "insufficient-scope", text, headers={"WWW-Authenticate": needed})
-    return principal
+def principal_of(connection: HTTPConnection) -> Principal:
+    """Who `Door` has let in."""
+    return cast("Principal", connection.scope["state"]["principal"])
 
 
 def unauthorized() -> Problem:
@@ -172,11 +167,14 @@ def _host(origin: str) -> str | None:
         return None
 
 
-class RateHeaders:
-    """ASGI middleware: what `Gate.count` found, in the answer, whoever makes that."""
+class Door:
+    """ASGI middleware of the application: who asks is known before anything of a body is read.
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    What `Gate.count` found is in every answer, whoever makes that. answer: how a request's client is told a problem.
+    """
+
+    def __init__(self, app: ASGIApp, answer: Callable[[Request, Problem], Response]) -> None:
+        self._app, self._answer = app, answer
 
     async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
         async def told(message: Message) -> None:
@@ -184,4 +182,24 @@ class RateHeaders:
                 MutableHeaders(scope=message).update(scope.get("state", {}).get(_LEFT, {}))
             await send(message)
 
-        await self._app(scope, receive, told if scope["type"] == "http" else send)
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        if scope["path"].startswith(_GUARDED):
+            try:
+                await _let_in(Request(scope))
+            except (Problem, AirlockError) as error:
+                problem = error if isinstance(error, Problem) else problem_of(error)
+                await self._answer(Request(scope), problem)(scope, receive, told)
+                return
+        await self._app(scope, receive, told)
+
+
+async def _let_in(connection: HTTPConnection) -> None:
+    """Raises Problem: 401, 403 (suspended, csrf), 429; StoreError."""
+    gate = the_gate(connection)
+    principal = await gate.principal(connection)
+    connection.scope.setdefault("state", {})["principal"] = principal  # for the routes, and the log
+    gate.count(connection, principal.tenant)
+    if principal.via == "session" and connection.scope.get("method", "GET") not in _SAFE:
+        gate.require_same_page(connection)

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from orchestrator.core.issuers import Issuer
 from orchestrator.core.tenants import NAME
 from orchestrator.server.access import allowed
+from orchestrator.server.few import Few
 from orchestrator.server.problems import not_found
 from orchestrator.server.service import Principal, Service, of_request
 from orchestrator.store.registered import KeyRow, TenantRow
@@ -23,7 +24,7 @@ Admin = Annotated[Principal, Depends(allowed("admin"))]
 The = Annotated[Service, Depends(of_request)]
 
 
-class Given(BaseModel):
+class Given(Few):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 

@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Sequence
-from functools import cache
 from importlib.metadata import version
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
-from fastapi.routing import iter_route_contexts
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
-from starlette.routing import compile_path
+from starlette.routing import Match
 
 from orchestrator.core.errors import AirlockError
-from orchestrator.server.access import RateHeaders
+from orchestrator.server.access import Door
 from orchestrator.server.problems import Problem, problem_of
 from orchestrator.server.routes import admin, audit, chat, contexts, ops, queries, viewer
 from orchestrator.server.service import Service
 
 _log = logging.getLogger("airlock.app")
 _MOST_FAULTS = 20  # of one request that are told
+_METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
 
 
 def make_app(service: Service) -> FastAPI:
@@ -39,7 +37,7 @@ def make_app(service: Service) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.service = service
-    app.add_middleware(RateHeaders)
+    app.add_middleware(Door, answer=_answer)
     for room in (queries, contexts, audit, admin, chat, ops, viewer):
         app.include_router(room.router)
     app.add_exception_handler(Problem, _problem)
@@ -70,25 +68,21 @@ async def _airlock_error(request: Request, error: Exception) -> Response:
 async def _http(request: Request, error: Exception) -> Response:
     """No such page, no such method."""
     assert isinstance(error, HTTPException)
-    kind = {404: "not-found", 405: "method-not-allowed"}.get(error.status_code, "bad-request")
-    headers = {**(error.headers or {})}
     if error.status_code == 405:
-        headers["Allow"] = _methods(request)
-    return _answer(request, Problem(error.status_code, kind, str(error.detail).lower(), headers=headers))
+        taken = ", ".join(_methods(request))
+        return _answer(request, Problem(405, "method-not-allowed", f"this takes {taken}", headers={"Allow": taken}))
+    kind = "not-found" if error.status_code == 404 else "bad-request"
+    return _answer(request, Problem(error.status_code, kind, str(error.detail).lower(), headers=error.headers))
 
 
-def _methods(request: Request) -> str:
-    """Of every route with this path: Starlette names those of the first one alone."""
-    path, found = request.scope["path"], set[str]()
-    for route in iter_route_contexts(request.app.routes):
-        if _pattern(str(route.path)).match(path):
-            found |= set(route.methods or ())
-    return ", ".join(sorted(found))
+def _methods(request: Request) -> list[str]:
+    """What the path takes, of all its routes: the framework names those of the first one alone."""
 
+    def is_taken(method: str) -> bool:
+        scope = {**request.scope, "method": method}
+        return any(route.matches(scope)[0] is Match.FULL for route in request.app.routes)
 
-@cache
-def _pattern(path: str) -> re.Pattern[str]:
-    return compile_path(path)[0]
+    return list(filter(is_taken, _METHODS))
 
 
 async def _not_valid(request: Request, error: Exception) -> Response:
@@ -97,6 +91,8 @@ async def _not_valid(request: Request, error: Exception) -> Response:
     faults: Sequence[Any] = error.errors()
     if any(fault["type"] == "json_invalid" for fault in faults):
         return _answer(request, Problem(400, "bad-json", "the body is not JSON"))
+    if any(fault["loc"] == ("body",) for fault in faults) and not request.headers.get("content-type", "").count("json"):
+        return _answer(request, Problem(422, "bad-request", "send a body with Content-Type: application/json"))
     told = [{"at": _place(fault["loc"]), "is": str(fault["msg"])} for fault in faults[:_MOST_FAULTS]]
     first = f"{told[0]['at']}: {told[0]['is']}" if told else "it is not as it has to be"
     return _answer(request, Problem(422, "bad-request", first[:500], errors=told))

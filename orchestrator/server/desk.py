@@ -1,58 +1,40 @@
-"""Admission: what is taken on, in which order it runs, and what becomes of it when the service stops.
+"""Admission: what is taken on, and what is told to whom it is not.
 
-A query is on record from the moment it is taken on. It waits for its tenant's turn and runs in a task of this process;
-the database says whose it is. A query whose process died is interrupted, and the next process goes on with it.
+A query is on record from the moment it is taken on; it waits for its tenant's turn then (`under_way`).
 """
 
 from __future__ import annotations
 
 import hashlib
-import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any, Self
+from typing import Any
 
 import anyio
-import anyio.abc
 import anyio.to_thread
 
 from orchestrator.choices import narrowed
 from orchestrator.core.context import Context
 from orchestrator.core.errors import (
-    AirlockError,
-    ContextGone,
     CountExceeded,
-    LimitError,
     ModelError,
     NotPermitted,
-    ProviderError,
-    SandboxUnusable,
-    StoreError,
 )
-from orchestrator.core.events import Event
 from orchestrator.core.policy import Policy
 from orchestrator.core.turns import Turns
 from orchestrator.core.units import usd
 from orchestrator.loop import prompts
 from orchestrator.loop.order import Order, shared_purses
-from orchestrator.proxy.account import Account
 from orchestrator.server.problems import Problem, come_again, not_found
 from orchestrator.server.service import Principal
+from orchestrator.server.under_way import CANCELLED, UnderWay
 from orchestrator.settings import ServerSettings
 from orchestrator.store import holdings, journal, ledger, requests
-from orchestrator.store.registry import Registry
-from orchestrator.wiring import Platform, Watch
+from orchestrator.wiring import Platform
 
 ADMISSIONS = 4  # queries that are being taken on at once: others who ask for anything do not wait for a crowd
-LOOK_S = 1.0  # between two looks for what other processes want
-AGAIN_S, MOST_AGAIN_S = 2.0, 60.0  # until a query that could not be resumed is tried again
-PATIENCE_S = 900.0  # how long that goes on
-SUSPENDED = "suspended: the tenant was suspended while it ran"
-STOPPED = "service-stopped: the service stopped while it ran"
-
-_log = logging.getLogger("airlock.desk")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,17 +65,6 @@ class Asked:
     replayed: bool = False
 
 
-@dataclass(slots=True)
-class _Here:
-    """A query that this process answers for. account: once it runs. why: it is cancelled, when it is."""
-
-    tenant: str
-    scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
-    done: anyio.Event = field(default_factory=anyio.Event)
-    account: Account | None = None
-    why: str = "cancelled"
-
-
 class _AskedBefore(Exception):
     def __init__(self, query: str, fingerprint: str) -> None:
         super().__init__(query)
@@ -101,72 +72,26 @@ class _AskedBefore(Exception):
 
 
 class Desk:
-    """An async context manager; what was interrupted is gone on with from its beginning on.
+    """Takes queries on for `under_way` to see through."""
 
-    observe: told what happens in queries. ended: told the id and the tenant of each query that came to an end here.
-    """
-
-    def __init__(
-        self,
-        platform: Platform,
-        registry: Registry,
-        settings: ServerSettings,
-        observe: Callable[[str, Event], None] = lambda _query, _event: None,
-        ended: Callable[[str, str], None] = lambda _query, _tenant: None,
-    ) -> None:
-        self._platform, self._registry, self._settings = platform, registry, settings
-        self._observe, self._ended = observe, ended
-        self._turns = Turns(settings.queries)
+    def __init__(self, platform: Platform, settings: ServerSettings, under_way: UnderWay) -> None:
+        self._platform, self._settings, self._under_way = platform, settings, under_way
         self._admissions = Turns(ADMISSIONS)
-        self._here: dict[str, _Here] = {}
         self._coming: dict[str, int] = {}  # tenant -> queries that are being put on record
-        self._tasks: anyio.abc.TaskGroup | None = None
-        self.draining = False
-        self._patience = anyio.CancelScope()
-        self.lost = anyio.Event()  # the database is lost to this process: another one can go on
-
-    async def __aenter__(self) -> Self:
-        self._tasks = await anyio.create_task_group().__aenter__()
-        self._tasks.start_soon(self._look)
-        return self
-
-    async def __aexit__(self, *raised: Any) -> None:
-        assert self._tasks
-        if not self.draining:  # something else than a signal ends it: the database was lost
-            await self.drain()
-        self._tasks.cancel_scope.cancel()
-        await self._tasks.__aexit__(*raised)
-
-    # What others ask
-
-    @property
-    def running(self) -> int:
-        return self._turns.running
 
     @property
     def waiting(self) -> int:
-        return len(self._here) - self._turns.running + sum(self._coming.values())
-
-    def is_here(self, query: str) -> bool:
-        return query in self._here
-
-    def account(self, query: str) -> Account | None:
-        """Of a query that runs in this process."""
-        here = self._here.get(query)
-        return here.account if here else None
+        """How many queries wait, of all tenants."""
+        return self._under_way.waiting + sum(self._coming.values())
 
     def of(self, tenant: str) -> tuple[int, int]:
         """How many queries of the tenant run here, and how many wait."""
-        mine = [here for here in self._here.values() if here.tenant == tenant]
-        running = sum(here.account is not None for here in mine)
-        return running, len(mine) - running + self._coming.get(tenant, 0)
+        running, waiting = self._under_way.of(tenant)
+        return running, waiting + self._coming.get(tenant, 0)
 
     async def policy_of(self, tenant: str) -> Policy:
-        """What the tenant may do. Raises StoreError, Problem where there is no such tenant any more."""
-        row = await anyio.to_thread.run_sync(self._registry.tenant, tenant)
-        if row is None or row.suspended_at:
-            raise Problem(403, "suspended", "this tenant is suspended")
-        return self._platform.policy if row.policy is None else self._platform.policy.narrowed(row.policy)
+        """See `UnderWay.policy_of`."""
+        return await self._under_way.policy_of(tenant)
 
     def models_for(self, policy: Policy) -> list[str]:
         """What can be asked under this policy. A name from outside only ever selects among those of the operator."""
@@ -182,7 +107,7 @@ class Desk:
             return await self._admit(principal, ask, key, fingerprint)
 
     async def _admit(self, principal: Principal, ask: Ask, key: str | None, fingerprint: str) -> Asked:
-        if self.draining:
+        if self._under_way.draining:
             raise come_again(503, "stopping", "the service is stopping: ask again in a moment")
         tenant = principal.tenant
         order = self._order(tenant, ask, await self.policy_of(tenant))
@@ -197,7 +122,7 @@ class Desk:
             self._coming[tenant] -= 1
             if not self._coming[tenant]:
                 del self._coming[tenant]
-        self._begin(order.id, tenant, partial(self._platform.run_order, order), order.policy)
+        self._under_way.begin(order.id, tenant, partial(self._platform.run_order, order), order.policy)
         return Asked(order.id)
 
     async def asked_before(self, tenant: str, key: str) -> tuple[str, str] | None:
@@ -208,54 +133,8 @@ class Desk:
     async def cancel(self, tenant: str, query: str) -> None:
         """End a query of the tenant's, wherever it runs. Nothing happens to one that has ended. Raises StoreError."""
         await self._platform.db.write(partial(requests.cancel, query=query))
-        if not self._end(query, "cancelled"):  # it is another process's, which looks for it; or nobody's
-            await self._withdraw(query, tenant, "cancelled")
-
-    def _end(self, query: str, why: str) -> bool:
-        """Whether it is here to be ended."""
-        if here := self._here.get(query):
-            here.why = why
-            if here.account:
-                here.account.why = why
-            here.scope.cancel()
-        return here is not None
-
-    async def ended(self, query: str, seconds: float | None = None) -> bool:
-        """Wait for its end, at most this long; whether it has come."""
-        with anyio.move_on_after(seconds):
-            if here := self._here.get(query):
-                await here.done.wait()
-            while True:
-                if not await anyio.to_thread.run_sync(self._is_open, query):
-                    return True
-                if self.draining and query not in self._here:
-                    return False  # it goes on elsewhere
-                await anyio.sleep(LOOK_S / 4)
-        return False
-
-    def _is_open(self, query: str) -> bool:
-        status, _tenant = self._platform.db.read(partial(journal.status_of, query=query))
-        return status in ("open", journal.QUEUED, journal.INTERRUPTED)
-
-    def hurry(self) -> None:
-        """While it drains: wait no longer for what runs."""
-        self._patience.cancel()
-
-    async def drain(self) -> None:
-        """Take nothing more on; let what runs end in its time, and leave the rest to be resumed."""
-        self.draining = True
-        self._patience.deadline = anyio.current_time() + self._settings.drain_s
-        with self._patience:
-            for here in list(self._here.values()):
-                if here.account:
-                    await here.done.wait()
-        for here in list(self._here.values()):
-            here.why = STOPPED
-            if here.account:
-                here.account.leave(STOPPED)
-            here.scope.cancel()
-        for here in list(self._here.values()):
-            await here.done.wait()
+        if not self._under_way.end(query, CANCELLED):  # it is another process's, which looks for it; or nobody's
+            await self._under_way.withdraw(query, tenant, CANCELLED)
 
     # Admission
 
@@ -324,112 +203,6 @@ class Desk:
             raise come_again(429, "queue-full", f"{most} queries of this tenant wait already: ask again later")
         if self.waiting >= self._settings.queue:
             raise come_again(503, "queue-full", "too many queries wait: ask again later")
-
-    # Queries under way
-
-    def _begin(self, query: str, tenant: str, start: Callable[..., Any], policy: Policy) -> None:
-        assert self._tasks
-        here = self._here[query] = _Here(tenant)
-        self._tasks.start_soon(self._see_through, query, here, start, policy)
-
-    async def _see_through(self, query: str, here: _Here, start: Callable[..., Any], policy: Policy) -> None:
-        """From its turn to its end. Whatever goes wrong with one query is no affair of the others."""
-        try:
-            with here.scope:
-                await self._run(query, here, start, policy)
-            if here.account is None and here.why != STOPPED:  # it has not had its turn
-                await self._withdraw(query, here.tenant, here.why)
-        except StoreError as error:
-            _log.error("a query could not be seen through", extra={"query": query, "error": error.kind})
-        except Exception as error:  # a fault of ours: its own records say so, where it got that far
-            _log.exception("a query failed", extra={"query": query, "error": type(error).__name__})
-        finally:
-            del self._here[query]
-            here.done.set()
-            self._ended(query, here.tenant)
-
-    async def _run(self, query: str, here: _Here, start: Callable[..., Any], policy: Policy) -> None:
-        most = min(policy.tenant.queries_at_once, self._turns.most_of_one)
-        async with self._turns.turn(here.tenant, policy.tenant.share, most):
-            await start(watch=Watch(event=partial(self._observe, query), account=partial(_began, here)))
-
-    async def _withdraw(self, query: str, tenant: str, why: str) -> None:
-        """Close one that does not run. Nothing is done where it runs, or has ended. Raises StoreError."""
-        if await self._platform.withdraw(query, tenant, why):
-            self._observe(query, Event("query.closed", "root", {"status": "cancelled", "reason": why}))
-
-    async def _look(self) -> None:
-        """Go on with what was interrupted, end what others want ended, and notice that the database was lost."""
-        trying, db = set[str](), self._platform.db
-        while not db.lost:
-            try:
-                await db.write(lambda _tx: None)
-                for query in await anyio.to_thread.run_sync(db.look, partial(requests.to_cancel, owner=db.owner)):
-                    self._end(query, "cancelled")
-                suspended = await anyio.to_thread.run_sync(self._registry.suspended)
-                for query in [query for query, here in self._here.items() if here.tenant in suspended]:
-                    self._end(query, SUSPENDED)
-                for query, tenant, cancelled in await anyio.to_thread.run_sync(db.look, requests.to_resume):
-                    if cancelled:
-                        await self._withdraw(query, tenant, "cancelled")
-                    elif query not in trying and query not in self._here and not self.draining:
-                        trying.add(query)
-                        assert self._tasks
-                        self._tasks.start_soon(self._resume, query, tenant, trying)
-            except StoreError as error:
-                _log.error("the database cannot be used", extra={"error": error.kind})
-            await anyio.sleep(LOOK_S)
-        self.lost.set()
-
-    async def _resume(self, query: str, tenant: str, trying: set[str]) -> None:
-        """Go on with an interrupted query; where that cannot be, close it, and say why."""
-        pause, until = AGAIN_S, anyio.current_time() + PATIENCE_S
-        try:
-            while not self.draining:
-                why = await self._resumed(query, tenant, last=anyio.current_time() > until)
-                if why is None:
-                    return
-                await anyio.sleep(pause)
-                pause = min(2 * pause, MOST_AGAIN_S)
-        finally:
-            trying.discard(query)
-
-    async def _resumed(self, query: str, tenant: str, *, last: bool) -> str | None:
-        """None when there is nothing more to do for it; else why it could not be gone on with."""
-        here = self._here[query] = _Here(tenant)
-        try:
-            policy = await self.policy_of(tenant)
-            with here.scope:
-                await self._run(query, here, partial(self._platform.resume, query, tenant=tenant), policy)
-            why = "interrupted again"
-            if not await anyio.to_thread.run_sync(self._is_interrupted, query):
-                return None
-            if here.scope.cancelled_caught:
-                if here.why != STOPPED:
-                    await self._withdraw(query, tenant, here.why)
-                return None
-        except StoreError as error:
-            _log.error("a query could not be resumed", extra={"query": query, "error": error.kind})
-            return error.kind
-        except (Problem, AirlockError) as error:
-            why, passes = str(error), isinstance(error, ContextGone | LimitError | SandboxUnusable | ProviderError)
-            last = last or not passes
-        finally:
-            del self._here[query]
-            here.done.set()
-            self._ended(query, tenant)
-        if last:
-            await self._withdraw(query, tenant, f"not resumed: {why}"[:1000])
-            return None
-        return why
-
-    def _is_interrupted(self, query: str) -> bool:
-        status, _tenant = self._platform.db.read(partial(journal.status_of, query=query))
-        return status == journal.INTERRUPTED
-
-
-def _began(here: _Here, account: Account) -> None:
-    here.account = account
 
 
 def _remember(

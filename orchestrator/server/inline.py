@@ -12,10 +12,11 @@ from typing import Annotated, Any, cast
 import anyio
 import anyio.from_thread
 import anyio.to_thread
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from orchestrator.core.context import Context
 from orchestrator.core.errors import AirlockError, ContextError
+from orchestrator.server.few import Few
 from orchestrator.server.housekeeping import remove_later
 from orchestrator.server.problems import not_found
 from orchestrator.server.service import Principal, Service
@@ -35,7 +36,7 @@ def _path(path: str) -> str:
     return path
 
 
-class _Strict(BaseModel):
+class _Strict(Few):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
@@ -53,7 +54,7 @@ class GivenText(_Strict):
 
 
 class GivenDocuments(_Strict):
-    documents: Annotated[list[Document], Field(min_length=1)]
+    documents: Annotated[list[Document], Field(min_length=1, fail_fast=True)]
 
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"documents": [{"path": "log/monday.txt", "text": "The bell rang at nine."}]}]}

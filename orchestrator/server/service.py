@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from orchestrator.server.desk import Desk
     from orchestrator.server.feed import Feed
     from orchestrator.server.metrics import Metrics
+    from orchestrator.server.under_way import UnderWay
     from orchestrator.settings import ServerSettings
     from orchestrator.store.registry import Registry
     from orchestrator.wiring import Platform
@@ -41,6 +42,7 @@ class Service:
     books: Books
     registry: Registry
     desk: Desk
+    under_way: UnderWay
     feed: Feed
     metrics: Metrics
     secure: bool  # it is reached over TLS, or on this machine alone: cookies are for secure connections

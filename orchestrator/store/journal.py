@@ -149,9 +149,12 @@ def begin_query(tx: sa.Connection, key: QueryKey, owner: str) -> bool:
     return tx.execute(mine.values(status="open")).rowcount == 1
 
 
-def withdraw(tx: sa.Connection, query: str, tenant: str) -> QueryKey | None:
-    """Take a query of this tenant's that waits, or was interrupted, to close it; None where there is none."""
-    idle = queries.c.status.in_((QUEUED, INTERRUPTED))
+def withdraw(tx: sa.Connection, query: str, tenant: str, owner: str) -> QueryKey | None:
+    """Take a query of this tenant's to close it, that was interrupted or is this owner's and waits; None for any other.
+
+    Another owner has a task that waits for its turn.
+    """
+    idle = sa.or_(queries.c.status == INTERRUPTED, sa.and_(queries.c.status == QUEUED, queries.c.owner == owner))
     mine = sa.update(queries).where(queries.c.id == query, queries.c.tenant == tenant, idle)
     row = tx.execute(mine.values(status="open").returning(queries.c.policy)).one_or_none()
     return None if row is None else QueryKey(query, tenant, row.policy)

@@ -147,9 +147,9 @@ def test_what_answers_and_is_no_service(airlock: Airlock, monkeypatch: pytest.Mo
 
         def do_GET(self) -> None:
             self.seen.append(self.path)
-            status, body = {"/a": (302, b""), "/b": (502, b"<html>"), "/c": (200, b"<html>")}.get(
-                self.path[:2], (200, b"{}")
-            )
+            hostile = json.dumps({"type": "urn:airlock:x", "detail": "a\x1b[2J\nb\u202e"}).encode()
+            known = {"/a": (302, b""), "/b": (502, b"<html>"), "/c": (200, b"<html>"), "/e": (404, hostile)}
+            status, body = known.get(self.path[:2], (200, b"{}"))
             self.send_response(status)
             self.send_header("Location", f"http://127.0.0.1:{self.server.server_address[1]}/b")
             self.send_header("Content-Length", str(len(body)))
@@ -168,6 +168,7 @@ def test_what_answers_and_is_no_service(airlock: Airlock, monkeypatch: pytest.Mo
                 ("b", 502, "answers 502 Bad Gateway"),
                 ("c", 0, "not JSON"),
                 ("d", 0, "another version"),
+                ("e", 404, r"^a\\x1b\[2J b\\u202e$"),
             ):
                 with Client(f"http://127.0.0.1:{other.server_address[1]}/{path}/", "al_x") as service:
                     with pytest.raises(ServiceError, match=said) as caught:
@@ -176,5 +177,4 @@ def test_what_answers_and_is_no_service(airlock: Airlock, monkeypatch: pytest.Mo
         finally:
             other.shutdown()
             thread.join()
-    assert Other.seen == [f"/{path}/v1/budgets" for path in "abcd"]
-    assert json.dumps(Other.seen)
+    assert Other.seen == [f"/{path}/v1/budgets" for path in "abcde"]

@@ -7,6 +7,7 @@ import re
 import socket
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -464,6 +465,30 @@ def test_who_goes_away_ends_the_query(airlock: Airlock, stream: bool):
         _leave(server, stream=stream)
         ended = until(lambda: (found := queries(server)[0])["ended_at"] and found)
         assert (ended["status"], ended["reason"]) == ("cancelled", "cancelled")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_service_that_stops_leaves_the_query_to_the_next_one(airlock: Airlock, stream: bool):
+    config = "[server]\ndrain_s = 0\n"
+    with served(airlock, script=SLOW, config=config) as server, sdk(server) as client:
+        with ThreadPoolExecutor(1) as thread:
+
+            def ask() -> Any:
+                answer = create(client, server, stream=stream)
+                return list(answer) if stream else answer
+
+            asked = thread.submit(ask)
+            until(lambda: (found := queries(server)) and found[0]["status"] == "running")
+            (query,) = queries(server)
+            until(lambda: "call.intent" in {row["type"] for row in airlock.records(query["id"])})
+            server.stop()
+            with pytest.raises(openai.APIError) as caught:
+                asked.result(30)
+        assert caught.value.code == "stopping"
+        assert query["id"] in caught.value.message
+    with served(airlock, config=config) as server:
+        ended = until(lambda: (found := queries(server)[0])["status"] not in ("interrupted", "running") and found)
+        assert (ended["id"], ended["status"]) == (query["id"], "answered")
 
 
 def test_who_can_come_again_does_not(airlock: Airlock):

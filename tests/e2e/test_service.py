@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import signal
+import socket
+import sqlite3
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from urllib.parse import urlsplit
 
 import pytest
 
+from orchestrator.server.protocol import PER_ADDRESS
 from tests.command import Airlock, until
 from tests.service import SCRIPT, SLOW, ask, events, served
 
@@ -151,6 +156,39 @@ def test_queries_of_a_service_that_ended_are_gone_on_with_by_the_next_one(airloc
     assert "query.resumed" in kinds
 
 
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_queries_of_a_service_that_ended_are_gone_on_with_by_the_one_beside_it(airlock: Airlock, how: signal.Signals):
+    """Those that ran, and those that waited: nobody has to be started anew for them."""
+    beside = Airlock(airlock.home, airlock.folder / "beside")
+    beside.folder.mkdir()
+    slow, config = SCRIPT + "delay_s: 1\n", "[server]\nqueries = 1\ndrain_s = 0\n"
+    same = ("--model", f"scripted:{airlock.folder}/script.yaml")
+    with served(airlock, script=slow, config=config) as server, served(beside, *same, script=slow) as other:
+        other.keys = {"acme": server.key()}
+        with server.client() as client:
+            asked = [ask(client, question, wait=0)["id"] for question in ("Is it long?", "And this one?")]
+            until(lambda: client.get(f"/v1/queries/{asked[0]}").json()["status"] == "running")
+        server.stop(how)
+        with other.client() as client:
+            for query in asked:
+                ended = until(lambda q=query: (got := client.get(f"/v1/queries/{q}").json())["journal_head"] and got)
+                assert ended["answer"] == "it is short"
+
+
+def test_a_query_that_cannot_be_gone_on_with_ends_alone(airlock: Airlock):
+    """Its tenant's policy is one of a newer Airlock: what others ask is answered all the same."""
+    with served(airlock, script=SLOW) as server, server.client() as client:
+        query = ask(client, wait=0)["id"]
+        until(lambda: client.get(f"/v1/queries/{query}").json()["status"] == "running")
+        server.stop(signal.SIGKILL)
+    with closing(sqlite3.connect(airlock.home / "airlock.db")) as db, db:
+        db.execute("UPDATE tenants SET policy = '{\"newer\": 1}' WHERE name = 'acme'")
+    with served(airlock) as server, server.client("other") as client:
+        until(lambda: [line for line in server.lines() if line["level"] == "error" and line.get("query") == query])
+        assert ask(client)["status"] == "answered"
+        assert airlock.rows("SELECT status FROM queries WHERE id = ?", query) == [("interrupted",)]
+
+
 def test_a_stopped_service_keeps_nobody_waiting(airlock: Airlock):
     """Streams end, and who waits is told how far it is: at once, and in order."""
     config = "[server]\ndrain_s = 0\n"
@@ -208,6 +246,24 @@ def test_a_public_address_needs_tls(airlock: Airlock):
     assert "--tls-cert" in said
 
 
+def test_it_does_not_start_without_a_model_that_can_be_asked(airlock: Airlock):
+    def refused(*options: object) -> str:
+        return airlock("serve", "--port", 0, "--backend", "bubblewrap", *options, code=2).lines[0]
+
+    assert "no model is configured" in refused()
+    assert "there is no API key for gpt-5-mini: set OPENAI_API_KEY" in refused("--model", "gpt-5-mini")
+    assert "--price mine=" in refused("--model", "mine", "--base-url", "http://127.0.0.1:9")
+
+
+def test_a_proxy_on_this_machine_may_have_many_connections(airlock: Airlock):
+    with served(airlock) as server, ExitStack() as open_ones:
+        where = urlsplit(server.url)
+        for _number in range(PER_ADDRESS + 20):
+            connection = open_ones.enter_context(socket.create_connection((where.hostname, where.port), timeout=20))
+            connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert connection.recv(12) == b"HTTP/1.1 200"
+
+
 def test_what_a_tenant_has_running_ends_when_it_is_suspended(airlock: Airlock):
     with served(airlock, script=SLOW) as server, server.client() as client, server.client("other") as other:
         mine, theirs = ask(client, wait=0)["id"], ask(other, wait=0)["id"]
@@ -231,3 +287,28 @@ def test_who_asks_much_does_not_make_others_wait_for_all_of_it(airlock: Airlock)
         assert len(waiting) >= 4
         for query in waiting:
             client.post(f"/v1/queries/{query}/cancel")
+
+
+def test_services_beside_each_other_keep_one_limit_and_end_each_others_queries(airlock: Airlock):
+    policy = airlock.policy(tenant_queries_at_once="1")
+    beside = Airlock(airlock.home, airlock.folder / "beside")
+    beside.folder.mkdir()
+    same = ("--policy", policy, "--model", f"scripted:{airlock.folder}/script.yaml")
+    with served(airlock, "--policy", policy, script=SLOW) as server, served(beside, *same, script=SLOW) as other:
+        other.keys = {"acme": server.key()}
+        with server.client() as client, other.client() as there:
+
+            def status(query: str) -> str:
+                return client.get(f"/v1/queries/{query}").json()["status"]
+
+            running = ask(client, wait=0)["id"]
+            until(lambda: status(running) == "running")
+            waiting, unwanted = ask(there, wait=0)["id"], ask(there, wait=0)["id"]
+            assert client.post(f"/v1/queries/{unwanted}/cancel").status_code == 202
+            until(lambda: status(unwanted) == "cancelled")
+            assert status(waiting) == "queued"
+            there.post(f"/v1/queries/{running}/cancel")
+            until(lambda: status(waiting) == "running")
+            client.post(f"/v1/queries/{waiting}/cancel")
+            until(lambda: status(waiting) == "cancelled")
+        assert not [line for line in (*server.lines(), *other.lines()) if line["level"] == "error"]

@@ -134,6 +134,13 @@ def test_an_export_is_checked_without_the_service(airlock: Airlock):
     airlock("audit", "verify", tar, "--key", key, code=1)
 
 
+def test_verdicts_speak_of_no_command_line(airlock: Airlock):
+    with served(airlock) as server, server.client() as client:
+        verdicts = get(client, ask(client)["id"], "verify").json()["verdicts"]
+        assert "hold an export against one that you kept" in verdicts[1]["detail"]
+        assert not any("--" in verdict["detail"] for verdict in verdicts)
+
+
 def test_a_thousand_records_are_verified_in_a_moment(airlock: Airlock):
     many = SCRIPT.replace('llm_query("Is this long? " + context[:20])', "llm_query_batched(['x'] * 500)[0]")
     with served(airlock, script=many) as server, server.client() as client:

@@ -105,3 +105,13 @@ def test_streams_of_clients_that_went_away_by_halves_are_given_up(airlock: Airlo
 
             until(room)
         client.post(f"/v1/queries/{query}/cancel")
+
+
+def test_nothing_of_a_body_is_read_before_it_is_known_whose_it_is(airlock: Airlock):
+    with served(airlock) as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        for path in ("queries", "contexts", "chat/completions", "admin/tenants", "nothing"):
+            head = f"POST /v1/{path} HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
+            with socket.create_connection((host, int(port)), timeout=20) as client:
+                client.sendall(f"{head}Content-Length: 1000\r\n\r\n".encode())  # of which nothing comes
+                assert client.recv(12) == b"HTTP/1.1 401", path

@@ -24,27 +24,27 @@ router = APIRouter()
 Reads = Annotated[Principal, Depends(allowed("read"))]
 
 
-@router.get("/read")
+@router.get("/v1/read")
 async def read(who: Reads) -> dict[str, Any]:
     return {"tenant": who.tenant, "asker": who.asker, "via": who.via, "scopes": sorted(who.scopes)}
 
 
-@router.post("/write")
+@router.post("/v1/write")
 async def write(who: Annotated[Principal, Depends(allowed("query"))]) -> str:
     return who.tenant
 
 
-@router.get("/admin")
+@router.get("/v1/admin")
 async def administer(who: Annotated[Principal, Depends(allowed("admin"))]) -> str:
     return who.tenant
 
 
-@router.get("/plain")
+@router.get("/v1/plain")
 async def plain(who: Reads) -> PlainTextResponse:
     return PlainTextResponse(who.tenant)
 
 
-@router.get("/wrong")
+@router.get("/v1/wrong")
 async def wrong(_who: Reads) -> str:
     raise Problem(418, "teapot", "no")
 
@@ -84,14 +84,14 @@ def log_in(there: Small, *scopes: str, tenant: str = "acme") -> tuple[dict[str, 
 def test_a_key_is_let_in(there: Small):
     key = there.key("acme", "read")
     for scheme in ("Bearer", "bearer", "BEARER"):
-        said = there.client.get("/read", headers={"Authorization": f"{scheme} {key}"}).json()
+        said = there.client.get("/v1/read", headers={"Authorization": f"{scheme} {key}"}).json()
         assert said == {"tenant": "acme", "asker": key.split("_")[1], "via": "key", "scopes": ["read"]}
 
 
 def test_a_token_is_let_in(there: Small):
     there.registry.add_tenant("acme", by="a test")
     there.registry.set_issuer("acme", issuer(), by="a test")
-    said = there.client.get("/read", headers={"Authorization": f"Bearer {signed()}"}).json()
+    said = there.client.get("/v1/read", headers={"Authorization": f"Bearer {signed()}"}).json()
     assert said == {"tenant": "acme", "asker": "ann", "via": "token", "scopes": ["query", "read"]}
 
 
@@ -101,9 +101,9 @@ def test_whatever_is_wrong_the_answer_is_the_same(there: Small):
     revoked = there.key("acme", "read")
     there.registry.revoke_key("acme", revoked.split("_")[1], by="a test")
     there.registry.set_issuer("acme", issuer(), by="a test")
-    assert there.client.get("/read", headers=good).status_code == 200
+    assert there.client.get("/v1/read", headers=good).status_code == 200
     answers = [
-        there.client.get("/read", headers=headers)
+        there.client.get("/v1/read", headers=headers)
         for headers in (
             [],
             *([("Authorization", text)] for text in ("", "Bearer", "Bearer ", f"Basic {key}", key, f"Token {key}")),
@@ -128,11 +128,11 @@ def test_whatever_is_wrong_the_answer_is_the_same(there: Small):
 
 
 def test_a_scope_that_lacks(there: Small):
-    answer = there.client.get("/admin", headers=there.bearer("query", "read", "audit", "metrics"))
+    answer = there.client.get("/v1/admin", headers=there.bearer("query", "read", "audit", "metrics"))
     assert "'admin'" in problem(answer, 403, "insufficient-scope")["detail"]
     assert answer.headers["www-authenticate"] == 'Bearer error="insufficient_scope", scope="admin"'
-    assert there.client.get("/admin", headers=there.bearer("admin")).json() == "acme"
-    problem(there.client.get("/read", headers=there.bearer("admin")), 403, "insufficient-scope")
+    assert there.client.get("/v1/admin", headers=there.bearer("admin")).json() == "acme"
+    problem(there.client.get("/v1/read", headers=there.bearer("admin")), 403, "insufficient-scope")
 
 
 def test_a_suspended_tenant(there: Small):
@@ -141,15 +141,15 @@ def test_a_suspended_tenant(there: Small):
     there.registry.set_issuer("acme", issuer(), by="a test")
     there.registry.suspend("acme", by="a test")
     for credential in (headers, session, {"Authorization": f"Bearer {signed()}"}):
-        problem(there.client.get("/read", headers=credential), 403, "suspended")
-    assert there.client.get("/read", headers=other).status_code == 200
+        problem(there.client.get("/v1/read", headers=credential), 403, "suspended")
+    assert there.client.get("/v1/read", headers=other).status_code == 200
     there.registry.restore("acme", by="a test")
-    assert there.client.get("/read", headers=headers).status_code == 200
+    assert there.client.get("/v1/read", headers=headers).status_code == 200
 
 
 def test_a_use_is_noted(there: Small):
     headers = there.bearer("read")
-    there.client.get("/read", headers=headers)
+    there.client.get("/v1/read", headers=headers)
     there.service.platform.db.read(lambda _tx: None)
     assert there.registry.keys("acme")[0].used_at
 
@@ -160,7 +160,13 @@ def test_a_use_is_noted(there: Small):
 def test_every_answer_says_what_is_left(there: Small):
     headers = there.bearer("read")
     left: list[int] = []
-    for path, status in (("/read", 200), ("/plain", 200), ("/wrong", 418), ("/admin", 403), ("/read", 200)):
+    for path, status in (
+        ("/v1/read", 200),
+        ("/v1/plain", 200),
+        ("/v1/wrong", 418),
+        ("/v1/admin", 403),
+        ("/v1/read", 200),
+    ):
         answer = there.client.get(path, headers=headers)
         assert answer.status_code == status
         assert answer.headers["ratelimit-policy"] == '"minute";q=50;w=60'
@@ -175,13 +181,13 @@ def test_every_answer_says_what_is_left(there: Small):
 def test_a_tenant_that_asks_too_often(there: Small):
     keys = [there.bearer("read"), there.bearer("read"), log_in(there, "read")[0]]
     for number in range(50):
-        assert there.client.get("/read", headers=keys[number % 3]).status_code == 200
+        assert there.client.get("/v1/read", headers=keys[number % 3]).status_code == 200
     for headers in keys:  # all of its keys together
-        answer = there.client.get("/read", headers=headers)
+        answer = there.client.get("/v1/read", headers=headers)
         problem(answer, 429, "rate-limited")
         assert 1 <= int(answer.headers["retry-after"]) <= 60
         assert answer.headers["ratelimit"].startswith('"minute";r=0;t=')
-    assert there.client.get("/read", headers=there.bearer("read", tenant="other")).status_code == 200
+    assert there.client.get("/v1/read", headers=there.bearer("read", tenant="other")).status_code == 200
 
 
 # Sessions
@@ -189,20 +195,20 @@ def test_a_tenant_that_asks_too_often(there: Small):
 
 def test_a_session_reads_as_its_key_does(there: Small):
     cookie, _ = log_in(there, "read")
-    said = there.client.get("/read", headers=cookie).json()
+    said = there.client.get("/v1/read", headers=cookie).json()
     assert (said["tenant"], said["via"], said["scopes"]) == ("acme", "session", ["read"])
-    problem(there.client.get("/admin", headers=cookie), 403, "insufficient-scope")
+    problem(there.client.get("/v1/admin", headers=cookie), 403, "insufficient-scope")
 
 
 def test_a_session_ends_with_its_key(there: Small):
     cookie, _ = log_in(there, "read")
     there.registry.revoke_key("acme", there.registry.keys("acme")[0].id, by="a test")
-    problem(there.client.get("/read", headers=cookie), 401, "unauthorized")
+    problem(there.client.get("/v1/read", headers=cookie), 401, "unauthorized")
 
 
 def test_a_bad_header_is_not_made_good_by_a_cookie(there: Small):
     cookie, _ = log_in(there, "read")
-    problem(there.client.get("/read", headers={**cookie, "Authorization": "Bearer x"}), 401, "unauthorized")
+    problem(there.client.get("/v1/read", headers={**cookie, "Authorization": "Bearer x"}), 401, "unauthorized")
 
 
 def test_a_session_changes_things_from_its_own_page_alone(there: Small):
@@ -213,7 +219,7 @@ def test_a_session_changes_things_from_its_own_page_alone(there: Small):
         {"Origin": "https://airlock.example"},
         {"Origin": "https://AIRLOCK.example", "Sec-Fetch-Site": "same-origin"},
     ):
-        assert there.client.post("/write", headers={**own, **more}).json() == "acme"
+        assert there.client.post("/v1/write", headers={**own, **more}).json() == "acme"
     for more in (
         {"X-CSRF-Token": ""},
         {"X-CSRF-Token": csrf[:-1]},
@@ -229,28 +235,49 @@ def test_a_session_changes_things_from_its_own_page_alone(there: Small):
         {"Sec-Fetch-Site": "same-site"},
         {"Sec-Fetch-Site": "none"},
     ):
-        problem(there.client.post("/write", headers={**own, **more}), 403, "csrf")
-    problem(there.client.post("/write", headers=cookie), 403, "csrf")
-    problem(there.client.post("/write", headers=[*own.items(), ("X-CSRF-Token", "x")][::-1]), 403, "csrf")
+        problem(there.client.post("/v1/write", headers={**own, **more}), 403, "csrf")
+    problem(there.client.post("/v1/write", headers=cookie), 403, "csrf")
+    problem(there.client.post("/v1/write", headers=[*own.items(), ("X-CSRF-Token", "x")][::-1]), 403, "csrf")
 
 
 def test_a_key_needs_no_token_of_a_page(there: Small):
     """No browser sends it by itself."""
     headers = {**there.bearer("query"), "Origin": "https://elsewhere.example"}
-    assert there.client.post("/write", headers=headers).json() == "acme"
+    assert there.client.post("/v1/write", headers=headers).json() == "acme"
 
 
 def test_without_tls_the_cookie_is_another(tmp_path: Path):
     with small(tmp_path, router, secure=False) as there:
         cookie, _ = log_in(there, "read")
-        problem(there.client.get("/read", headers=cookie), 401, "unauthorized")
+        problem(there.client.get("/v1/read", headers=cookie), 401, "unauthorized")
         plain = {"Cookie": cookie["Cookie"].replace("__Host-", "")}
-        assert there.client.get("/read", headers=plain).status_code == 200
+        assert there.client.get("/v1/read", headers=plain).status_code == 200
 
 
 def test_the_document_says_how_to_be_let_in(there: Small):
     document = there.app.openapi()
     schemes = document["components"]["securitySchemes"]
     assert (schemes["bearer"]["scheme"], schemes["session"]["in"]) == ("bearer", "cookie")
-    assert document["paths"]["/read"]["get"]["security"] == [{"bearer": []}, {"session": []}]
+    assert document["paths"]["/v1/read"]["get"]["security"] == [{"bearer": []}, {"session": []}]
     assert "security" not in document["paths"]["/open"]["get"]
+
+
+def test_another_method_is_told_those_of_all_routes(there: Small):
+    answer = there.client.delete("/v1/queries")
+    problem(answer, 405, "method-not-allowed")
+    assert answer.headers["Allow"] == "GET, POST"
+    assert answer.json()["detail"] == "this takes GET, POST"
+
+
+def test_a_body_that_is_not_called_json_is_told_so(there: Small):
+    headers = there.bearer("query") | {"Content-Type": "application/x-www-form-urlencoded"}
+    answer = there.client.post("/v1/queries", content=b'{"question": "q"}', headers=headers)
+    problem(answer, 422, "bad-request")
+    assert "Content-Type: application/json" in answer.json()["detail"]
+
+
+def test_the_document_says_where_a_query_is_found(there: Small):
+    answers = there.app.openapi()["paths"]["/v1/queries"]["post"]["responses"]
+    for status in ("200", "202"):
+        assert answers[status]["headers"].keys() == {"Location", "Idempotency-Replayed", "Preference-Applied"}
+        assert answers[status]["content"]["application/json"]["schema"]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag
+
+from orchestrator.server.few import Few, few
 
 PREFIX = "rlm/"  # of a model's name
 Amount = Annotated[str, Field(pattern=r"^[0-9]{1,7}(\.[0-9]{1,9})?$", examples=["0.50"])]
@@ -13,7 +16,7 @@ Word = Annotated[str, Field(max_length=1024)]
 Nothing = Annotated[list[Any], Field(max_length=0)]
 
 
-class Given(BaseModel):
+class Given(Few):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
@@ -64,7 +67,7 @@ def _content(given: Any) -> str | None:
 
 
 Content = Annotated[
-    Annotated[str, Tag("as words")] | Annotated[list[Part], Field(max_length=1000), Tag("as parts")],
+    Annotated[str, Tag("as words")] | Annotated[list[Part], Field(max_length=1000, fail_fast=True), Tag("as parts")],
     Discriminator(
         _content, custom_error_type="content", custom_error_message="has to be a text, or a list of parts of it"
     ),
@@ -156,7 +159,7 @@ class ChatRequest(Given):
     model_config = ConfigDict(json_schema_extra={"examples": [_EXAMPLE]})
 
     model: Name
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=10_000)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=10_000, fail_fast=True)]
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: Format | None = None
@@ -167,7 +170,7 @@ class ChatRequest(Given):
     top_p: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Annotated[dict[str, float], BeforeValidator(partial(few, most=1000))] | None = None
     seed: int | None = None
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
@@ -191,7 +194,7 @@ class ChatRequest(Given):
     logprobs: Literal[False] | None = None
     tools: Nothing | None = None
     functions: Nothing | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
     stop: Nothing | None = None
     audio: None = None
     prediction: None = None

@@ -104,7 +104,7 @@ async def get_tenant(service: The, _admin: Admin, tenant: TenantName) -> dict[st
 
 @router.post("/tenants/{tenant}/suspend", response_model=TenantView, responses=documented(403, 404, 422, 429, 503))
 async def suspend_tenant(service: The, admin: Admin, tenant: TenantName) -> dict[str, Any]:
-    """Take none of its keys and tokens from now on. What it has asked before goes on."""
+    """Take none of its keys and tokens from now on. What it has running or waiting is cancelled."""
     await the_tenant(service, tenant)
     await in_thread(service.registry.suspend, tenant, by=by(admin))
     return view_of(service, await the_tenant(service, tenant))

@@ -39,6 +39,8 @@ REPLAYS = 2  # at once, of all tenants; one of one
 MOST_NUMBER = 2**31 - 1  # what the database's column holds
 
 router = APIRouter(prefix="/v1/audit", tags=["audit"])
+# The command line's words, and those for who has no command line: the service is not the one to ask that.
+_HELD = ("pass one with --checkpoint", "hold an export against one that you kept")
 _checks = Turns(CHECKS)
 _replaying: set[str] = set()  # tenants
 
@@ -140,7 +142,7 @@ def _verdicts(report: Report) -> dict[str, Any]:
         {
             "name": name,
             "holds": verdict.holds,
-            "detail": verdict.note if verdict.holds else _faults(verdict.faults[0], verdict.count - 1),
+            "detail": verdict.note.replace(*_HELD) if verdict.holds else _faults(verdict.faults[0], verdict.count - 1),
             "faults": verdict.faults,
         }
         for name, verdict in report.items()
@@ -231,7 +233,7 @@ async def replay_query(request: Request, service: The, principal: Audits, query:
     status = (await _require_own(service, principal, query)).status
     if status in ("open", journal.QUEUED):
         raise Problem(409, "still-running", "the query has not ended: it can be run again when it has")
-    if service.desk.draining:
+    if service.under_way.draining:
         raise _stopping()
     tenant, platform = principal.tenant, service.platform
     if tenant in _replaying or len(_replaying) >= REPLAYS:

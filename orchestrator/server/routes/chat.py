@@ -239,7 +239,7 @@ class _Answer:
 
     def is_left(self) -> bool:
         """Whether the service stops, and the query will go on in the next one."""
-        return self.service.desk.draining and not self.service.desk.is_here(self.query)
+        return self.service.under_way.draining and not self.service.under_way.is_here(self.query)
 
     async def give_up(self) -> None:
         """Its client has gone."""
@@ -268,7 +268,7 @@ async def _whole(answer: _Answer, receive: Receive, *, leave: bool) -> dict[str,
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(_gone, receive, tasks.cancel_scope)
         try:
-            while not (ended := await answer.service.desk.ended(answer.query, LOOK_S)):
+            while not (ended := await answer.service.under_way.ended(answer.query, LOOK_S)):
                 if answer.is_left():
                     break
         except AirlockError as error:  # not out of the group, which would wrap it
@@ -329,7 +329,7 @@ async def _events(answer: _Answer, *, usage: bool) -> AsyncGenerator[bytes]:
                 async for record in records:
                     if told := reasoning.told(record):
                         yield chunk({"reasoning_content": told})
-                    if record.type == "query.interrupted" and answer.is_left():
+                    if record.type == "query.interrupted" and service.under_way.draining:
                         break
                     answer.left = record.type == "query.closed"
             answer.left, ended = True, answer.left

@@ -89,7 +89,7 @@ def checks(service: Service) -> Mapping[str, Check]:
         return partial(anyio.to_thread.run_sync, look, abandon_on_cancel=True, limiter=threads)
 
     async def taking_on() -> None:
-        if service.desk.draining:
+        if service.under_way.draining:
             raise StoreError("it is stopping")
 
     def database() -> None:

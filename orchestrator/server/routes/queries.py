@@ -19,6 +19,7 @@ from orchestrator.core.units import NANO
 from orchestrator.server import inline, queries_view
 from orchestrator.server.access import allowed
 from orchestrator.server.desk import Ask
+from orchestrator.server.few import Few
 from orchestrator.server.problems import documented
 from orchestrator.server.service import Principal, Service, of_request
 from orchestrator.server.streaming import EVENTS, EventStream, event
@@ -42,7 +43,7 @@ _EXAMPLE: dict[str, Any] = {
 }
 
 
-class _Given(BaseModel):
+class _Given(Few):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
@@ -220,6 +221,13 @@ class Budgets(BaseModel):
     queries: QueriesNow
 
 
+_ASKED: dict[str, Any] = {
+    "headers": {
+        "Location": {"schema": {"type": "string"}, "description": "where the query is"},
+        "Idempotency-Replayed": {"schema": {"const": "true"}, "description": "it was asked before, under this key"},
+        "Preference-Applied": {"schema": {"type": "string"}, "description": "what of Prefer was heeded"},
+    }
+}
 Asks = Annotated[Principal, Depends(allowed("query"))]
 Reads = Annotated[Principal, Depends(allowed("read"))]
 The = Annotated[Service, Depends(of_request)]
@@ -230,7 +238,8 @@ The = Annotated[Service, Depends(of_request)]
     status_code=202,
     response_model=QueryView,
     responses={
-        200: {"model": QueryView, "description": "it ended within the time to wait"},
+        200: {"model": QueryView, "description": "it ended within the time to wait", **_ASKED},
+        202: {"description": "it is taken on", **_ASKED},
         **documented(400, 402, 403, 404, 409, 413, 422, 429, 503),
     },
 )
@@ -274,7 +283,7 @@ async def ask(
         response.headers["Idempotency-Replayed"] = "true"
     if wait := _WAIT.search(prefer or ""):
         response.headers["Preference-Applied"] = f"wait={wait[1]}"
-        if await service.desk.ended(asked.id, min(float(wait[1]), MOST_WAIT_S)):
+        if await service.under_way.ended(asked.id, min(float(wait[1]), MOST_WAIT_S)):
             response.status_code = 200
     return await _view(service, principal, asked.id)
 
@@ -305,7 +314,7 @@ async def get_query(service: The, principal: Reads, query: QueryId) -> dict[str,
 async def _view(service: Service, principal: Principal, query: str) -> dict[str, Any]:
     def read(tx: queries_view.Connection) -> dict[str, Any]:
         found = own(tx, service, principal, query)
-        return queries_view.view(tx, service.books, found, service.desk.account(query))
+        return queries_view.view(tx, service.books, found, service.under_way.account(query))
 
     return await anyio.to_thread.run_sync(service.platform.db.look, read)
 

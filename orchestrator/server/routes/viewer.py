@@ -20,7 +20,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import RedirectResponse
 from pydantic import BaseModel, Field
 
-from orchestrator.server.access import admit, require_own_origin, the_gate, unauthorized
+from orchestrator.server.access import principal_of, require_own_origin, the_gate, unauthorized
 from orchestrator.server.problems import Problem, documented, not_found
 from orchestrator.server.service import Principal, the_service
 from orchestrator.server.sessions import set_cookie
@@ -111,13 +111,9 @@ class SessionView(BaseModel):
     csrf: str | None
 
 
-async def _anybody(request: Request) -> Principal:
-    return await admit(request, None)
-
-
 @router.get("/v1/session", responses=documented(403, 429, 503), summary="Who has logged in")
 async def session(
-    request: Request, response: Response, principal: Annotated[Principal, Depends(_anybody)]
+    request: Request, response: Response, principal: Annotated[Principal, Depends(principal_of)]
 ) -> SessionView:
     """The tenant, what the key may do, and the token that a page sends along with whatever changes something."""
     response.headers["Cache-Control"] = "no-store"
