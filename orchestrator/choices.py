@@ -69,11 +69,14 @@ def narrowed(
     money, time, counts = policy.money, policy.time, policy.counts
     if depth is not None and depth > counts.depth:
         raise PolicyError(f"a depth of {depth}: {name} permits a depth of {counts.depth}")
+    of_counts = _said(depth=depth, iterations=iterations, in_flight=in_flight)
+    if budget is None and timeout_ms is None and not of_counts:
+        return policy
     narrower = policy.model_copy(
         update={
             "money": money.model_copy(update=_said(query=budget)),
             "time": time.model_copy(update=_said(query=timeout_ms)),
-            "counts": counts.model_copy(update=_said(depth=depth, iterations=iterations, in_flight=in_flight)),
+            "counts": counts.model_copy(update=of_counts),
         }
     )
     return policy.narrowed(narrower)

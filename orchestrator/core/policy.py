@@ -9,6 +9,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Annotated, Any, Literal, Self, cast
 
 import rfc8785
@@ -203,4 +204,9 @@ class Policy(_Section):
 
     def sha256(self) -> str:
         """Hex SHA-256 of the canonical JSON (RFC 8785) of the policy."""
-        return hashlib.sha256(rfc8785.dumps(self.model_dump(mode="json"))).hexdigest()
+        return _sha256(self)  # pyright: ignore[reportArgumentType]  frozen: pydantic gives it a hash
+
+
+@lru_cache(256)  # a policy never changes, and half a millisecond of each query would go into this
+def _sha256(policy: Policy) -> str:
+    return hashlib.sha256(rfc8785.dumps(policy.model_dump(mode="json"))).hexdigest()

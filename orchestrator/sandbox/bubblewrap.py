@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -116,22 +117,15 @@ class Bubblewrap(Backend):
         self._seccomp = seccomp
         self._python = python or candidates()[0]
         self._launcher = Launcher()
+        self._spawning = threading.Lock()  # the launcher is one thread, and what is in the cache is made once
 
     @property
     def deviations(self) -> Mapping[str, str]:
         return {} if _group_version()[1] else {UNBOUNDED: _NO_GROUP}
 
     async def launch(self, spec: SandboxSpec) -> Guest:
-        cgroup = group_of(spec.slot.number)
-        memory, pids = spec.memory_bytes + MEMORY_OF_AIRLOCK, spec.pids + PIDS_OF_AIRLOCK
-        if cgroup and not cgroup.create(memory_bytes=memory, pids=pids, cpus=spec.cpus):
-            cgroup = None
-        try:
-            process, words, info, ours = self._spawn(spec, cgroup)
-        except BaseException:
-            if cgroup:
-                cgroup.remove()
-            raise
+        # In a thread: it takes 10 ms and more on a busy machine, and all other queries would wait for it.
+        cgroup, process, words, info, ours = await anyio.to_thread.run_sync(self._begin, spec)
         guest = BubblewrapGuest(process, words, cgroup)
         try:
             # Not to be cancelled: without the id of process 1 there is no ending it for certain.
@@ -148,6 +142,20 @@ class Bubblewrap(Backend):
         finally:
             os.close(info)
         return guest
+
+    def _begin(self, spec: SandboxSpec) -> tuple[Cgroup | None, subprocess.Popen[bytes], int, int, socket.socket]:
+        """The sandbox's group, and what `_spawn` returns."""
+        cgroup = group_of(spec.slot.number)
+        memory, pids = spec.memory_bytes + MEMORY_OF_AIRLOCK, spec.pids + PIDS_OF_AIRLOCK
+        if cgroup and not cgroup.create(memory_bytes=memory, pids=pids, cpus=spec.cpus):
+            cgroup = None
+        try:
+            with self._spawning:
+                return cgroup, *self._spawn(spec, cgroup)
+        except BaseException:
+            if cgroup:
+                cgroup.remove()
+            raise
 
     def _spawn(
         self, spec: SandboxSpec, cgroup: Cgroup | None

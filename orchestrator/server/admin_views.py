@@ -15,13 +15,13 @@ from orchestrator.core.tenants import NAME
 from orchestrator.server.access import allowed
 from orchestrator.server.few import Few
 from orchestrator.server.problems import not_found
-from orchestrator.server.service import Principal, Service, the_service
+from orchestrator.server.service import Principal, Service, of_request
 from orchestrator.store.registered import KeyRow, TenantRow
 
 T = TypeVar("T")
 TenantName = Annotated[str, Path(pattern=rf"^{NAME}$", description="a tenant's name", examples=["acme"])]
 Admin = Annotated[Principal, Depends(allowed("admin"))]
-The = Annotated[Service, Depends(the_service)]
+The = Annotated[Service, Depends(of_request)]
 
 
 class Given(Few):

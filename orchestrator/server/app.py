@@ -116,5 +116,8 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
         made = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
         for name in ("HTTPValidationError", "ValidationError"):  # FastAPI's own shape, which is not ours
             made["components"]["schemas"].pop(name, None)
+        for operation in (each for path in made["paths"].values() for each in path.values()):
+            if "HTTPValidationError" in str(operation["responses"].get("422")):  # it has none of its own
+                del operation["responses"]["422"]
         app.openapi_schema = made
     return app.openapi_schema

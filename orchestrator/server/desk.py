@@ -23,6 +23,7 @@ from orchestrator.core.errors import (
     NotPermitted,
 )
 from orchestrator.core.policy import Policy
+from orchestrator.core.turns import Turns
 from orchestrator.core.units import usd
 from orchestrator.loop import prompts
 from orchestrator.loop.order import Order, shared_purses
@@ -32,6 +33,8 @@ from orchestrator.server.under_way import CANCELLED, UnderWay
 from orchestrator.settings import ServerSettings
 from orchestrator.store import holdings, journal, ledger, requests
 from orchestrator.wiring import Platform
+
+ADMISSIONS = 4  # queries that are being taken on at once: others who ask for anything do not wait for a crowd
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +76,7 @@ class Desk:
 
     def __init__(self, platform: Platform, settings: ServerSettings, under_way: UnderWay) -> None:
         self._platform, self._settings, self._under_way = platform, settings, under_way
+        self._admissions = Turns(ADMISSIONS)
         self._coming: dict[str, int] = {}  # tenant -> queries that are being put on record
 
     @property
@@ -95,15 +99,19 @@ class Desk:
 
     async def ask(self, principal: Principal, ask: Ask) -> Asked:
         """Take a query on. Raises Problem, AirlockError; nothing is left of one that is not taken on."""
-        if self._under_way.draining:
-            raise come_again(503, "stopping", "the service is stopping: ask again in a moment")
         key = ask.idempotency and hashlib.sha256(ask.idempotency.encode("utf-8", "replace")).hexdigest()
         fingerprint = hashlib.sha256(ask.fingerprint).hexdigest()
         if key and (before := await self.asked_before(principal.tenant, key)):
             return _the_same(before, fingerprint)
-        order = self._order(principal.tenant, ask, await self.policy_of(principal.tenant))
-        await anyio.to_thread.run_sync(self._require_money, order)
+        async with self._admissions.turn(principal.tenant, 1):
+            return await self._admit(principal, ask, key, fingerprint)
+
+    async def _admit(self, principal: Principal, ask: Ask, key: str | None, fingerprint: str) -> Asked:
+        if self._under_way.draining:
+            raise come_again(503, "stopping", "the service is stopping: ask again in a moment")
         tenant = principal.tenant
+        order = self._order(tenant, ask, await self.policy_of(tenant))
+        await anyio.to_thread.run_sync(self._require_money, order)
         self._require_room(tenant)
         self._coming[tenant] = self._coming.get(tenant, 0) + 1
         try:

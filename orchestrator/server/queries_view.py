@@ -20,10 +20,16 @@ from orchestrator.proxy.account import Account
 from orchestrator.server.problems import Problem
 from orchestrator.store import journal, ledger
 from orchestrator.store.journal import Connection
+from orchestrator.store.prepared import Prepared
 from orchestrator.store.schema import queries, records, scopes
 
 _SHOWN = {"open": "running"}  # the database's word -> ours
 _CUT = 200  # characters of a question in a list
+
+_columns = (queries.c.id, queries.c.tenant, queries.c.status, queries.c.opened_at)
+_find = Prepared(sa.select(*_columns).where(queries.c.id == sa.bindparam("q")))
+_link = sa.select(records.c.record, records.c.hash).where(records.c.query == sa.bindparam("q"))
+_first, _last = (Prepared(_link.order_by(order).limit(1)) for order in (records.c.seq, records.c.seq.desc()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,17 +43,14 @@ class Listed:
 
 
 def find(tx: Connection, query: str) -> Listed | None:
-    columns = (queries.c.id, queries.c.tenant, queries.c.status, queries.c.opened_at)
-    row = tx.execute(sa.select(*columns).where(queries.c.id == query)).one_or_none()
-    return None if row is None else Listed(row.id, row.tenant, row.status, row.opened_at)
+    return next((Listed(*row) for row in _find(tx, {"q": query})), None)
 
 
 def page(
     tx: Connection, tenant: str, most: int, cursor: str | None, status: str | None
 ) -> tuple[list[Listed], str | None]:
     """The tenant's queries, the newest first, from a cursor on; and where the next page begins. Raises Problem."""
-    columns = (queries.c.id, queries.c.tenant, queries.c.status, queries.c.opened_at)
-    wanted = sa.select(*columns).where(queries.c.tenant == tenant)
+    wanted = sa.select(*_columns).where(queries.c.tenant == tenant)
     if status is not None:
         wanted = wanted.where(queries.c.status == {ours: name for name, ours in _SHOWN.items()}.get(status, status))
     if cursor is not None:
@@ -125,10 +128,8 @@ def _shown(tx: Connection, books: Books, query: Listed, *, whole: bool) -> dict[
 
 def _record(tx: Connection, query: str, *, first: bool) -> dict[str, Any]:
     """The first or the last one of the chain."""
-    wanted = sa.select(records.c.record, records.c.hash).where(records.c.query == query)
-    order = records.c.seq if first else records.c.seq.desc()
-    row = tx.execute(wanted.order_by(order).limit(1)).one()
-    return {**json.loads(row.record), "hash": row.hash}
+    ((record, digest),) = (_first if first else _last)(tx, {"q": query})
+    return {**json.loads(record), "hash": digest}
 
 
 def _texts(tx: Connection, books: Books, query: Listed, numbers: tuple[int, ...]) -> dict[tuple[int, str], str]:

@@ -57,4 +57,9 @@ def the_service(connection: HTTPConnection) -> Service:
     return cast("Service", connection.app.state.service)
 
 
-__all__ = ["EVERYDAY", "SCOPES", "Principal", "Problem", "Scope", "Service", "the_service"]
+async def of_request(connection: HTTPConnection) -> Service:
+    """For routes: a dependency that is no coroutine is run in a thread, and a request waits for that."""
+    return the_service(connection)
+
+
+__all__ = ["EVERYDAY", "SCOPES", "Principal", "Problem", "Scope", "Service", "of_request", "the_service"]

@@ -16,10 +16,20 @@ from orchestrator.core.context import Context
 from orchestrator.core.errors import CountExceeded
 from orchestrator.store.db import now
 from orchestrator.store.journal import INTERRUPTED
+from orchestrator.store.prepared import Prepared
 from orchestrator.store.schema import contexts, queries, records, uploads
 
 MOST_SIZES = 500  # that one statement names; beyond it takes all
 UNFINISHED = ("queued", "open", INTERRUPTED)  # queries that may still take their context from the store
+
+_of: sa.BindParameter[str] = sa.bindparam("of")
+_kept = Prepared(sa.select(sa.func.sum(contexts.c.bytes)).where(contexts.c.tenant == _of))
+_coming = Prepared(sa.select(sa.func.sum(uploads.c.length)).where(uploads.c.tenant == _of, uploads.c.context.is_(None)))
+_find = Prepared(
+    sa.select(contexts.c.id, contexts.c.name, contexts.c.kind, contexts.c.bytes, contexts.c.at).where(
+        contexts.c.tenant == _of, contexts.c.id == sa.bindparam("id")
+    )
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +69,7 @@ def require_room(tx: sa.Connection, tenant: str, size: int, most: int) -> None:
 
 def stored(tx: sa.Connection, tenant: str) -> int:
     """Bytes of what the tenant has, and of what is on its way."""
-    kept = sa.select(sa.func.coalesce(sa.func.sum(contexts.c.bytes), 0)).where(contexts.c.tenant == tenant)
-    coming = sa.select(sa.func.coalesce(sa.func.sum(uploads.c.length), 0)).where(
-        uploads.c.tenant == tenant, uploads.c.context.is_(None)
-    )
-    return int(tx.execute(kept).scalar_one()) + int(tx.execute(coming).scalar_one())
+    return sum(int(total or 0) for statement in (_kept, _coming) for (total,) in statement(tx, {"of": tenant}))
 
 
 def holds(tx: sa.Connection, tenant: str, context_id: str) -> bool:
@@ -72,8 +78,7 @@ def holds(tx: sa.Connection, tenant: str, context_id: str) -> bool:
 
 
 def find(tx: sa.Connection, tenant: str, context_id: str) -> Held | None:
-    row = tx.execute(sa.select(contexts).where(*_own(tenant, context_id))).one_or_none()
-    return None if row is None else _held(row)
+    return next((Held(*row) for row in _find(tx, {"of": tenant, "id": context_id})), None)
 
 
 def listed(tx: sa.Connection, tenant: str, most: int, after: tuple[str, str] | None = None) -> list[Held]:

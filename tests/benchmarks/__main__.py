@@ -23,6 +23,7 @@ from tests.benchmarks.peers import peer_python
 from tests.benchmarks.queries import queries
 from tests.benchmarks.redaction import redaction
 from tests.benchmarks.sandboxes import cells, start
+from tests.benchmarks.service import service
 
 LOOP = {"use_uvloop": True}  # as the command line and `RLM` have it
 
@@ -35,7 +36,7 @@ def main() -> int:
         "--only",
         default="",
         metavar="WORD",
-        help="one group: cells, start, queries, calls, containers, crowd, large, ledger, journal, redaction",
+        help="one group: cells, start, queries, calls, containers, crowd, large, ledger, journal, service, redaction",
     )
     chosen = parser.parse_args()
     console = Console()
@@ -62,6 +63,7 @@ def groups(home: Path, peer: Path | None, quick: bool) -> Iterator[tuple[str, Ca
     yield "large", lambda: large(home, quick)
     yield "ledger", lambda: ledgers(home, quick)
     yield "journal", lambda: journals(home, quick)
+    yield "service", lambda: service(home, quick)
     yield "redaction", lambda: redaction(quick)
 
 

@@ -31,7 +31,7 @@ from orchestrator.server.desk import Ask
 from orchestrator.server.problems import Problem, come_again, problem_of
 from orchestrator.server.routes.queries import Asks, Reads, The, own
 from orchestrator.server.service import Principal, Service
-from orchestrator.server.streaming import EventStream, event
+from orchestrator.server.streaming import EVENTS, EventStream, event
 
 PIECE = 4000  # characters of an answer in one event
 LOOK_S = 2.0  # between two looks at whether the service stops
@@ -101,9 +101,7 @@ class Completion(BaseModel):
 
 
 _DONE = b"data: [DONE]\n\n"
-_STREAM = {
-    "text/event-stream": {"schema": {"type": "string"}, "example": 'data: {"object":"chat.completion.chunk"}\n\n'}
-}
+_STREAM = {"text/event-stream": {**EVENTS, "example": 'data: {"object":"chat.completion.chunk"}\n\n'}}
 
 
 @router.post(
@@ -332,9 +330,11 @@ async def _events(answer: _Answer, *, usage: bool) -> AsyncGenerator[bytes]:
                     if told := reasoning.told(record):
                         yield chunk({"reasoning_content": told})
                     if record.type == "query.interrupted" and service.under_way.draining:
-                        answer.left = True
-                        raise _stopping(answer.query)
-            answer.left = True
+                        break
+                    answer.left = record.type == "query.closed"
+            answer.left, ended = True, answer.left
+            if not ended:  # the feed ends when the service stops
+                raise _stopping(answer.query)
             query, used = await answer.found()
             text = query["answer"]
             for at in range(0, len(text), PIECE):

@@ -97,7 +97,7 @@ async def _text(request: Request) -> str:
     async for part in request.stream():
         body += part
         if len(body) > _MOST_BODY:
-            raise Problem(413, "too-large", f"a policy has {MAX_CHARS:,} characters at most")
+            raise _too_large()
     if kind == "application/json":
         try:
             return PolicyText.model_validate_json(bytes(body)).yaml
@@ -105,9 +105,16 @@ async def _text(request: Request) -> str:
             faults = error.errors(include_url=False, include_context=False, include_input=False)
             raise RequestValidationError([{**fault, "loc": ("body", *fault["loc"])} for fault in faults]) from None
     try:
-        return body.decode()
+        text = body.decode()
     except UnicodeDecodeError:
         raise Problem(400, "bad-request", "the policy is not UTF-8") from None
+    if len(text) > MAX_CHARS:
+        raise _too_large()
+    return text
+
+
+def _too_large() -> Problem:
+    return Problem(413, "too-large", f"a policy has {MAX_CHARS:,} characters at most")
 
 
 Text = Annotated[str, Depends(_text)]
@@ -117,7 +124,7 @@ _BODY: dict[str, Any] = {
         "description": "The policy, as YAML or within JSON.",
         "content": {
             "application/json": {"schema": PolicyText.model_json_schema()},
-            "application/yaml": {"schema": {"type": "string", "maxLength": MAX_CHARS}},
+            "application/yaml": {"schema": {"description": f"at most {MAX_CHARS:,} characters"}},
         },
     }
 }

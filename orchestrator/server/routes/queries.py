@@ -21,8 +21,8 @@ from orchestrator.server.access import allowed
 from orchestrator.server.desk import Ask
 from orchestrator.server.few import Few
 from orchestrator.server.problems import documented
-from orchestrator.server.service import Principal, Service, the_service
-from orchestrator.server.streaming import EventStream, event
+from orchestrator.server.service import Principal, Service, of_request
+from orchestrator.server.streaming import EVENTS, EventStream, event
 
 router = APIRouter(prefix="/v1", tags=["queries"])
 MOST_WAIT_S = 300.0  # that a request waits for a query's end
@@ -230,7 +230,7 @@ _ASKED: dict[str, Any] = {
 }
 Asks = Annotated[Principal, Depends(allowed("query"))]
 Reads = Annotated[Principal, Depends(allowed("read"))]
-The = Annotated[Service, Depends(the_service)]
+The = Annotated[Service, Depends(of_request)]
 
 
 @router.post(
@@ -355,7 +355,7 @@ async def get_spend(service: The, principal: Reads, query: QueryId) -> dict[str,
     responses={
         200: {
             "description": "records of the journal, as they are written",
-            "content": {"text/event-stream": {"schema": {"type": "string"}}},
+            "content": {"text/event-stream": EVENTS},
         },
         204: {"description": "it has ended, and there is nothing after that record"},
         **documented(403, 404, 422, 429, 503),
