@@ -30,6 +30,7 @@ from orchestrator.server.problems import Problem, come_again, documented, not_fo
 from orchestrator.server.routes.queries import QueryId, The, own
 from orchestrator.server.service import Principal, Service
 from orchestrator.server.streaming import FileStream, cancel_when_gone
+from orchestrator.server.structure import JsonRoute
 from orchestrator.store import journal
 from orchestrator.wiring import require_isolation
 
@@ -38,7 +39,7 @@ CHECKS, MOST_WAITING = 2, 8  # verifications and exports at once, of all tenants
 REPLAYS = 2  # at once, of all tenants; one of one
 MOST_NUMBER = 2**31 - 1  # what the database's column holds
 
-router = APIRouter(prefix="/v1/audit", tags=["audit"])
+router = APIRouter(prefix="/v1/audit", tags=["audit"], route_class=JsonRoute)
 _checks = Turns(CHECKS)
 _replaying: set[str] = set()  # tenants
 
