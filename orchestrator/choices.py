@@ -12,6 +12,7 @@ from typing import Any, cast
 from orchestrator.core.errors import PolicyError, RequestError
 from orchestrator.core.policy import Policy
 from orchestrator.files import read_text
+from orchestrator.loop.fits import no_schema
 from orchestrator.named_policy import load_policy
 
 
@@ -97,16 +98,6 @@ def load_schema(path: Path) -> Mapping[str, Any]:
 
 def check_schema(name: str, schema: Any) -> Mapping[str, Any]:
     """The schema, if it is one and JSON. Raises RequestError."""
-    from jsonschema.exceptions import SchemaError
-    from jsonschema.validators import validator_for
-
-    try:
-        if not isinstance(schema, dict):
-            raise ValueError("it is not a JSON object")
-        json.dumps(schema, allow_nan=False)
-        cast("Any", validator_for)(schema).check_schema(schema)
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise RequestError(f"{name} is not a JSON Schema: {error}") from None
-    except SchemaError as error:
-        raise RequestError(f"{name} is not a JSON Schema: {error.message}") from None
+    if fault := no_schema(schema):
+        raise RequestError(f"{name} is not a JSON Schema: {fault}")
     return cast("Mapping[str, Any]", schema)

@@ -32,7 +32,7 @@ from orchestrator.loop.prompts import RootLimits
 from orchestrator.sandbox.sandbox import CellResult
 
 MAX_CONTINUATIONS = 3
-SCHEMA_S = 10.0  # for checking one answer
+SCHEMA_S = 10.0  # for checking one answer, or one schema
 MAX_CELLS = 8  # of one reply; a model that writes more has stopped looking at what comes out
 
 Status = Literal["answered", "limit", "refused", "failed", "cancelled", "interrupted"]
@@ -212,14 +212,24 @@ def schema_check(schema: Mapping[str, object] | None, most: int) -> Callable[[st
 
 
 async def _fault(schema: Mapping[str, object], answer: str) -> str | None:
+    return await _apart({"schema": schema, "answer": answer}, "it could not be checked against the schema")
+
+
+async def schema_fault(schema: Mapping[str, object]) -> str | None:
+    """Why it is not a JSON Schema; None where it is one."""
+    return await _apart({"schema": schema}, "it could not be checked")
+
+
+async def _apart(asked: Mapping[str, object], unknown: str) -> str | None:
+    """What `fits` finds. unknown: what is said where it comes to no end."""
     command = [sys.executable, "-P", str(Path(__file__).with_name("fits.py"))]
     environment = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    asked = json.dumps({"schema": schema, "answer": answer}).encode()
+    given = json.dumps(asked).encode()
     try:
         with anyio.fail_after(SCHEMA_S):
-            done = await anyio.run_process(command, input=asked, env=environment, stderr=subprocess.DEVNULL)
+            done = await anyio.run_process(command, input=given, env=environment, stderr=subprocess.DEVNULL)
         return json.loads(done.stdout)
     except TimeoutError:
-        return f"it could not be checked against the schema within {SCHEMA_S:g} s: make it simpler"
+        return f"{unknown} within {SCHEMA_S:g} s: make it simpler"
     except (subprocess.CalledProcessError, ValueError):
-        return "it could not be checked against the schema: make it simpler"
+        return f"{unknown}: make it simpler"

@@ -1,6 +1,6 @@
-"""Does an answer fit a JSON Schema? A script, for a process that can be ended: hostile answers can take hours.
+"""Does an answer fit a JSON Schema, and is that one? A script, for a process that can be ended: it can take hours.
 
-in   {"schema": ..., "answer": "..."} on standard input
+in   {"schema": ..., "answer": "..."} on standard input; without an answer, the schema is what is asked about
 out  null, or one line that says what is wrong, as JSON
 """
 
@@ -35,10 +35,28 @@ def fault(schema: Any, answer: str) -> str | None:
     return f"it does not fit the schema: {error.message[:500]} at {error.json_path}" if error else None
 
 
+def no_schema(schema: Any) -> str | None:
+    """Why it is not a JSON Schema; None where it is one, and JSON."""
+    from jsonschema.exceptions import SchemaError
+    from jsonschema.validators import validator_for
+
+    if not isinstance(schema, dict):
+        return "it is not a JSON object"
+    try:
+        json.dumps(schema, allow_nan=False)
+        cast("Any", validator_for)(schema).check_schema(schema)
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        return str(error)[:500]
+    except SchemaError as error:
+        return error.message[:500]
+    return None
+
+
 def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     asked = json.load(sys.stdin)
-    print(json.dumps(fault(asked["schema"], asked["answer"])))
+    found = fault(asked["schema"], asked["answer"]) if "answer" in asked else no_schema(asked["schema"])
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

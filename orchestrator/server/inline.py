@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, TypeVar, cast
 
 import anyio
 import anyio.from_thread
@@ -16,6 +16,7 @@ from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag, mode
 
 from orchestrator.core.context import Context
 from orchestrator.core.errors import AirlockError, ContextError
+from orchestrator.core.turns import Turns
 from orchestrator.server.few import Few
 from orchestrator.server.housekeeping import remove_later
 from orchestrator.server.problems import not_found
@@ -24,7 +25,8 @@ from orchestrator.store import holdings
 from orchestrator.store.contexts import ContextStore
 from orchestrator.store.holdings import Held
 
-INGESTS = anyio.CapacityLimiter(4)  # at once: they are CPU and disk, and must not take all threads from the others
+_ingests = Turns(4)  # at once: they are CPU and disk, and must not take all threads from the others
+T = TypeVar("T")
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
@@ -112,7 +114,13 @@ async def stored(service: Service, principal: Principal, given: Given) -> Contex
     """
     if isinstance(given, GivenId):
         return await anyio.to_thread.run_sync(_own, service, principal.tenant, given.id)
-    return await anyio.to_thread.run_sync(_ingest, service, principal.tenant, given, limiter=INGESTS)
+    return await in_turn(_ingests, principal.tenant, partial(_ingest, service, principal.tenant, given))
+
+
+async def in_turn(turns: Turns, tenant: str, work: Callable[[], T]) -> T:
+    """What `work` brings, in a thread, when the tenant has its turn. One never has all places."""
+    async with turns.turn(tenant, 1, most=turns.most_of_one):
+        return await anyio.to_thread.run_sync(work)
 
 
 def _own(service: Service, tenant: str, context_id: str) -> Context:

@@ -196,7 +196,12 @@ def test_plain_lines_for_a_terminal(airlock: Airlock):
 def test_the_log_tells_how_queries_begin_and_end(airlock: Airlock):
     with served(airlock) as server, server.client() as client:
         query = ask(client, "What of the zebra?")["id"]
-        said = until(lambda: len(found := [line for line in server.lines() if line.get("query") == query]) > 2 and found)
+
+        def told() -> list[dict[str, Any]]:
+            found = [line for line in server.lines() if line.get("query") == query]
+            return found if len(found) > 2 else []
+
+        said = until(told)
     own = [(line["message"], line.get("outcome")) for line in said if line["logger"] == "airlock.queries"]
     assert own == [("a query began", None), ("a query ended", "answered")]
     assert "zebra" not in server.log.read_text()

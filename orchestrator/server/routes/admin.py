@@ -28,9 +28,10 @@ from orchestrator.server.admin_views import (
 )
 from orchestrator.server.problems import Problem, documented, not_found
 from orchestrator.server.routes import policies
+from orchestrator.server.structure import JsonRoute
 from orchestrator.server.tokens import require_usable
 
-router = APIRouter(prefix="/v1/admin", tags=["admin"])
+router = APIRouter(prefix="/v1/admin", tags=["admin"], route_class=JsonRoute)
 router.include_router(policies.router)
 KeyId = Annotated[str, Path(pattern=r"^[a-z2-7]{12}$", description="a key's id", examples=["abcdefgh2345"])]
 
@@ -87,7 +88,9 @@ async def list_tenants(
     return {"tenants": [summary_of(row) for row in page], "next": page[-1].name if len(rows) > limit else None}
 
 
-@router.post("/tenants", status_code=201, response_model=TenantView, responses=documented(400, 403, 409, 422, 429, 503))
+@router.post(
+    "/tenants", status_code=201, response_model=TenantView, responses=documented(400, 403, 409, 413, 422, 429, 503)
+)
 async def add_tenant(service: The, admin: Admin, response: Response, new: NewTenant) -> dict[str, Any]:
     """Add a tenant."""
     policy = None if new.policy is None else await in_thread(policies.policy_of, new.policy)
@@ -132,7 +135,7 @@ async def list_keys(service: The, _admin: Admin, tenant: TenantName) -> dict[str
     "/tenants/{tenant}/keys",
     status_code=201,
     response_model=MadeKey,
-    responses=documented(400, 403, 404, 409, 422, 429, 503),
+    responses=documented(400, 403, 404, 409, 413, 422, 429, 503),
 )
 async def create_key(service: The, admin: Admin, response: Response, tenant: TenantName, new: NewKey) -> dict[str, Any]:
     """Make a key. It is shown here, and never again."""
@@ -160,7 +163,7 @@ async def revoke_key(service: The, admin: Admin, tenant: TenantName, key: KeyId)
 
 
 @router.put(
-    "/tenants/{tenant}/issuer", response_model=TenantView, responses=documented(400, 403, 404, 409, 422, 429, 503)
+    "/tenants/{tenant}/issuer", response_model=TenantView, responses=documented(400, 403, 404, 409, 413, 422, 429, 503)
 )
 async def set_issuer(service: The, admin: Admin, tenant: TenantName, issuer: Issuer) -> dict[str, Any]:
     """Let in whoever has a token of this issuer, for this audience. It replaces the one of before."""

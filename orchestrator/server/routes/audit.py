@@ -30,6 +30,7 @@ from orchestrator.server.problems import Problem, come_again, documented, not_fo
 from orchestrator.server.routes.queries import QueryId, The, own
 from orchestrator.server.service import Principal, Service
 from orchestrator.server.streaming import FileStream, cancel_when_gone
+from orchestrator.server.structure import JsonRoute
 from orchestrator.store import journal
 from orchestrator.wiring import require_isolation
 
@@ -38,7 +39,7 @@ CHECKS, MOST_WAITING = 2, 8  # verifications and exports at once, of all tenants
 REPLAYS = 2  # at once, of all tenants; one of one
 MOST_NUMBER = 2**31 - 1  # what the database's column holds
 
-router = APIRouter(prefix="/v1/audit", tags=["audit"])
+router = APIRouter(prefix="/v1/audit", tags=["audit"], route_class=JsonRoute)
 # The command line's words, and those for who has no command line: the service is not the one to ask that.
 _HELD = ("pass one with --checkpoint", "hold an export against one that you kept")
 _checks = Turns(CHECKS)

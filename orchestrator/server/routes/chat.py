@@ -18,10 +18,9 @@ from pydantic import BaseModel, Field
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
-from orchestrator.choices import check_schema
 from orchestrator.core.errors import AirlockError, RequestError
 from orchestrator.core.units import NANO
-from orchestrator.server import inline, queries_view
+from orchestrator.server import inline, queries_view, schemas
 from orchestrator.server.chat import errors
 from orchestrator.server.chat.conversation import read
 from orchestrator.server.chat.errors import documented, error_response, speaks
@@ -32,12 +31,13 @@ from orchestrator.server.problems import Problem, come_again, problem_of
 from orchestrator.server.routes.queries import Asks, Reads, The, own
 from orchestrator.server.service import Principal, Service
 from orchestrator.server.streaming import EVENTS, EventStream, event
+from orchestrator.server.structure import JsonRoute
 
 PIECE = 4000  # characters of an answer in one event
 LOOK_S = 2.0  # between two looks at whether the service stops
 OWNER = "airlock"
 
-router = APIRouter(prefix="/v1", tags=["openai"])
+router = APIRouter(prefix="/v1", tags=["openai"], route_class=JsonRoute)
 __all__ = ["error_response", "router", "speaks"]
 
 
@@ -148,7 +148,7 @@ async def complete(
         raise errors.model_not_found(asked.model)
     if "answer" not in policy.audit.payloads:
         raise Problem(403, "not-kept", "the tenant's policy keeps no answers, and what is not kept cannot be given")
-    reading, schema = read(asked.messages), await _schema(asked)
+    reading, schema = read(asked.messages), await _schema(principal, asked)
     if asked.stream:
         service.feed.require_room(principal.tenant)
     context = await inline.stored(service, principal, reading.context)
@@ -188,12 +188,12 @@ def _fingerprint(body: bytes) -> bytes:
         return body
 
 
-async def _schema(asked: ChatRequest) -> Mapping[str, Any] | None:
+async def _schema(principal: Principal, asked: ChatRequest) -> Mapping[str, Any] | None:
     match asked.response_format:
         case SchemaFormat(json_schema=told):
             place = "response_format.json_schema.schema"
             try:
-                return await anyio.to_thread.run_sync(check_schema, place, told.schema_)
+                return await schemas.checked(principal, place, told.schema_)
             except RequestError as error:
                 raise Problem(400, error.kind, str(error), param=place) from None
         case JsonFormat():

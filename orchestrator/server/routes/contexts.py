@@ -22,11 +22,13 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from starlette.requests import ClientDisconnect, Request
 
 from orchestrator.core.errors import ContextError
+from orchestrator.core.turns import Turns
 from orchestrator.server.access import allowed
 from orchestrator.server.housekeeping import remove_later
-from orchestrator.server.inline import INGESTS
+from orchestrator.server.inline import in_turn
 from orchestrator.server.problems import Problem, documented, not_found
 from orchestrator.server.service import Principal, Service, the_service
+from orchestrator.server.structure import JsonRoute
 from orchestrator.store import holdings
 from orchestrator.store.holdings import Held
 from orchestrator.store.readers import Encoding
@@ -36,10 +38,11 @@ T = TypeVar("T")
 TUS = "1.0.0"
 OFFSET_TYPE = "application/offset+octet-stream"
 PIECE = 1 << 20  # bytes that are written at once
+_finishing = Turns(4)  # at once, which takes long: apart from contexts within requests, which does not
 _EXAMPLE = "5e884898da28047151d0e56f8dc6292773603d0d6aabbdd62a11ef721d1542d8"
 _CURSOR = r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{3}Z_[0-9a-f]{64}$"
 
-router = APIRouter(prefix="/v1/contexts", tags=["contexts"])
+router = APIRouter(prefix="/v1/contexts", tags=["contexts"], route_class=JsonRoute)
 Gives = Annotated[Principal, Depends(allowed("query"))]
 Reads = Annotated[Principal, Depends(allowed("read"))]
 
@@ -124,7 +127,7 @@ async def put(request: Request, response: Response, principal: Gives, about: Ann
     )
     async with _in_threads(whole) as incoming:
         await _take(request, incoming)
-        held, characters, new = await _finish(incoming)
+        held, characters, new = await _finish(principal, incoming)
     response.status_code = 201 if new else 200
     response.headers["Location"] = f"/v1/contexts/{held.id}"
     return _view(held, characters)
@@ -240,7 +243,7 @@ async def go_on(
             raise _elsewhere(incoming.offset)
         await _take(request, incoming)
         if incoming.is_complete:
-            await _finish(incoming)
+            await _finish(principal, incoming)
         else:
             await anyio.to_thread.run_sync(incoming.sync)
         reached = incoming.offset
@@ -260,7 +263,7 @@ async def upload(request: Request, principal: Gives, upload_id: str) -> UploadVi
     offset = await anyio.to_thread.run_sync(uploads.offset, found)
     if found.context is None and offset == found.length:  # the service ended before it had made the context
         async with _resumed(uploads, found) as incoming:
-            await _finish(incoming)
+            await _finish(principal, incoming)
         found = await _find(uploads, principal, upload_id)
     context = await anyio.to_thread.run_sync(_look, service, principal.tenant, found.context or "")
     return UploadView(id=found.id, offset=offset, length=found.length, context=context)
@@ -383,10 +386,10 @@ async def _take(request: Request, incoming: Incoming) -> None:
                 await anyio.to_thread.run_sync(incoming.write, bytes(come))
 
 
-async def _finish(incoming: Incoming) -> tuple[Held, int, bool]:
+async def _finish(principal: Principal, incoming: Incoming) -> tuple[Held, int, bool]:
     """How the tenant has the context, its characters, and whether it is new. Raises Problem, CountExceeded."""
     try:
-        made, held, new = await anyio.to_thread.run_sync(incoming.finish, limiter=INGESTS)
+        made, held, new = await in_turn(_finishing, principal.tenant, incoming.finish)
     except ContextError as error:
         text = str(error).replace("use --encoding ", "use encoding=").replace("or --encoding ", "or encoding=")
         raise _Unfit(422, error.kind, text.replace("or rename it .txt", "or send it as kind=text")) from None

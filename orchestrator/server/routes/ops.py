@@ -21,8 +21,9 @@ from orchestrator.sandbox.sandbox import open_sandbox
 from orchestrator.server.access import allowed
 from orchestrator.server.problems import MEDIA_TYPE, come_again, documented
 from orchestrator.server.service import Principal, Service, the_service
+from orchestrator.server.structure import JsonRoute
 
-router = APIRouter(tags=["operations"])
+router = APIRouter(tags=["operations"], route_class=JsonRoute)
 
 PATIENCE_S = 10.0  # for one thing that is looked at
 TRIED_S = 60.0  # between two sandboxes that are started to see whether that works

@@ -28,10 +28,11 @@ from orchestrator.server.admin_views import (
     view_of,
 )
 from orchestrator.server.problems import Problem, documented
+from orchestrator.server.structure import JsonRoute, require_little_structure
 from orchestrator.store import ledger
 from orchestrator.store.journal import Connection
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 MOST_FAULTS = 50  # of one policy that are told
 _MOST_BODY = 8 * MAX_CHARS  # bytes; JSON may write one character as six, or as twelve
 _YAML = ("application/yaml", "application/x-yaml", "text/yaml")
@@ -99,6 +100,7 @@ async def _text(request: Request) -> str:
         if len(body) > _MOST_BODY:
             raise _too_large()
     if kind == "application/json":
+        require_little_structure(body)
         try:
             return PolicyText.model_validate_json(bytes(body)).yaml
         except ValidationError as error:

@@ -13,18 +13,18 @@ import anyio.to_thread
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from orchestrator.choices import check_schema
 from orchestrator.core.events import Recorded
 from orchestrator.core.units import NANO
-from orchestrator.server import inline, queries_view
+from orchestrator.server import inline, queries_view, schemas
 from orchestrator.server.access import allowed
 from orchestrator.server.desk import Ask
 from orchestrator.server.few import Few
 from orchestrator.server.problems import documented
 from orchestrator.server.service import Principal, Service, of_request
 from orchestrator.server.streaming import EVENTS, EventStream, event
+from orchestrator.server.structure import JsonRoute
 
-router = APIRouter(prefix="/v1", tags=["queries"])
+router = APIRouter(prefix="/v1", tags=["queries"], route_class=JsonRoute)
 MOST_WAIT_S = 300.0  # that a request waits for a query's end
 _WAIT = re.compile(r"(?:^|,)\s*wait\s*=\s*\"?([0-9]{1,6})\"?\s*(?:$|[,;])", re.IGNORECASE)  # RFC 7240
 
@@ -260,7 +260,7 @@ async def ask(
 ) -> dict[str, Any]:
     """Ask a question. It runs on whether or not anybody waits; Location says where it is."""
     if new.answer_schema is not None:
-        await anyio.to_thread.run_sync(check_schema, "answer_schema", new.answer_schema)
+        await schemas.checked(principal, "answer_schema", new.answer_schema)
     context = await inline.stored(service, principal, new.context)
     asked = await service.desk.ask(
         principal,

@@ -24,8 +24,9 @@ from orchestrator.server.access import principal_of, require_own_origin, the_gat
 from orchestrator.server.problems import Problem, documented, not_found
 from orchestrator.server.service import Principal, the_service
 from orchestrator.server.sessions import set_cookie
+from orchestrator.server.structure import JsonRoute
 
-router = APIRouter(tags=["viewer"])
+router = APIRouter(tags=["viewer"], route_class=JsonRoute)
 
 _QUERY = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{10}", re.ASCII)
 _MOST_LOGIN = 8192  # bytes of a request to log in

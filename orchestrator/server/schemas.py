@@ -1,0 +1,31 @@
+"""The JSON Schema that a request gives for its answer: small, and found to be one by a process that can be ended."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from orchestrator.core.errors import CountExceeded, RequestError
+from orchestrator.core.turns import Turns
+from orchestrator.loop.engine import schema_fault
+from orchestrator.server.service import Principal
+
+MOST = 64 << 10  # bytes as JSON
+_checks = Turns(2)  # processes at once, of all tenants; one of one
+
+
+async def checked(principal: Principal, place: str, schema: dict[str, Any]) -> Mapping[str, Any]:
+    """The schema, when the tenant has had its turn. place: what it is called. Raises RequestError, CountExceeded."""
+    try:
+        size = len(json.dumps(schema))
+    except RecursionError:
+        raise RequestError(f"{place} is not a JSON Schema: it is nested too deeply") from None
+    if size > MOST:
+        text = f"{place} has {size:,} bytes as JSON; {MOST:,} are permitted"
+        raise CountExceeded(text, limit=str(MOST), rule="answer_schema")
+    async with _checks.turn(principal.tenant, 1, most=_checks.most_of_one):
+        fault = await schema_fault(schema)
+    if fault is not None:
+        raise RequestError(f"{place} is not a JSON Schema: {fault}")
+    return schema
