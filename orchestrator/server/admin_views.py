@@ -31,8 +31,8 @@ class Given(Few):
 class TenantSummary(BaseModel):
     """policy_sha256: of the tenant's own; null where it has none. Times in RFC 3339.
 
-    damaged: what of it cannot be read, and is null here for that. With its policy damaged, its queries are refused; with
-    its issuer damaged, its tokens.
+    damaged: what of it cannot be read, and is null here. Without its policy its queries are refused, without its issuer
+    its tokens.
     """
 
     name: str
