@@ -58,14 +58,18 @@ def list_tenants(as_json: bool) -> None:
         return
     for row in rows:
         policy = row["policy_sha256"] or "the policy of the service"
+        if "policy" in row["damaged"]:
+            policy = "its policy is damaged: set it anew"
         say(sys.stdout, f"{row['name']}\t{row['state']}\t{policy}\t{row['live_keys']} live keys")
 
 
 def _tenant(row: TenantRow, keys_of: Sequence[KeyRow] = ()) -> dict[str, Any]:
+    policy = None if "policy" in row.damaged else row.policy
     return {
         "name": row.name,
         "state": "suspended" if row.suspended_at else "active",
-        "policy_sha256": row.policy.sha256() if row.policy else None,
+        "policy_sha256": policy.sha256() if policy else None,
+        "damaged": list(row.damaged),
         "created_at": row.created_at,
         "live_keys": sum(key.status == "live" for key in keys_of),
     }

@@ -16,7 +16,7 @@ from orchestrator.server.access import allowed
 from orchestrator.server.few import Few
 from orchestrator.server.problems import not_found
 from orchestrator.server.service import Principal, Service, of_request
-from orchestrator.store.registered import KeyRow, TenantRow
+from orchestrator.store.registered import KeyRow, Part, TenantRow
 
 T = TypeVar("T")
 TenantName = Annotated[str, Path(pattern=rf"^{NAME}$", description="a tenant's name", examples=["acme"])]
@@ -29,20 +29,25 @@ class Given(Few):
 
 
 class TenantSummary(BaseModel):
-    """policy_sha256: of the tenant's own; null where it has none. Times in RFC 3339."""
+    """policy_sha256: of the tenant's own; null where it has none. Times in RFC 3339.
+
+    damaged: what of it cannot be read, and is null here. Without its policy its queries are refused, without its issuer
+    its tokens.
+    """
 
     name: str
     state: Literal["active", "suspended"]
     created_at: str
     suspended_at: str | None
     policy_sha256: str | None
+    damaged: list[Part]
 
 
 class TenantView(TenantSummary):
-    """effective_policy_sha256: of what it may, as it is narrowed by the service's own."""
+    """effective_policy_sha256: of what it may, as it is narrowed by the service's own; null where that is damaged."""
 
     policy: dict[str, Any] | None
-    effective_policy_sha256: str
+    effective_policy_sha256: str | None
     issuer: Issuer | None
 
 
@@ -76,22 +81,25 @@ def by(admin: Principal) -> str:
 
 
 def summary_of(row: TenantRow) -> dict[str, Any]:
+    policy = None if "policy" in row.damaged else row.policy
     return {
         "name": row.name,
         "state": "suspended" if row.suspended_at else "active",
         "created_at": row.created_at,
         "suspended_at": row.suspended_at,
-        "policy_sha256": row.policy.sha256() if row.policy else None,
+        "policy_sha256": policy.sha256() if policy else None,
+        "damaged": list(row.damaged),
     }
 
 
 def view_of(service: Service, row: TenantRow) -> dict[str, Any]:
-    platform = service.platform.policy
+    known = "policy" not in row.damaged
+    policy, platform = row.policy if known else None, service.platform.policy
     return {
         **summary_of(row),
-        "policy": row.policy.model_dump(mode="json") if row.policy else None,
-        "effective_policy_sha256": (platform.narrowed(row.policy) if row.policy else platform).sha256(),
-        "issuer": row.issuer,
+        "policy": policy.model_dump(mode="json") if policy else None,
+        "effective_policy_sha256": (platform.narrowed(policy) if policy else platform).sha256() if known else None,
+        "issuer": None if "issuer" in row.damaged else row.issuer,
     }
 
 

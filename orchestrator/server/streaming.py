@@ -11,10 +11,13 @@ from typing import Any, BinaryIO
 import anyio
 import anyio.to_thread
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
+from starlette.requests import HTTPConnection
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from orchestrator.core.errors import AirlockError
+from orchestrator.server.access import while_let_in
+from orchestrator.server.problems import Problem
 
 HEARTBEAT_S = 15.0
 SLOWEST_S = 30.0  # a client that does not take a piece in this time has gone
@@ -39,7 +42,10 @@ def event(kind: str | None, data: Any, number: int | None = None) -> bytes:
 
 
 class EventStream(Response):
-    """pieces: the events, as `event` makes them. It ends with them, or when the client has gone, or does not read."""
+    """pieces: the events, as `event` makes them.
+
+    It ends with them, or when the client has gone, or does not read, or is let in no more.
+    """
 
     media_type = "text/event-stream"
 
@@ -48,16 +54,32 @@ class EventStream(Response):
         del self.headers["content-length"]
         self._pieces = pieces
 
+    def farewell(self, problem: Problem) -> bytes:
+        """The last event for who is let in no more; who comes again is told by the status."""
+        return b""
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         ready, taken = anyio.create_memory_object_stream[bytes](1)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(cancel_when_gone, receive, tasks.cancel_scope)
-            tasks.start_soon(_pump, self._pieces, ready)
+            tasks.start_soon(self._pump, HTTPConnection(scope), ready)
             with anyio.move_on_after(SLOWEST_S):
                 await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             async with taken:
                 await _give(taken, send)
             tasks.cancel_scope.cancel()
+
+    async def _pump(self, connection: HTTPConnection, ready: MemoryObjectSendStream[bytes]) -> None:
+        async with ready, aclosing(self._pieces):
+            try:
+                async with while_let_in(connection):
+                    async for piece in self._pieces:
+                        await ready.send(piece)
+            except Problem as problem:
+                _log.info("a stream was ended", extra={"problem": problem.kind})
+                await ready.send(self.farewell(problem))
+            except AirlockError as error:  # the client comes again, and is told then
+                _log.warning("a stream ended early", extra={"error": error.kind})
 
 
 async def cancel_when_gone(receive: Receive, scope: anyio.CancelScope) -> None:
@@ -90,15 +112,6 @@ class FileStream(Response):
                         await send({"type": "http.response.body", "body": piece, "more_body": more})
                     more = more and not slow.cancelled_caught
                 tasks.cancel_scope.cancel()
-
-
-async def _pump(pieces: AsyncGenerator[bytes], ready: MemoryObjectSendStream[bytes]) -> None:
-    async with ready, aclosing(pieces):
-        try:
-            async for piece in pieces:
-                await ready.send(piece)
-        except AirlockError as error:  # the client comes again, and is told then
-            _log.warning("a stream ended early", extra={"error": error.kind})
 
 
 async def _give(taken: MemoryObjectReceiveStream[bytes], send: Send) -> None:

@@ -6,25 +6,48 @@ import json
 import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from orchestrator.core.errors import RequestError
+from pydantic import BaseModel
+
+from orchestrator.core.errors import RequestError, StoreError
 from orchestrator.core.issuers import Issuer
 from orchestrator.core.policy import Policy
 from orchestrator.store.db import now
 
+M = TypeVar("M", bound=BaseModel)
 _TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,6})?(Z|[+-][0-9]{2}:[0-9]{2})")
+
+
+Part = Literal["policy", "issuer"]
 
 
 @dataclass(frozen=True, slots=True)
 class TenantRow:
-    """policy: None for the platform's alone. issuer: whose tokens are taken for the tenant's. Times in RFC 3339."""
+    """damaged: what of it cannot be read. No tenant may do more because of that. Times in RFC 3339."""
 
     name: str
-    policy: Policy | None
-    issuer: Issuer | None
     created_at: str
     suspended_at: str | None
+    _policy: Policy | None = None
+    _issuer: Issuer | None = None
+    damaged: tuple[Part, ...] = ()
+
+    @property
+    def policy(self) -> Policy | None:
+        """None for the platform's alone. Raises StoreError where it is damaged."""
+        self._require("policy")
+        return self._policy
+
+    @property
+    def issuer(self) -> Issuer | None:
+        """Whose tokens are taken for the tenant's. Raises StoreError where that is damaged."""
+        self._require("issuer")
+        return self._issuer
+
+    def _require(self, part: Part) -> None:
+        if part in self.damaged:
+            raise StoreError(f"the {part} of tenant {self.name} is damaged in the database: set or remove it anew")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +72,20 @@ class KeyRow:
 
 
 def tenant_row(row: Any) -> TenantRow:
-    policy = None if row.policy is None else Policy.model_validate_json(row.policy, strict=False)
-    issuer = None if row.issuer is None else Issuer.model_validate_json(row.issuer)
-    return TenantRow(row.name, policy, issuer, row.created_at, row.suspended_at)
+    """Raises nothing: what is wrong with one tenant is no affair of the others."""
+    damaged: list[Part] = []
+    policy = _read(Policy, row, "policy", damaged)
+    issuer = _read(Issuer, row, "issuer", damaged)
+    return TenantRow(row.name, row.created_at, row.suspended_at, policy, issuer, tuple(damaged))
+
+
+def _read(kind: type[M], row: Any, part: Part, damaged: list[Part]) -> M | None:
+    try:
+        text = getattr(row, part)
+        return None if text is None else kind.model_validate_json(text, strict=False)
+    except (ValueError, TypeError, RecursionError):
+        damaged.append(part)
+        return None
 
 
 def key_row(row: Any) -> KeyRow:

@@ -75,7 +75,7 @@ class Registry:
             tx.execute(sa.insert(tenants).values(**row))
 
         self._change(name, work, "tenant.added", name, _told(policy), by)
-        return TenantRow(name, policy, None, str(row["created_at"]), None)
+        return TenantRow(name, str(row["created_at"]), None, policy)
 
     def tenant(self, name: str) -> TenantRow | None:
         find = sa.select(tenants).where(tenants.c.name == name)
@@ -269,7 +269,8 @@ def _issued(tx: sa.Connection, issuer: str) -> list[tuple[TenantRow, Issuer]]:
     begins = issuer_begins(issuer)
     rows = tx.execute(sa.select(tenants).where(tenants.c.issuer.startswith(begins, autoescape=True)))
     found = map(tenant_row, rows)
-    return [(row, row.issuer) for row in found if row.issuer and row.issuer.issuer == issuer]
+    sound = [(row, row.issuer) for row in found if "issuer" not in row.damaged]
+    return [(row, taken) for row, taken in sound if taken and taken.issuer == issuer]
 
 
 def _written(policy: Policy | None) -> str | None:

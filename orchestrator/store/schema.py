@@ -153,4 +153,5 @@ contexts = sa.Table(  # who has given what: the store itself knows of no tenants
     sa.Column("kind", sa.String(16), nullable=False),
     sa.Column("bytes", sa.BigInteger, nullable=False),
     sa.Column("at", sa.String(32), nullable=False),
+    sa.Index("contexts_by_bytes", "bytes", "id"),  # a removal asks for those of a size, with all who store waiting
 )

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
 
 from tests.command import Airlock
-from tests.service import Served, ask, served
+from tests.service import SLOW, Served, ask, served
 from tests.unit.helpers import POLICIES
 
 
@@ -42,6 +46,49 @@ def test_what_the_command_line_changes_holds_at_once(airlock: Airlock, service: 
     used = airlock("keys", "list", "acme", "--json", code=0).json["keys"][0]["used_at"]
     assert used
     assert airlock("audit", "verify", code=0).out.count("holds") == 5
+
+
+def test_who_is_shut_out_is_answered_no_more(airlock: Airlock):
+    """Streams and requests that wait end long before their queries do."""
+    chat = {"model": f"rlm/scripted:{airlock.folder}/script.yaml", "messages": [{"role": "user", "content": "q?"}]}
+    new = {"question": "q?", "context": {"text": "a"}}
+    with served(airlock, script=SLOW) as server, server.client() as client, server.client("acme", "read") as other:
+        watched = client.post("/v1/queries", json=new).json()["id"]
+        begun = [threading.Event() for _ in range(2)]
+
+        def streamed(first: threading.Event, method: str, path: str, **given: Any) -> tuple[int, str]:
+            with client.stream(method, path, **given) as answer:
+                lines: list[str] = []
+                for line in answer.iter_lines():
+                    lines.append(line)
+                    first.set()
+                return answer.status_code, "\n".join(lines)
+
+        with ThreadPoolExecutor(4) as pool:
+            events = pool.submit(streamed, begun[0], "GET", f"/v1/queries/{watched}/events")
+            chunks = pool.submit(streamed, begun[1], "POST", "/v1/chat/completions", json={**chat, "stream": True})
+            whole = pool.submit(client.post, "/v1/chat/completions", json=chat)
+            waits = pool.submit(client.post, "/v1/queries", json=new, headers={"Prefer": "wait=60"})
+            for event in begun:
+                assert event.wait(30)
+            while len(found := other.get("/v1/queries").json()["queries"]) < 4:
+                pass
+            airlock("keys", "revoke", "acme", server.key().split("_")[1], code=0)
+            begins = time.monotonic()
+            (status, seen), (told, said) = events.result(), chunks.result()
+            answers = whole.result(), waits.result()
+            assert time.monotonic() - begins < 15
+        assert (status, told) == (200, 200)
+        assert "query.closed" not in seen
+        assert '"code":"invalid_api_key"' in said.strip().rpartition("\n")[2], said
+        assert [answer.status_code for answer in answers] == [401, 401]
+        assert all(query["status"] in ("queued", "running") for query in found)
+        while (states := [row["status"] for row in other.get("/v1/queries").json()["queries"]]).count("cancelled") < 2:
+            assert set(states) <= {
+                "queued",
+                "running",
+                "cancelled",
+            }  # those of the chats end, as when a client has gone
 
 
 def test_a_policy_that_was_put_in_force_bounds_the_next_query(service: Served):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sqlite3
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -62,6 +64,18 @@ def test_a_tenant_with_a_policy(airlock: Airlock) -> None:
     assert airlock("tenants", "list", "--json", code=0).json["tenants"] == [added]
     kinds = [action for action, _ in actions(airlock, "acme")]
     assert kinds == ["tenant.added", "tenant.suspended", "tenant.restored"]
+
+
+def test_a_damaged_policy_is_one_tenants_affair(airlock: Airlock) -> None:
+    for name in ("acme", "other"):
+        airlock("tenants", "add", name, code=0)
+    with closing(sqlite3.connect(airlock.home / "airlock.db")) as db, db:
+        db.execute("UPDATE tenants SET policy = '{' WHERE name = 'acme'")
+    rows = airlock("tenants", "list", "--json", code=0).json["tenants"]
+    assert [(row["name"], row["damaged"]) for row in rows] == [("acme", ["policy"]), ("other", [])]
+    first, second = airlock("tenants", "list", code=0).out.splitlines()
+    assert "its policy is damaged" in first
+    assert "the policy of the service" in second
 
 
 def test_the_tenant_of_the_command_line(airlock: Airlock) -> None:

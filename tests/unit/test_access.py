@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
+import anyio
+import anyio.to_thread
 import pytest
 from fastapi import APIRouter, Depends
 from httpx2 import Response
-from starlette.requests import HTTPConnection
+from starlette.requests import HTTPConnection, Request
 from starlette.responses import PlainTextResponse
+from starlette.testclient import TestClient
 
-from orchestrator.server.access import allowed, the_gate
+from orchestrator.server import access, tokens
+from orchestrator.server.access import LOGINS, allowed, the_gate, while_let_in
 from orchestrator.server.problems import Problem
 from orchestrator.server.service import Principal
+from orchestrator.server.streaming import EventStream
 from tests.unit.serving import Small, small
 from tests.unit.test_tokens import issuer, signed
 
@@ -52,6 +57,60 @@ async def wrong(_who: Reads) -> str:
 @router.get("/open")
 async def for_all() -> str:
     return "all"
+
+
+class Meanwhile:
+    """What happens while a client is answered. looks: at its credential, from then on."""
+
+    def __init__(self) -> None:
+        self.work: Callable[[], object] = lambda: None
+        self.wanted = 2**31
+        self.done = False
+
+    async def happen(self, request: Request) -> None:
+        """It ends by itself only after the looks that are wanted."""
+        await anyio.to_thread.run_sync(self.work)
+        gate, enough = the_gate(request), anyio.Event()
+        looked, looks = gate.principal, 0
+
+        async def counted(connection: HTTPConnection) -> Principal:
+            nonlocal looks
+            found = await looked(connection)
+            looks += 1
+            if looks >= self.wanted:
+                enough.set()
+            return found
+
+        gate.principal = counted  # type: ignore[method-assign]
+        try:
+            await enough.wait()
+            self.done = True
+        finally:
+            gate.principal = looked  # type: ignore[method-assign]
+
+
+@router.get("/v1/stream")
+async def stream(request: Request, _who: Reads) -> EventStream:
+    async def pieces() -> AsyncGenerator[bytes]:
+        yield b"data: 1\n\n"
+        await request.app.state.meanwhile.happen(request)
+        yield b"data: 2\n\n"
+
+    return EventStream(pieces())
+
+
+@router.get("/v1/wait")
+async def wait(request: Request, _who: Reads) -> str:
+    async with while_let_in(request):
+        await request.app.state.meanwhile.happen(request)
+    return "waited"
+
+
+@pytest.fixture
+def meanwhile(there: Small, monkeypatch: pytest.MonkeyPatch) -> Meanwhile:
+    monkeypatch.setattr(access, "LOOK_AGAIN_S", 0.02)
+    there.app.state.meanwhile = made = Meanwhile()
+    return made
 
 
 @pytest.fixture
@@ -154,6 +213,56 @@ def test_a_use_is_noted(there: Small):
     assert there.registry.keys("acme")[0].used_at
 
 
+# Who is answered for long
+
+
+def test_who_is_let_in_is_answered_to_the_end(there: Small, meanwhile: Meanwhile):
+    there.registry.add_tenant("acme", by="a test")
+    there.registry.set_issuer("acme", issuer(), by="a test")
+    meanwhile.wanted = 3
+    for headers in (there.bearer("read"), log_in(there, "read")[0], {"Authorization": f"Bearer {signed()}"}):
+        assert there.client.get("/v1/stream", headers=headers).text == "data: 1\n\ndata: 2\n\n"
+        assert there.client.get("/v1/wait", headers=headers).json() == "waited"
+
+
+@pytest.mark.parametrize("path", ["/v1/stream", "/v1/wait"])
+@pytest.mark.parametrize("what", ["revoked", "suspended", "session", "logged out", "issuer", "narrower", "token"])
+def test_who_is_let_in_no_more_is_answered_no_more(
+    there: Small, meanwhile: Meanwhile, path: str, what: str, monkeypatch: pytest.MonkeyPatch
+):
+    registry, headers, shut_out = there.registry, there.bearer("read"), (401, "unauthorized")
+    key = registry.keys("acme")[0].id
+    meanwhile.work = lambda: registry.revoke_key("acme", key, by="a test")
+    match what:
+        case "suspended":
+            meanwhile.work, shut_out = lambda: registry.suspend("acme", by="a test"), (403, "suspended")
+        case "session":
+            headers = log_in(there, "read")[0]
+            mine = registry.keys("acme")[-1].id
+            meanwhile.work = lambda: registry.revoke_key("acme", mine, by="a test")
+        case "logged out":
+            headers, _ = log_in(there, "read")
+            gate = the_gate(HTTPConnection({"type": "http", "app": there.app}))
+            session = gate.sessions.open(headers["Cookie"].partition("=")[2], 0)
+            assert session
+            meanwhile.work = lambda: gate.sessions.end(session, 0)
+        case "issuer" | "narrower" | "token":
+            registry.set_issuer("acme", issuer(), by="a test")
+            headers = {"Authorization": f"Bearer {signed()}"}
+            less = issuer(scopes=["query"]) if what == "narrower" else None
+            meanwhile.work = lambda: registry.set_issuer("acme", less, by="a test")
+            if what == "token":
+                meanwhile.work = lambda: monkeypatch.setattr(tokens, "LEEWAY_S", -(10**6))  # so it has expired
+        case _:
+            pass
+    answer = there.client.get(path, headers=headers)
+    if path == "/v1/wait":
+        problem(answer, *shut_out)
+    else:
+        assert (answer.status_code, answer.text) == (200, "data: 1\n\n")
+    assert not meanwhile.done
+
+
 # The rate
 
 
@@ -190,7 +299,40 @@ def test_a_tenant_that_asks_too_often(there: Small):
     assert there.client.get("/v1/read", headers=there.bearer("read", tenant="other")).status_code == 200
 
 
+# Logins
+
+
+def test_logins_that_fail_are_bounded(there: Small):
+    key, wrong = there.key("acme", "read"), {"key": "al_aaaaaaaaaaaa_" + "A" * 49}
+    other = TestClient(there.app, base_url="https://airlock.example", client=("2001:db8::1", 1))
+    same = TestClient(there.app, base_url="https://airlock.example", client=("2001:db8::ffff:1", 1))
+    next_to_it = TestClient(there.app, base_url="https://airlock.example", client=("2001:db8:0:1::1", 1))
+    for client in (there.client, other):
+        for _ in range(LOGINS):
+            assert client.post("/login", json={"key": key}).status_code == 204, "what succeeds does not count"
+            problem(client.post("/login", json=wrong), 401, "unauthorized")
+    for client in (there.client, other, same):
+        for body in (wrong, {"key": key}):
+            answer = client.post("/login", json=body)
+            problem(answer, 429, "too-many-logins")
+            assert 1 <= int(answer.headers["retry-after"]) <= 60
+        form = client.post("/login", data=wrong, follow_redirects=False)
+        assert (form.status_code, form.headers["location"]) == (303, "/login?later")
+    problem(next_to_it.post("/login", json=wrong), 401, "unauthorized")
+    assert there.client.get("/v1/read", headers={"Authorization": f"Bearer {key}"}).status_code == 200
+
+
 # Sessions
+
+
+def test_logging_out_ends_the_session_for_who_has_a_copy(there: Small):
+    cookie, csrf = log_in(there, "read")
+    other, _ = log_in(there, "read")
+    problem(there.client.post("/logout", headers=cookie), 403, "csrf")
+    assert there.client.get("/v1/read", headers=cookie).status_code == 200
+    assert there.client.post("/logout", headers={**cookie, "X-CSRF-Token": csrf}).status_code == 204
+    problem(there.client.get("/v1/read", headers=cookie), 401, "unauthorized")
+    assert there.client.get("/v1/read", headers=other).status_code == 200
 
 
 def test_a_session_reads_as_its_key_does(there: Small):

@@ -9,12 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.core.api_keys import parse_key
+from orchestrator.core.errors import StoreError
+from orchestrator.core.policy_file import parse_policy
+from orchestrator.server.desk import Ask, Desk
 from orchestrator.server.problems import ProblemBody
+from orchestrator.server.service import Principal
 from orchestrator.store import journal, ledger
+from orchestrator.store.schema import tenants
 from orchestrator.store.scope import Scope
 from tests.unit.helpers import DEFAULT, POLICIES, quick
 from tests.unit.serving import Small, small
@@ -60,6 +66,7 @@ def test_a_tenants_life(there: Small):
         "created_at": made["created_at"],
         "suspended_at": None,
         "policy_sha256": None,
+        "damaged": [],
         "policy": None,
         "effective_policy_sha256": DEFAULT.sha256(),
         "issuer": None,
@@ -93,6 +100,32 @@ def test_a_tenant_with_a_policy(there: Small):
     answer = there.client.post("/v1/admin/tenants", json={"name": "other", "policy": "models: 1"})
     assert problem(answer, 422, "bad-policy")["faults"]
     assert there.client.get("/v1/admin/tenants/other").status_code == 404
+
+
+def test_a_tenant_whose_policy_is_damaged(there: Small):
+    add(there, policy=STRICT)
+    add(there, "other")
+    damage = sa.update(tenants).where(tenants.c.name == "acme").values(policy="{")
+    there.service.platform.db.write_sync(lambda tx: tx.execute(damage))
+    listed = there.client.get("/v1/admin/tenants").json()["tenants"]
+    assert [(row["name"], row["damaged"]) for row in listed] == [("acme", ["policy"]), ("ops", []), ("other", [])]
+    shown = there.client.get("/v1/admin/tenants/acme").json()
+    assert (shown["policy"], shown["policy_sha256"], shown["effective_policy_sha256"]) == (None, None, None)
+    run = there.client.portal
+    assert run
+    desk = there.service.desk = run.call(Desk, there.service.platform, there.registry, there.service.settings)
+    mine = there.bearer("read", "query")
+    for path, kind in (("/v1/budgets", "store-unavailable"), ("/v1/models", "store_unavailable")):
+        answer = there.client.get(path, headers=mine)
+        assert (answer.status_code, kind in answer.text) == (503, True), answer.text
+    nothing: Any = None
+    with pytest.raises(StoreError, match="the policy of tenant acme is damaged"):
+        run.call(desk.ask, Principal("acme", frozenset(), "x", "key"), Ask("q", nothing))
+    assert there.client.post("/v1/admin/tenants/acme/suspend").json()["state"] == "suspended"
+    there.client.post("/v1/admin/tenants/acme/restore")
+    put = there.client.put("/v1/admin/tenants/acme/policy", content=STRICT, headers=YAML)
+    assert put.json()["damaged"] == []
+    assert run.call(desk.policy_of, "acme") == DEFAULT.narrowed(parse_policy(STRICT, "policy"))
 
 
 # Keys

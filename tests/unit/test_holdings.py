@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -239,3 +241,32 @@ def test_a_manifest_that_is_damaged_is_left_alone(shop: Shop, db: Database):
     assert shop.drop("bob", other)
     assert not other.files["data"].exists()
     assert manifest.exists()
+
+
+def test_a_removal_reads_no_whole_table(shop: Shop, db: Database):
+    """All who store something wait for it."""
+    shop.give("ann")
+    assert plans(db, partial(holdings.wanted, sizes=[9])), "it asks something"
+    for plan in plans(db, partial(holdings.wanted, sizes=[9, 10])):
+        assert not re.search(r"\bSCAN\b|Seq Scan", plan), plan
+
+
+def plans(db: Database, work: Callable[[sa.Connection], object]) -> list[str]:
+    """How the database does what is asked of it."""
+
+    def asked(tx: sa.Connection) -> list[str]:
+        found: list[tuple[str, Any]] = []
+
+        def note(_tx: object, _cursor: object, statement: str, parameters: Any, *_: object) -> None:
+            found.append((statement, parameters))
+
+        sa.event.listen(tx, "before_cursor_execute", note)
+        work(tx)
+        sa.event.remove(tx, "before_cursor_execute", note)
+        explain = "EXPLAIN QUERY PLAN"
+        if tx.dialect.name == "postgresql":
+            explain = "EXPLAIN"
+            tx.exec_driver_sql("SET LOCAL enable_seqscan = off")  # it would read a table of two rows as a whole
+        return ["\n".join(map(str, tx.exec_driver_sql(f"{explain} {text}", given))) for text, given in found]
+
+    return db.look(asked)

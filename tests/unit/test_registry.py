@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from orchestrator.audit.evidence import LiveEvidence
 from orchestrator.audit.verify import verify
 from orchestrator.core.api_keys import SCOPES, make_key, parse_key
-from orchestrator.core.errors import Conflict, RequestError
+from orchestrator.core.errors import Conflict, RequestError, StoreError
 from orchestrator.core.issuers import Issuer
 from orchestrator.store import journal, registered, registry
 from orchestrator.store.db import Database
@@ -122,6 +122,28 @@ def test_a_policy_comes_back_as_it_was(made: Registry, db: Database):
         ("policy.set", f"policy {DEFAULT.sha256()}"),
         ("policy.removed", "the platform's policy"),
     ]
+
+
+def test_a_damaged_row_is_no_affair_of_the_others(made: Registry, db: Database):
+    for name in ("acme", "other"):
+        made.add_tenant(name, DEFAULT, by="a test")
+        made.set_issuer(name, issuer(name), by="a test")
+    begin = registered.issuer_begins("https://login.example")
+    for text in ("", "{", "null", '{"money": 1}', "[" * 100_000, f"{begin}"):
+        values = {"policy": text, "issuer": begin + text}
+        db.write_sync(lambda tx, values=values: tx.execute(sa.update(tenants).filter_by(name="acme").values(**values)))
+        damaged, sound = made.tenants()
+        assert (damaged.name, damaged.damaged, sound.damaged) == ("acme", ("policy", "issuer"), ())
+        assert (sound.policy, sound.issuer) == (DEFAULT, issuer("other"))
+        assert made.tenant("acme") == damaged
+        with pytest.raises(StoreError, match="the policy of tenant acme is damaged"):
+            _ = damaged.policy  # never None, which would be the platform's alone
+        with pytest.raises(StoreError, match="the issuer of tenant acme is damaged"):
+            _ = damaged.issuer
+        assert [row.name for row, _ in made.issuers("https://login.example")] == ["other"]
+    made.set_policy("acme", None, by="a test")
+    made.set_issuer("acme", None, by="a test")
+    assert [row.damaged for row in made.tenants()] == [(), ()]
 
 
 def test_a_suspended_tenants_keys_say_so(made: Registry, db: Database):

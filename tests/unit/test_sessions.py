@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.responses import Response
 
-from orchestrator.server.sessions import LASTS_S, Session, Sessions, set_cookie
+from orchestrator.server.sessions import LASTS_S, MOST_ENDED, Session, Sessions, set_cookie
 
 KEY = "abcdefgh2345"
 SESSIONS = Sessions(bytes(32))
@@ -21,6 +21,39 @@ def test_a_session_lasts_its_time():
     assert SESSIONS.open(VALUE, 999 + LASTS_S) == found
     assert SESSIONS.open(VALUE, 1000 + LASTS_S) is None
     assert Sessions(b"k" * 32).open(VALUE, 1000) is None, "another service's"
+
+
+def test_a_session_that_was_ended_opens_no_more():
+    sessions = Sessions(bytes(32))
+    mine, other = sessions.issue(KEY, 0), sessions.issue(KEY, 0)
+    session = sessions.open(mine, 1)
+    assert session
+    sessions.end(session, 1)
+    assert sessions.open(mine, 1) is None
+    assert sessions.open(other, 1)
+    assert sessions.open(sessions.issue(KEY, 2), 2)
+
+
+def test_no_crowd_makes_it_forget_what_was_ended():
+    sessions = Sessions(bytes(32))
+    end(sessions, stolen := sessions.issue(KEY, 0))
+    other = sessions.issue("b" * 12, 0)
+    for number in range(10 * MOST_ENDED):
+        value = sessions.issue(KEY, number)
+        end(sessions, value, number)
+        assert sessions.open(stolen, number) is None
+        assert sessions.open(value, number) is None
+    assert sessions.open(other, 1), "another key's"
+    assert sum(map(len, sessions._ended.values())) <= MOST_ENDED
+    last = 10 * MOST_ENDED + LASTS_S
+    end(sessions, sessions.issue(KEY, last), last)
+    assert sum(map(len, sessions._ended.values())) == 1, "those that have expired are forgotten"
+
+
+def end(sessions: Sessions, value: str, now: float = 0) -> None:
+    session = sessions.open(value, now)
+    assert session
+    sessions.end(session, now)
 
 
 def test_each_session_has_a_token_of_its_own():

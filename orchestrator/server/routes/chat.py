@@ -21,6 +21,7 @@ from starlette.types import Receive, Scope, Send
 from orchestrator.core.errors import AirlockError, RequestError
 from orchestrator.core.units import NANO
 from orchestrator.server import inline, queries_view, schemas
+from orchestrator.server.access import while_let_in
 from orchestrator.server.chat import errors
 from orchestrator.server.chat.conversation import read
 from orchestrator.server.chat.errors import documented, error_response, speaks
@@ -139,8 +140,8 @@ async def complete(
     Refused: n above 1, logprobs, tools, functions, other modalities than text, stop, audio, prediction, moderation,
     web_search_options.
 
-    A client that goes away ends its query, unless it gave an Idempotency-Key, with which it can come again. An answer
-    costs what the whole query costs: see `airlock.cost_usd`.
+    A client that goes away, or whose credential ends, ends its query, unless it gave an Idempotency-Key, with which it
+    can come again. An answer costs what the whole query costs: see `airlock.cost_usd`.
     """
     policy = await service.desk.policy_of(principal.tenant)
     model = asked.model.removeprefix(PREFIX)
@@ -174,7 +175,7 @@ async def complete(
     if asked.stream:
         usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
         return _Streamed(answer, usage=usage, leave=leave, headers=headers)
-    return JSONResponse(await _whole(answer, request.receive, leave=leave), headers=headers)
+    return JSONResponse(await _whole(answer, request, leave=leave), headers=headers)
 
 
 def _fingerprint(body: bytes) -> bytes:
@@ -262,18 +263,21 @@ def _stopping(query: str) -> Problem:
 # In one piece
 
 
-async def _whole(answer: _Answer, receive: Receive, *, leave: bool) -> dict[str, Any]:
-    failed: AirlockError | None = None
+async def _whole(answer: _Answer, request: Request, *, leave: bool) -> dict[str, Any]:
+    failed: AirlockError | Problem | None = None
     ended = False
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(_gone, receive, tasks.cancel_scope)
+        tasks.start_soon(_gone, request.receive, tasks.cancel_scope)
         try:
-            while not (ended := await answer.service.under_way.ended(answer.query, LOOK_S)):
-                if answer.is_left():
-                    break
-        except AirlockError as error:  # not out of the group, which would wrap it
+            async with while_let_in(request):
+                while not (ended := await answer.service.under_way.ended(answer.query, LOOK_S)):
+                    if answer.is_left():
+                        break
+        except (AirlockError, Problem) as error:  # not out of the group, which would wrap it
             failed = error
         tasks.cancel_scope.cancel()
+    if isinstance(failed, Problem) and not leave:
+        await answer.give_up()
     if failed:
         raise failed
     if not ended:
@@ -304,11 +308,14 @@ async def _gone(receive: Receive, scope: anyio.CancelScope) -> None:
 
 
 class _Streamed(EventStream):
-    """leave: the query goes on when the client has gone."""
+    """leave: the query goes on when the client has gone, or is let in no more."""
 
     def __init__(self, answer: _Answer, *, usage: bool, leave: bool, headers: Mapping[str, str]) -> None:
         super().__init__(_events(answer, usage=usage), headers)
         self._answer, self._leave = answer, leave
+
+    def farewell(self, problem: Problem) -> bytes:
+        return event("error", errors.body(problem))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await super().__call__(scope, receive, send)

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from orchestrator.core.events import Recorded
 from orchestrator.core.units import NANO
 from orchestrator.server import inline, queries_view, schemas
-from orchestrator.server.access import allowed
+from orchestrator.server.access import allowed, while_let_in
 from orchestrator.server.desk import Ask
 from orchestrator.server.few import Few
 from orchestrator.server.problems import documented
@@ -283,8 +283,9 @@ async def ask(
         response.headers["Idempotency-Replayed"] = "true"
     if wait := _WAIT.search(prefer or ""):
         response.headers["Preference-Applied"] = f"wait={wait[1]}"
-        if await service.under_way.ended(asked.id, min(float(wait[1]), MOST_WAIT_S)):
-            response.status_code = 200
+        async with while_let_in(request):
+            if await service.under_way.ended(asked.id, min(float(wait[1]), MOST_WAIT_S)):
+                response.status_code = 200
     return await _view(service, principal, asked.id)
 
 

@@ -128,7 +128,12 @@ async def login(request: Request) -> Response:
     require_own_origin(request)
     key, from_form = _key_in(request, await _body(request))
     service = the_service(request)
-    row = await anyio.to_thread.run_sync(service.registry.check_key, key)
+    try:
+        row = await the_gate(request).log_in(request, key)
+    except Problem:
+        if from_form:
+            return RedirectResponse("/login?later", 303)
+        raise
     if row is None:
         if from_form:
             return RedirectResponse("/login?refused", 303)
@@ -142,10 +147,11 @@ async def login(request: Request) -> Response:
 
 @router.post("/logout", include_in_schema=False)
 async def logout(request: Request) -> Response:
-    """End the session in this browser. What was issued stays good for who has it, until it or its key expires."""
+    """End the session, in this browser and for whoever has a copy of its cookie."""
     gate = the_gate(request)
-    if gate.session(request):
+    if session := gate.session(request):
         gate.require_same_page(request)
+        gate.sessions.end(session, time.time())
     response = Response(status_code=204)
     set_cookie(response, "", secure=the_service(request).secure)
     return response

@@ -42,4 +42,6 @@ form.addEventListener("submit", async (event) => {
     }
 });
 
-if (new URLSearchParams(location.search).has("refused")) refuse("This key is not good. It may be mistyped, expired or revoked.");
+const told = new URLSearchParams(location.search);
+if (told.has("refused")) refuse("This key is not good. It may be mistyped, expired or revoked.");
+if (told.has("later")) refuse("Too many logins have failed; try again in a minute.");

@@ -62,3 +62,4 @@ def upgrade() -> None:
         sa.Column("bytes", sa.BigInteger, nullable=False),
         sa.Column("at", sa.String(32), nullable=False),
     )
+    op.create_index("contexts_by_bytes", "contexts", ["bytes", "id"])
