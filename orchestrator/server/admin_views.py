@@ -19,7 +19,9 @@ from orchestrator.server.service import Principal, Service, the_service
 from orchestrator.store.registered import KeyRow, TenantRow
 
 T = TypeVar("T")
-TenantName = Annotated[str, Path(pattern=rf"^{NAME}$", description="a tenant's name", examples=["acme"])]
+TenantName = Annotated[
+    str, Path(description="a tenant's name", examples=["acme"], json_schema_extra={"pattern": f"^{NAME}$"})
+]
 Admin = Annotated[Principal, Depends(allowed("admin"))]
 The = Annotated[Service, Depends(the_service)]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -90,12 +90,19 @@ async def _not_valid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     faults: Sequence[Any] = error.errors()
     if any(fault["type"] == "json_invalid" for fault in faults):
-        return _answer(request, Problem(400, "bad-json", "the body is not JSON"))
+        return _answer(request, Problem(400, "bad-request", "the body is not JSON"))
     if any(fault["loc"] == ("body",) for fault in faults) and not request.headers.get("content-type", "").count("json"):
         return _answer(request, Problem(422, "bad-request", "send a body with Content-Type: application/json"))
-    told = [{"at": _place(fault["loc"]), "is": str(fault["msg"])} for fault in faults[:_MOST_FAULTS]]
+    told = [{"at": _place(fault["loc"]), "is": _said(fault)} for fault in faults[:_MOST_FAULTS]]
     first = f"{told[0]['at']}: {told[0]['is']}" if told else "it is not as it has to be"
     return _answer(request, Problem(422, "bad-request", first[:500], errors=told))
+
+
+def _said(fault: Mapping[str, Any]) -> str:
+    """A regular expression is no line that says what to do; the document has it, and an example."""
+    if fault["type"] == "string_pattern_mismatch":
+        return "is not written as this has to be: see /openapi.json"
+    return str(fault["msg"])
 
 
 def _place(where: Sequence[object]) -> str:

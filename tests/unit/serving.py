@@ -66,7 +66,7 @@ def small(home: Path, *routers: APIRouter, secure: bool = True, **settings: Any)
         others: Any = SimpleNamespace()
         registry, books = Registry(db, vault, notary), Books(home, db, vault)
         more = (others, others, others, others)
-            service = Service(home, ServerSettings(**settings), platform, books, registry, *more, secure)
+        service = Service(home, ServerSettings(**settings), platform, books, registry, *more, secure)
         app = make_app(service)
         for router in routers:
             app.include_router(router)

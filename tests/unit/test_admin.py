@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.core.api_keys import parse_key
+from orchestrator.server.paging import make_cursor
 from orchestrator.server.problems import ProblemBody
 from orchestrator.store import journal, ledger
 from orchestrator.store.scope import Scope
@@ -78,13 +80,47 @@ def test_a_tenants_life(there: Small):
 def test_tenants_are_listed_in_pages(there: Small):
     for name in ("b", "a", "C"):
         add(there, name)
-    seen, after = list[str](), ""
-    while after is not None:
-        page = there.client.get("/v1/admin/tenants", params={"limit": 2, "after": after}).json()
-        seen += [row["name"] for row in page["tenants"]]
-        after = page["next"]
+    seen = [row["name"] for row in paged(there, "/v1/admin/tenants", "tenants")]
     assert seen == ["C", "a", "b", "ops"]
     assert there.client.get("/v1/admin/tenants").json()["next"] is None
+
+
+def paged(there: Small, path: str, rows: str) -> list[dict[str, Any]]:
+    """All rows of a list, two by two."""
+    seen, asked = list[dict[str, Any]](), dict[str, Any](limit=2)
+    while True:
+        page = there.client.get(path, params=asked).json()
+        assert page.keys() == {rows, "next"}
+        assert 0 < len(page[rows]) <= 2
+        seen += page[rows]
+        if page["next"] is None:
+            return seen
+        asked["cursor"] = page["next"]
+
+
+def test_keys_are_listed_in_pages(there: Small):
+    add(there)
+    made = [there.client.post("/v1/admin/tenants/acme/keys", json={"label": f"number {n}"}).json() for n in range(5)]
+    seen = paged(there, "/v1/admin/tenants/acme/keys", "keys")
+    assert sorted(row["id"] for row in seen) == sorted(key["id"] for key in made)
+    assert seen == there.client.get("/v1/admin/tenants/acme/keys").json()["keys"]
+    assert seen == sorted(seen, key=lambda row: (row["created_at"], row["id"]))
+
+
+@pytest.mark.parametrize("path", ["/v1/queries", "/v1/contexts", "/v1/admin/tenants", "/v1/admin/tenants/ops/keys"])
+def test_what_is_no_cursor_of_a_list_is_told_alike(there: Small, path: str):
+    name = path.rpartition("/")[2]
+    own = make_cursor(name, "2026-01-01T00:00:00.000Z", "a")
+    there.client.headers.update(there.bearer("admin", "read", tenant="ops"))
+    assert there.client.get(path, params={"cursor": own}).status_code == 200
+    other = make_cursor("others", "2026-01-01T00:00:00.000Z", "a")
+    raw = (b"\xff", b"a", f"{name} a".encode(), f"{name} a b c".encode(), f"{name} \0 a".encode())
+    made = [base64.urlsafe_b64encode(each).decode().rstrip("=") for each in raw]
+    for cursor in ("", " ", "x", "\0", "é", "a" * 401, own + "=", own + "AAAA", other, *made):
+        told = problem(there.client.get(path, params={"cursor": cursor}), 422, "bad-request")
+        assert told["detail"] == "this is no cursor: take `next` of the page before", cursor
+    for limit in (0, 201, "x"):
+        problem(there.client.get(path, params={"limit": limit}), 422, "bad-request")
 
 
 def test_a_tenant_with_a_policy(there: Small):
@@ -108,7 +144,7 @@ def test_a_key_is_shown_once(there: Small):
     assert key
     assert (made["id"], made["label"], made["scopes"]) == (key.id, "ci", ["query", "read"])
     listed = there.client.get("/v1/admin/tenants/acme/keys")
-    assert listed.json() == {"keys": [made]}
+    assert listed.json() == {"keys": [made], "next": None}
     assert key.secret not in listed.text
     assert there.client.get("/v1/session", headers={"Authorization": f"Bearer {key.text}"}).json()["tenant"] == "acme"
     assert there.client.delete(f"/v1/admin/tenants/acme/keys/{key.id}").status_code == 204

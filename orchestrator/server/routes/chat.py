@@ -80,7 +80,7 @@ class Choice(BaseModel):
 
 
 class QueryFacts(BaseModel):
-    """The query behind it; GET /v1/queries/{query_id} has more. cost_usd is exact."""
+    """The query behind it; GET /v1/queries/{query} has more. cost_usd is exact."""
 
     query_id: str
     status: str
@@ -114,7 +114,7 @@ _STREAM = {
         **documented(400, 401, 402, 403, 404, 408, 409, 413, 422, 429, 500, 502, 503),
     },
 )
-async def complete(
+async def create_chat_completion(
     request: Request,
     service: The,
     principal: Asks,

@@ -20,19 +20,23 @@ from orchestrator.server import inline, queries_view
 from orchestrator.server.access import allowed
 from orchestrator.server.desk import Ask
 from orchestrator.server.few import Few
+from orchestrator.server.paging import NEXT, Cursor, Limit, make_cursor
 from orchestrator.server.problems import documented
 from orchestrator.server.service import Principal, Service, the_service
 from orchestrator.server.streaming import EventStream, event
 
 router = APIRouter(prefix="/v1", tags=["queries"])
-MOST_WAIT_S = 300.0  # that a request waits for a query's end
+MOST_WAIT_S = 300  # that a request waits for a query's end
 _WAIT = re.compile(r"(?:^|,)\s*wait\s*=\s*\"?([0-9]{1,6})\"?\s*(?:$|[,;])", re.IGNORECASE)  # RFC 7240
 
 Status = Literal["queued", "running", "answered", "limit", "refused", "failed", "cancelled", "interrupted"]
+# What is no id is as unknown as one of nobody's: the form is told, and nothing is refused by it.
 QueryId = Annotated[
     str,
     Path(
-        pattern=r"^[0-9]{8}-[0-9]{6}-[0-9a-f]{10}$", description="a query's id", examples=["20261126-010203-0123456789"]
+        description="a query's id",
+        examples=["20261126-010203-0123456789"],
+        json_schema_extra={"pattern": "^[0-9]{8}-[0-9]{6}-[0-9a-f]{10}$"},
     ),
 ]
 _EXAMPLE: dict[str, Any] = {
@@ -75,7 +79,7 @@ _SUMMARY: dict[str, Any] = {
     "sub_models": ["gpt-5-nano"],
     "backend": "gvisor",
     "isolation": "gvisor",
-    "context": {"id": "5e" * 32, "kind": "text", "bytes": 22, "chars": 22},
+    "context": {"id": "5e" * 32, "kind": "text", "bytes": 22, "characters": 22},
     "cost_usd": "0.001234",
     "held_usd": "0.00",
     "limit_usd": "0.50",
@@ -112,7 +116,7 @@ class ContextFacts(BaseModel):
     id: str
     kind: str
     bytes: int
-    chars: int
+    characters: int
 
 
 class QuerySummary(BaseModel):
@@ -151,11 +155,11 @@ class QueryView(QuerySummary):
 
 class QueryPage(BaseModel):
     model_config = _shown_as(
-        {"queries": [_SUMMARY], "next": "MjAyNi0xMS0yNlQwMTowMjowMy4wMDRaIDIwMjYxMTI2LTAxMDIwMy0w"}
+        {"queries": [_SUMMARY], "next": make_cursor("queries", _SUMMARY["created_at"], _SUMMARY["id"])}
     )
 
     queries: list[QuerySummary]
-    next: str | None
+    next: str | None = Field(description=NEXT)
 
 
 class ModelSpend(BaseModel):
@@ -238,12 +242,16 @@ The = Annotated[Service, Depends(the_service)]
     status_code=202,
     response_model=QueryView,
     responses={
-        200: {"model": QueryView, "description": "it ended within the time to wait", **_ASKED},
+        200: {
+            "model": QueryView,
+            "description": "it has ended: within the time to wait, or when it was asked before",
+            **_ASKED,
+        },
         202: {"description": "it is taken on", **_ASKED},
         **documented(400, 402, 403, 404, 409, 413, 422, 429, 503),
     },
 )
-async def ask(
+async def ask_query(
     request: Request,
     response: Response,
     service: The,
@@ -255,7 +263,10 @@ async def ask(
     ] = None,
     prefer: Annotated[
         str | None,
-        Header(max_length=255, description="`wait=30`: answer when the query has ended, or after so many seconds"),
+        Header(
+            max_length=255,
+            description=f"`wait=30`: answer when it has ended, or after so many seconds, {MOST_WAIT_S} at most",
+        ),
     ] = None,
 ) -> dict[str, Any]:
     """Ask a question. It runs on whether or not anybody waits; Location says where it is."""
@@ -282,18 +293,21 @@ async def ask(
     if asked.replayed:
         response.headers["Idempotency-Replayed"] = "true"
     if wait := _WAIT.search(prefer or ""):
-        response.headers["Preference-Applied"] = f"wait={wait[1]}"
-        if await service.under_way.ended(asked.id, min(float(wait[1]), MOST_WAIT_S)):
-            response.status_code = 200
-    return await _view(service, principal, asked.id)
+        seconds = min(int(wait[1]), MOST_WAIT_S)
+        response.headers["Preference-Applied"] = f"wait={seconds}"
+        await service.under_way.ended(asked.id, seconds)
+    shown = await _view(service, principal, asked.id)
+    if (wait or asked.replayed) and shown["status"] not in ("queued", "running", "interrupted"):
+        response.status_code = 200
+    return shown
 
 
 @router.get("/queries", response_model=QueryPage, responses=documented(403, 422, 429, 503))
 async def list_queries(
     service: The,
     principal: Reads,
-    limit: Annotated[int, Query(ge=1, le=200)] = 50,
-    cursor: Annotated[str | None, Query(max_length=200, description="`next` of the page before")] = None,
+    limit: Limit = 50,
+    cursor: Cursor = None,
     status: Status | None = None,
 ) -> dict[str, Any]:
     """The tenant's queries, the newest first."""
@@ -361,7 +375,7 @@ async def get_spend(service: The, principal: Reads, query: QueryId) -> dict[str,
         **documented(403, 404, 422, 429, 503),
     },
 )
-async def get_events(
+async def stream_events(
     service: The,
     principal: Reads,
     query: QueryId,
