@@ -11,9 +11,11 @@ from fastapi import Depends, Path
 from pydantic import BaseModel, ConfigDict
 
 from orchestrator.core.issuers import Issuer
+from orchestrator.core.policy_file import policy_text, policy_values
 from orchestrator.core.tenants import NAME
 from orchestrator.server.access import allowed
 from orchestrator.server.few import Few
+from orchestrator.server.openapi import Moment
 from orchestrator.server.problems import not_found
 from orchestrator.server.service import Principal, Service, the_service
 from orchestrator.store.registered import KeyRow, TenantRow
@@ -26,37 +28,73 @@ Admin = Annotated[Principal, Depends(allowed("admin"))]
 The = Annotated[Service, Depends(the_service)]
 
 
+# With nothing that is null: the document leaves that out.
+_SUMMARY: dict[str, Any] = {
+    "name": "acme",
+    "state": "suspended",
+    "created_at": "2026-11-26T01:02:03.004Z",
+    "suspended_at": "2026-11-27T01:02:03.004Z",
+    "policy_sha256": "5e" * 32,
+}
+_VIEW: dict[str, Any] = {
+    **_SUMMARY,
+    "policy": {"models": {"root": ["*"]}, "time": {"query": "15 min"}},
+    "policy_yaml": "models:\n  root: ['*']\ntime:\n  query: 15 min\n",
+    "effective_policy_sha256": "9a" * 32,
+    "issuer": {"issuer": "https://login.example/", "audience": "acme", "algorithm": "RS256", "scopes": ["read"]},
+}
+KEY: dict[str, Any] = {
+    "id": "abcdefgh2345",
+    "status": "revoked",
+    "label": "ci",
+    "scopes": ["query", "read"],
+    "created_at": "2026-11-26T01:02:03.004Z",
+    "expires_at": "2027-11-26T01:02:03.004Z",
+    "revoked_at": "2026-11-28T01:02:03.004Z",
+    "used_at": "2026-11-27T01:02:03.004Z",
+}
+
+
 class Given(Few):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class TenantSummary(BaseModel):
-    """policy_sha256: of the tenant's own; null where it has none. Times in RFC 3339."""
+    """policy_sha256: of the tenant's own; null where it has none."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [_SUMMARY]})
 
     name: str
     state: Literal["active", "suspended"]
-    created_at: str
-    suspended_at: str | None
+    created_at: Moment
+    suspended_at: Moment | None
     policy_sha256: str | None
 
 
 class TenantView(TenantSummary):
-    """effective_policy_sha256: of what it may, as it is narrowed by the service's own."""
+    """policy: the tenant's own, as its file would be read; policy_yaml: as that file, to be changed and sent back.
+    effective_policy_sha256: of what it may, as it is narrowed by the service's own.
+    """
 
-    policy: dict[str, Any] | None
+    model_config = ConfigDict(json_schema_extra={"examples": [_VIEW]})
+
+    policy: dict[str, dict[str, Any]] | None
+    policy_yaml: str | None
     effective_policy_sha256: str
     issuer: Issuer | None
 
 
 class KeyView(BaseModel):
+    model_config = ConfigDict(json_schema_extra={"examples": [KEY]})
+
     id: str
     status: Literal["live", "expired", "revoked"]
     label: str
     scopes: list[str]
-    created_at: str
-    expires_at: str | None
-    revoked_at: str | None
-    used_at: str | None
+    created_at: Moment
+    expires_at: Moment | None
+    revoked_at: Moment | None
+    used_at: Moment | None
 
 
 async def in_thread(work: Callable[..., T], *arguments: Any, **named: Any) -> T:
@@ -91,7 +129,8 @@ def view_of(service: Service, row: TenantRow) -> dict[str, Any]:
     platform = service.platform.policy
     return {
         **summary_of(row),
-        "policy": row.policy.model_dump(mode="json") if row.policy else None,
+        "policy": policy_values(row.policy) if row.policy else None,
+        "policy_yaml": policy_text(row.policy) if row.policy else None,
         "effective_policy_sha256": (platform.narrowed(row.policy) if row.policy else platform).sha256(),
         "issuer": row.issuer,
     }

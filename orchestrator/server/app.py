@@ -9,13 +9,13 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.routing import Match
 
 from orchestrator.core.errors import AirlockError
 from orchestrator.server.access import Door
+from orchestrator.server.openapi import document, operation_id
 from orchestrator.server.problems import Problem, problem_of
 from orchestrator.server.routes import admin, audit, chat, contexts, ops, queries, viewer
 from orchestrator.server.service import Service
@@ -35,6 +35,7 @@ def make_app(service: Service) -> FastAPI:
         redoc_url=None,
         openapi_url="/openapi.json",
         redirect_slashes=False,
+        generate_unique_id_function=operation_id,
     )
     app.state.service = service
     app.add_middleware(Door, answer=_answer)
@@ -120,8 +121,5 @@ async def _fault(request: Request, error: Exception) -> Response:
 
 def _openapi(app: FastAPI) -> dict[str, Any]:
     if not app.openapi_schema:
-        made = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
-        for name in ("HTTPValidationError", "ValidationError"):  # FastAPI's own shape, which is not ours
-            made["components"]["schemas"].pop(name, None)
-        app.openapi_schema = made
+        app.openapi_schema = document(app)
     return app.openapi_schema

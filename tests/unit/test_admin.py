@@ -63,6 +63,7 @@ def test_a_tenants_life(there: Small):
         "suspended_at": None,
         "policy_sha256": None,
         "policy": None,
+        "policy_yaml": None,
         "effective_policy_sha256": DEFAULT.sha256(),
         "issuer": None,
     }
@@ -309,6 +310,17 @@ def test_a_policy_is_put_in_force(there: Small):
     assert there.client.delete("/v1/admin/tenants/acme/policy").status_code == 204
     assert there.client.get("/v1/admin/tenants/acme").json()["policy"] is None
     assert [action for action, _ in actions(there)] == ["tenant.added", "policy.set", "policy.removed"]
+
+
+def test_a_policy_that_is_shown_can_be_sent_back(there: Small):
+    made = add(there, policy=STRICT)
+    assert (made["policy"]["models"]["root"], made["policy"]["time"]["idle"]) == (["*"], "1 min")
+    assert made["policy_yaml"].startswith("models:\n  root: ['*']\n")
+    changed = json.dumps({**made["policy"], "time": {**made["policy"]["time"], "idle": "30 s"}})
+    for sent, idle in ((made["policy_yaml"], "1 min"), (changed, "30 s"), (json.dumps(made["policy"]), "1 min")):
+        shown = there.client.put("/v1/admin/tenants/acme/policy", json={"yaml": sent}).json()
+        assert shown["policy"]["time"]["idle"] == idle
+    assert {**shown, "created_at": ""} == {**made, "created_at": ""}
 
 
 def test_what_a_policy_would_change(there: Small):

@@ -12,6 +12,7 @@ from orchestrator.core.issuers import Issuer
 from orchestrator.core.policy_file import MAX_CHARS
 from orchestrator.core.tenants import NAME
 from orchestrator.server.admin_views import (
+    KEY,
     Admin,
     Given,
     KeyView,
@@ -66,6 +67,8 @@ class TenantPage(BaseModel):
 
 class MadeKey(KeyView):
     """key: the key itself, which is not to be had again."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{**KEY, "status": "live", "key": "al_..."}]})
 
     key: str
 

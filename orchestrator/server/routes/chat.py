@@ -374,7 +374,7 @@ async def get_model(
     principal: Reads,
     model: Annotated[str, Path(min_length=1, max_length=512, examples=["rlm/gpt-5-mini"])],
 ) -> ModelView:
-    """One of these."""
+    """One of the tenant's models."""
     for found in (await list_models(service, principal)).data:
         if found.id == model:
             return found

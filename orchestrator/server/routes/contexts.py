@@ -25,6 +25,7 @@ from orchestrator.core.errors import ContextError
 from orchestrator.server.access import allowed
 from orchestrator.server.housekeeping import remove_later
 from orchestrator.server.inline import INGESTS
+from orchestrator.server.openapi import Moment
 from orchestrator.server.paging import NEXT, Cursor, Limit, cut, read_cursor
 from orchestrator.server.problems import Problem, documented, not_found
 from orchestrator.server.service import Principal, Service, the_service
@@ -78,7 +79,7 @@ class ContextView(BaseModel):
     bytes: Annotated[int, Field(examples=[1048576])]
     characters: Annotated[int | None, Field(examples=[1048576])]
     name: Annotated[str, Field(examples=["minutes of March"])]
-    created_at: Annotated[str, Field(examples=["2026-11-26T01:20:28.123Z"])]
+    created_at: Moment
 
 
 class ContextPage(BaseModel):
@@ -198,8 +199,9 @@ async def begin_upload(
 
 
 @router.options("/uploads/{upload}", status_code=204, response_class=Response)
-async def get_upload_options() -> Response:
+async def get_upload_options(upload_id: UploadId) -> Response:
     """What of tus there is."""
+    del upload_id  # of any, alike
     return _options()
 
 

@@ -130,7 +130,7 @@ def _readiness(request: Request) -> Readiness:
     return cast("Readiness", state.readiness)
 
 
-@router.get("/healthz", summary="Whether the process lives", response_model=Alive)
+@router.get("/healthz", summary="Whether the process lives.", response_model=Alive)
 async def get_health() -> Alive:
     """Needs nothing else to live: one that fails is to be started again."""
     return Alive(status="alive")
@@ -138,7 +138,7 @@ async def get_health() -> Alive:
 
 @router.get(
     "/readyz",
-    summary="Whether queries are taken on",
+    summary="Whether queries are taken on.",
     response_model=Ready,
     responses={
         503: {
@@ -156,7 +156,7 @@ async def get_readiness(request: Request) -> Ready:
 
 @router.get(
     "/metrics",
-    summary="Metrics, for Prometheus",
+    summary="Metrics, for Prometheus.",
     response_class=Response,
     responses={
         200: {

@@ -20,6 +20,7 @@ from orchestrator.server import inline, queries_view
 from orchestrator.server.access import allowed
 from orchestrator.server.desk import Ask
 from orchestrator.server.few import Few
+from orchestrator.server.openapi import Moment
 from orchestrator.server.paging import NEXT, Cursor, Limit, make_cursor
 from orchestrator.server.problems import documented
 from orchestrator.server.service import Principal, Service, the_service
@@ -90,6 +91,14 @@ _SUMMARY: dict[str, Any] = {
     "sub_calls": 1,
     "journal_head": "9a" * 32,
 }
+_RECORD: dict[str, Any] = {
+    "seq": 3,
+    "at": "2026-11-26T01:02:04.005Z",
+    "type": "cell.started",
+    "node": "root",
+    "body": {"turn": 1},
+    "payloads": {"code": "print(context[:200])"},
+}
 _SPEND: dict[str, Any] = {
     "limit_usd": "0.50",
     "spent_usd": "0.001234",
@@ -126,8 +135,8 @@ class QuerySummary(BaseModel):
 
     id: str
     status: Status
-    created_at: str
-    ended_at: str | None
+    created_at: Moment
+    ended_at: Moment | None
     question: str | None
     model: str | None
     sub_models: list[str]
@@ -190,7 +199,7 @@ class Purse(BaseModel):
     spent_usd: str
     held_usd: str
     left_usd: str
-    resets_at: str
+    resets_at: Moment
 
 
 class QueryLimit(BaseModel):
@@ -225,6 +234,37 @@ class Budgets(BaseModel):
     queries: QueriesNow
 
 
+class RecordView(BaseModel):
+    """A record of the query's journal. payloads: those that are kept, as text."""
+
+    model_config = _shown_as(_RECORD)
+
+    seq: int
+    at: Moment
+    type: str
+    node: str
+    body: dict[str, Any]
+    payloads: dict[str, str]
+
+
+# One of these is an event; JSON Schema says so of text by what it holds.
+_STREAM: dict[str, Any] = {
+    "type": "string",
+    "contentMediaType": "text/event-stream",
+    "contentSchema": {
+        "type": "object",
+        "description": "id: the record's number; event: its type; data: the record",
+        "properties": {
+            "id": {"type": "integer", "minimum": 0},
+            "event": {"type": "string"},
+            "data": {
+                "type": "string",
+                "contentMediaType": "application/json",
+                "contentSchema": RecordView.model_json_schema(),
+            },
+        },
+    },
+}
 _ASKED: dict[str, Any] = {
     "headers": {
         "Location": {"schema": {"type": "string"}, "description": "where the query is"},
@@ -369,7 +409,7 @@ async def get_spend(service: The, principal: Reads, query: QueryId) -> dict[str,
     responses={
         200: {
             "description": "records of the journal, as they are written",
-            "content": {"text/event-stream": {"schema": {"type": "string"}}},
+            "content": {"text/event-stream": {"schema": _STREAM}},
         },
         204: {"description": "it has ended, and there is nothing after that record"},
         **documented(403, 404, 422, 429, 503),
@@ -409,7 +449,7 @@ async def _events(service: Service, tenant: str, query: str, after: int) -> Asyn
 
 
 def shown(record: Recorded) -> dict[str, Any]:
-    """A record as the service gives it to those whose it is."""
+    """`RecordView`: a record as the service gives it to those whose it is."""
     return {
         "seq": record.seq,
         "at": record.at,

@@ -111,7 +111,7 @@ class SessionView(BaseModel):
     csrf: str | None
 
 
-@router.get("/v1/session", responses=documented(403, 429, 503), summary="Who has logged in")
+@router.get("/v1/session", responses=documented(403, 429, 503), summary="Who has logged in.")
 async def get_session(
     request: Request, response: Response, principal: Annotated[Principal, Depends(principal_of)]
 ) -> SessionView:
