@@ -120,8 +120,8 @@ def _complete(path: str, operation: dict[str, Any]) -> None:
     if _NOT_OURS[0] in str(responses.get("422")):  # of a route whose parameters refuse nothing
         del responses["422"]
     for status, answer in responses.items():
-        if MEDIA_TYPE in (content := answer.get("content", {})):
-            content.pop("application/json", None)
+        if MEDIA_TYPE in answer.get("content", {}):  # and not also as what the route gives when all is well
+            answer["content"] = {MEDIA_TYPE: answer["content"][MEDIA_TYPE]}
         headers: dict[str, Any] = answer.setdefault("headers", {})
         for name in _headers(path, status):
             headers.setdefault(name, _reference("headers", name))
