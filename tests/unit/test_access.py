@@ -405,7 +405,7 @@ def test_the_document_says_how_to_be_let_in(there: Small):
 
 
 def test_another_method_is_told_those_of_all_routes(there: Small):
-    answer = there.client.delete("/v1/queries")
+    answer = there.client.delete("/v1/queries", headers=there.bearer("query"))
     problem(answer, 405, "method-not-allowed")
     assert answer.headers["Allow"] == "GET, POST"
     assert answer.json()["detail"] == "this takes GET, POST"

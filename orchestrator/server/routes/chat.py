@@ -81,7 +81,7 @@ class Choice(BaseModel):
 
 
 class QueryFacts(BaseModel):
-    """The query behind it; GET /v1/queries/{query_id} has more. cost_usd is exact."""
+    """The query behind it; GET /v1/queries/{query} has more. cost_usd is exact."""
 
     query_id: str
     status: str
@@ -113,7 +113,7 @@ _STREAM = {"text/event-stream": {**EVENTS, "example": 'data: {"object":"chat.com
         **documented(400, 401, 402, 403, 404, 408, 409, 413, 422, 429, 500, 502, 503),
     },
 )
-async def complete(
+async def create_chat_completion(
     request: Request,
     service: The,
     principal: Asks,
@@ -381,7 +381,7 @@ async def get_model(
     principal: Reads,
     model: Annotated[str, Path(min_length=1, max_length=512, examples=["rlm/gpt-5-mini"])],
 ) -> ModelView:
-    """One of these."""
+    """One of the tenant's models."""
     for found in (await list_models(service, principal)).data:
         if found.id == model:
             return found

@@ -152,7 +152,7 @@ async def validate_policy(_admin: Admin, text: Text) -> dict[str, Any]:
     responses=documented(400, 403, 404, 413, 415, 422, 429, 503),
     openapi_extra=_BODY,
 )
-async def try_policy(service: The, _admin: Admin, tenant: TenantName, text: Text) -> dict[str, Any]:
+async def dry_run_policy(service: The, _admin: Admin, tenant: TenantName, text: Text) -> dict[str, Any]:
     """What this policy would change for the tenant, and whether it has spent more than that already."""
     row, new = await the_tenant(service, tenant), await in_thread(policy_of, text)
     platform = service.platform.policy
