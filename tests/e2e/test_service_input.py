@@ -37,6 +37,9 @@ WRONG: dict[str, tuple[dict[str, Any], int]] = {
     "absolute path": ({**GOOD, "context": {"documents": [{"path": "/etc/passwd", "text": "a"}]}}, 422),
     "path with a line break": ({**GOOD, "context": {"documents": [{"path": "a\nb", "text": "a"}]}}, 422),
     "no schema": ({**GOOD, "answer_schema": {"type": "nonsense"}}, 422),
+    "large schema": ({**GOOD, "answer_schema": {"const": "x" * 65_536}}, 413),
+    "more structure than a body has": ({**GOOD, "context": {"json": [[]] * 87_381}}, 413),
+    "more fields than a body has": ({**GOOD, **{f"field{number}": 0 for number in range(50_000)}}, 413),
     "context of nobody": ({**GOOD, "context": {"id": "0" * 64}}, 404),
     "context id with a path": ({**GOOD, "context": {"id": "../../../etc/passwd"}}, 422),
 }

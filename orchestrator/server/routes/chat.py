@@ -130,7 +130,8 @@ async def create_chat_completion(
     before the question. Where nothing is long, the context is the conversation.
 
     With `stream`, the steps come as `reasoning_content` while they happen, and then the answer as `content`.
-    `response_format` holds the answer to a JSON Schema. `airlock` narrows what the query may.
+    `response_format` holds the answer to a JSON Schema of at most 64 KiB. `airlock` narrows what the query may. Of the
+    body at most 256 KiB may lie outside of its strings: what has more structure is given as a file.
 
     Taken without effect, as the operator says how models are asked: temperature, top_p, presence_penalty,
     frequency_penalty, logit_bias, seed, max_tokens, max_completion_tokens, top_logprobs, reasoning_effort, verbosity,

@@ -308,7 +308,11 @@ async def ask_query(
         ),
     ] = None,
 ) -> dict[str, Any]:
-    """Ask a question. It runs on whether or not anybody waits; Location says where it is."""
+    """Ask a question. It runs on whether or not anybody waits; Location says where it is.
+
+    Of the body at most 256 KiB may lie outside of its strings, and of `answer_schema` 64 KiB as JSON. A `json` context
+    with more structure, or very many documents, can be given by its id: see PUT /v1/contexts, kinds json and jsonl.
+    """
     if new.answer_schema is not None:
         await schemas.checked(principal, "answer_schema", new.answer_schema)
     context = await inline.stored(service, principal, new.context)
