@@ -17,9 +17,10 @@ from orchestrator.choices import check_schema
 from orchestrator.core.events import Recorded
 from orchestrator.core.units import NANO
 from orchestrator.server import inline, queries_view
-from orchestrator.server.access import allowed, while_let_in
+from orchestrator.server.access import allowed
 from orchestrator.server.desk import Ask
 from orchestrator.server.few import Few
+from orchestrator.server.lasting import while_let_in
 from orchestrator.server.problems import documented
 from orchestrator.server.service import Principal, Service, the_service
 from orchestrator.server.streaming import EventStream, event
