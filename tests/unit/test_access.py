@@ -17,8 +17,9 @@ from starlette.requests import HTTPConnection, Request
 from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient
 
-from orchestrator.server import access, tokens
-from orchestrator.server.access import LOGINS, allowed, the_gate, while_let_in
+from orchestrator.server import lasting, tokens
+from orchestrator.server.access import LOGINS, allowed, the_gate
+from orchestrator.server.lasting import while_let_in
 from orchestrator.server.problems import Problem
 from orchestrator.server.service import Principal
 from orchestrator.server.streaming import EventStream
@@ -108,7 +109,7 @@ async def wait(request: Request, _who: Reads) -> str:
 
 @pytest.fixture
 def meanwhile(there: Small, monkeypatch: pytest.MonkeyPatch) -> Meanwhile:
-    monkeypatch.setattr(access, "LOOK_AGAIN_S", 0.02)
+    monkeypatch.setattr(lasting, "LOOK_AGAIN_S", 0.02)
     there.app.state.meanwhile = made = Meanwhile()
     return made
 

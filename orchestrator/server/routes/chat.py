@@ -21,13 +21,13 @@ from starlette.types import Receive, Scope, Send
 from orchestrator.core.errors import AirlockError, RequestError
 from orchestrator.core.units import NANO
 from orchestrator.server import inline, queries_view, schemas
-from orchestrator.server.access import while_let_in
 from orchestrator.server.chat import errors
 from orchestrator.server.chat.conversation import read
 from orchestrator.server.chat.errors import documented, error_response, speaks
 from orchestrator.server.chat.reasoning import Reasoning
 from orchestrator.server.chat.request import PREFIX, ChatRequest, JsonFormat, Ours, SchemaFormat
 from orchestrator.server.desk import Ask
+from orchestrator.server.lasting import while_let_in
 from orchestrator.server.problems import Problem, come_again, problem_of
 from orchestrator.server.routes.queries import Asks, Reads, The, own
 from orchestrator.server.service import Principal, Service

@@ -16,9 +16,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from orchestrator.core.events import Recorded
 from orchestrator.core.units import NANO
 from orchestrator.server import inline, queries_view, schemas
-from orchestrator.server.access import allowed, while_let_in
+from orchestrator.server.access import allowed
 from orchestrator.server.desk import Ask
 from orchestrator.server.few import Few
+from orchestrator.server.lasting import while_let_in
 from orchestrator.server.openapi import Moment
 from orchestrator.server.paging import NEXT, Cursor, Limit, make_cursor
 from orchestrator.server.problems import documented
