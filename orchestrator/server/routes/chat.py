@@ -56,16 +56,16 @@ class ModelList(BaseModel):
 class Usage(BaseModel):
     """Of all calls of the query together."""
 
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
+    prompt_tokens: int = Field(examples=[2100])
+    completion_tokens: int = Field(examples=[180])
+    total_tokens: int = Field(examples=[2280])
 
 
 class Answered(BaseModel):
     """reasoning_content: null, for the steps are streamed as they happen or not at all."""
 
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str = Field(examples=["At nine."])
     refusal: None = None
     reasoning_content: None = None
 
@@ -82,12 +82,12 @@ class Choice(BaseModel):
 class QueryFacts(BaseModel):
     """The query behind it; GET /v1/queries/{query} has more. cost_usd is exact."""
 
-    query_id: str
-    status: str
-    reason: str
-    cost_usd: str
-    iterations: int | None
-    sub_calls: int | None
+    query_id: str = Field(examples=["20261126-010203-0123456789"])
+    status: str = Field(examples=["answered"])
+    reason: str = Field(examples=[""])
+    cost_usd: str = Field(examples=["0.001234"])
+    iterations: int | None = Field(examples=[2])
+    sub_calls: int | None = Field(examples=[1])
 
 
 class Completion(BaseModel):
@@ -101,8 +101,34 @@ class Completion(BaseModel):
 
 
 _DONE = b"data: [DONE]\n\n"
-_STREAM = {
-    "text/event-stream": {"schema": {"type": "string"}, "example": 'data: {"object":"chat.completion.chunk"}\n\n'}
+# `data` of each event but the last, which is [DONE]; one that is called `error` has an `ErrorAnswer`.
+_CHUNK: dict[str, Any] = {
+    "type": "object",
+    "required": ["id", "object", "created", "model", "choices"],
+    "properties": {
+        "id": {"type": "string"},
+        "object": {"const": "chat.completion.chunk"},
+        "created": {"type": "integer"},
+        "model": {"type": "string"},
+        "choices": {"type": "array", "maxItems": 1},
+        "usage": {"type": ["object", "null"]},
+        "airlock": {"type": "object"},
+    },
+}
+_STREAM: dict[str, Any] = {
+    "text/event-stream": {
+        "schema": {
+            "type": "string",
+            "contentMediaType": "text/event-stream",
+            "contentSchema": {
+                "type": "object",
+                "properties": {
+                    "data": {"type": "string", "contentMediaType": "application/json", "contentSchema": _CHUNK}
+                },
+            },
+        },
+        "example": 'data: {"object":"chat.completion.chunk"}\n\n',
+    }
 }
 
 
