@@ -16,11 +16,16 @@ from orchestrator.server.problems import MEDIA_TYPE, Problem, ProblemBody
 
 DOCUMENT: dict[str, Any] = make_app(None).openapi()  # type: ignore[arg-type]  # it is not started
 SCHEMAS: dict[str, dict[str, Any]] = DOCUMENT["components"]["schemas"]
-OPERATIONS = [
-    pytest.param(path, operation, id=f"{method} {path}")
+ROUTES: dict[str, tuple[str, dict[str, Any]]] = {
+    f"{method} {path}": (path, operation)
     for path, item in DOCUMENT["paths"].items()
     for method, operation in item.items()
-]
+}
+
+
+def fits(schema: dict[str, Any], value: object) -> bool:
+    validator: Any = Draft202012Validator(schema)
+    return bool(validator.is_valid(value))
 
 
 def test_it_is_a_document():
@@ -29,7 +34,7 @@ def test_it_is_a_document():
 
 
 def test_operations_make_methods():
-    ids = [operation.values[1]["operationId"] for operation in OPERATIONS]  # type: ignore[index, union-attr]
+    ids: list[str] = [operation["operationId"] for _path, operation in ROUTES.values()]
     assert len(set(ids)) == len(ids)
     assert all(re.fullmatch("[a-z]+(_[a-z]+)+", name) for name in ids), ids
     assert {"ask_query", "list_queries", "get_query", "put_context", "list_contexts", "list_keys"} <= set(ids)
@@ -37,8 +42,9 @@ def test_operations_make_methods():
     assert parameters == {"query", "context", "upload", "tenant", "key", "seq", "model"}
 
 
-@pytest.mark.parametrize(("path", "operation"), OPERATIONS)
-def test_every_answer_is_described_alike(path: str, operation: dict[str, Any]):
+@pytest.mark.parametrize("route", ROUTES)
+def test_every_answer_is_described_alike(route: str):
+    path, operation = ROUTES[route]
     assert operation["summary"][0].isupper()
     assert " " in operation["summary"]
     assert set(operation["tags"]) <= {tag["name"] for tag in TAGS}
@@ -63,7 +69,7 @@ def test_examples_are_of_their_schemas():
     for name, schema in SCHEMAS.items():
         whole = {"$ref": f"#/components/schemas/{name}", "components": DOCUMENT["components"]}
         for example in schema.get("examples", ()):
-            Draft202012Validator(whole).validate(example)
+            assert fits(whole, example), (name, example)
             seen += 1
     assert seen >= 15
 
@@ -77,9 +83,9 @@ def test_moments_are_dates():
 
 def test_a_problem_is_as_it_is_described():
     faults = [{"at": "body.question", "is": "too long"}]
-    for more in ({}, {"rule": "money.query"}, {"errors": faults}):
-        body = Problem(422, "bad-request", "x", **more).body()
-        Draft202012Validator(ProblemBody.model_json_schema()).validate(body)
-        assert ProblemBody.model_validate(body).status == 422
-    broken = Problem(422, "bad-request", "x", errors=[{"at": 1}]).body()
-    assert not Draft202012Validator(ProblemBody.model_json_schema()).is_valid(broken)
+    schema = ProblemBody.model_json_schema()
+    plain = Problem(422, "bad-request", "x").body()
+    for more in dict[str, Any](), {"rule": "money.query"}, {"errors": faults}:
+        assert fits(schema, plain | more)
+    for more in {"rule": None}, {"errors": [{"at": 1}]}, {"status": "422"}:
+        assert not fits(schema, plain | more)

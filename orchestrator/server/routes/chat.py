@@ -31,7 +31,7 @@ from orchestrator.server.lasting import while_let_in
 from orchestrator.server.problems import Problem, come_again, problem_of
 from orchestrator.server.routes.queries import Asks, Reads, The, own
 from orchestrator.server.service import Principal, Service
-from orchestrator.server.streaming import EVENTS, EventStream, event
+from orchestrator.server.streaming import EventStream, event
 from orchestrator.server.structure import JsonRoute
 
 PIECE = 4000  # characters of an answer in one event
@@ -57,16 +57,16 @@ class ModelList(BaseModel):
 class Usage(BaseModel):
     """Of all calls of the query together."""
 
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
+    prompt_tokens: int = Field(examples=[2100])
+    completion_tokens: int = Field(examples=[180])
+    total_tokens: int = Field(examples=[2280])
 
 
 class Answered(BaseModel):
     """reasoning_content: null, for the steps are streamed as they happen or not at all."""
 
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str = Field(examples=["At nine."])
     refusal: None = None
     reasoning_content: None = None
 
@@ -83,12 +83,12 @@ class Choice(BaseModel):
 class QueryFacts(BaseModel):
     """The query behind it; GET /v1/queries/{query} has more. cost_usd is exact."""
 
-    query_id: str
-    status: str
-    reason: str
-    cost_usd: str
-    iterations: int | None
-    sub_calls: int | None
+    query_id: str = Field(examples=["20261126-010203-0123456789"])
+    status: str = Field(examples=["answered"])
+    reason: str = Field(examples=[""])
+    cost_usd: str = Field(examples=["0.001234"])
+    iterations: int | None = Field(examples=[2])
+    sub_calls: int | None = Field(examples=[1])
 
 
 class Completion(BaseModel):
@@ -102,7 +102,33 @@ class Completion(BaseModel):
 
 
 _DONE = b"data: [DONE]\n\n"
-_STREAM = {"text/event-stream": {**EVENTS, "example": 'data: {"object":"chat.completion.chunk"}\n\n'}}
+# `data` of each event but the last, which is [DONE]; one that is called `error` has an `ErrorAnswer`.
+_CHUNK: dict[str, Any] = {
+    "type": "object",
+    "required": ["id", "object", "created", "model", "choices"],
+    "properties": {
+        "id": {"type": "string"},
+        "object": {"const": "chat.completion.chunk"},
+        "created": {"type": "integer"},
+        "model": {"type": "string"},
+        "choices": {"type": "array", "maxItems": 1},
+        "usage": {"type": ["object", "null"]},
+        "airlock": {"type": "object"},
+    },
+}
+_STREAM: dict[str, Any] = {
+    "text/event-stream": {
+        "itemSchema": {
+            "type": "object",
+            "properties": {
+                "event": {"type": "string"},
+                "data": {"type": "string", "contentMediaType": "application/json", "contentSchema": _CHUNK},
+            },
+            "required": ["data"],
+        },
+        "example": 'data: {"object":"chat.completion.chunk"}\n\n',
+    }
+}
 
 
 @router.post(

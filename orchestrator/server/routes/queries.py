@@ -123,6 +123,8 @@ def _shown_as(example: dict[str, Any]) -> ConfigDict:
 
 
 class ContextFacts(BaseModel):
+    model_config = _shown_as(_SUMMARY["context"])
+
     id: str
     kind: str
     bytes: int
