@@ -23,8 +23,9 @@ test: ## set up, lint, run all tests
 	@bash deploy/setup.sh tests
 	@bash deploy/engines.sh
 	@$(MAKE) lint
-	@AIRLOCK_REQUIRE_BACKENDS=$${AIRLOCK_REQUIRE_BACKENDS-bubblewrap,docker,gvisor} $(bin)/python -m pytest tests --ignore=tests/benchmarks \
-		|| { echo "test: step 'pytest' failed" >&2; exit 1; }
+	@$(bin)/python -m pytest tests/unit --numprocesses auto || { echo "test: step 'unit tests' failed" >&2; exit 1; }
+	@AIRLOCK_REQUIRE_BACKENDS=$${AIRLOCK_REQUIRE_BACKENDS-bubblewrap,docker,gvisor} $(bin)/python -m pytest tests \
+		--ignore=tests/benchmarks --ignore=tests/unit || { echo "test: step 'pytest' failed" >&2; exit 1; }
 
 bench: setup ## measure, and compare with the peers
 	@$(bin)/python -m tests.benchmarks
