@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from orchestrator.core.policy import Policy
+from orchestrator.core.policy_file import policy_values
 
 _LISTS = ("models.root", "models.sub")  # a model has to pass them all, in whatever order
 
@@ -58,5 +59,8 @@ def _flat(policy: Policy) -> dict[str, Any]:
 
 def _shown(policy: Policy) -> dict[str, Any]:
     """Key -> value, as a policy file has it."""
-    written = policy.model_dump(mode="json")
-    return {f"{section}.{name}": value for section, fields in written.items() for name, value in fields.items()}
+    return {
+        f"{section}.{name}": value
+        for section, fields in policy_values(policy).items()
+        for name, value in fields.items()
+    }

@@ -1,4 +1,4 @@
-"""Reads a policy file: YAML in, a `Policy` or errors that name the line out."""
+"""Policy files: YAML in, a `Policy` or errors that name the line out; and a `Policy` as a file has it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,24 @@ from pydantic import ValidationError
 
 from orchestrator.core.errors import PolicyError
 from orchestrator.core.policy import Policy
+from orchestrator.core.units import shortest
 
+# What is wrong with a value, in a file's words and not in Python's; {} is filled from the fault's own figures.
 _PLAIN = {
     "extra_forbidden": "is not a key of policies; policies/README.md lists them",
     "invalid_key": "is not a key of policies; policies/README.md lists them",
     "missing": "is missing",
     "model_type": "has to be a mapping of keys",
     "too_short": "must not be empty",
+    "too_long": "has to have {max_length} parts at most",
+    "tuple_type": "has to be a list of names",
+    "string_type": "has to be a name, in quotes where it looks like something else",
+    "int_type": "has to be a whole number",
+    "bool_type": "has to be true or false",
+    "literal_error": "has to be {expected}",
+    "greater_than": "has to be more than {gt}",
+    "greater_than_equal": "has to be at least {ge}",
+    "less_than_equal": "has to be {le} at most",
 }
 
 
@@ -33,14 +44,32 @@ def parse_policy(text: str, name: str) -> Policy:
     try:
         policy = Policy.model_validate(values)
     except ValidationError as error:
-        for fault in error.errors(include_url=False, include_context=False, include_input=False):
+        for fault in error.errors(include_url=False, include_input=False):
             where = tuple(str(part) for part in fault["loc"] if part != "[key]")
-            message = _PLAIN.get(fault["type"]) or fault["msg"].removeprefix("Value error, ")
+            plain = _PLAIN.get(fault["type"], fault["msg"].removeprefix("Value error, "))
+            message = plain.format_map(fault.get("ctx", {})) if fault["type"] in _PLAIN else plain
             faults.append(f"{name}:{_line(root, where)}: {'.'.join(where)}: {message}")
         raise PolicyError("\n".join(dict.fromkeys(faults))) from None
     if faults:
         raise PolicyError("\n".join(faults))
     return policy
+
+
+def policy_values(policy: Policy) -> dict[str, dict[str, Any]]:
+    """The policy as its file would be read: quantities in the units that people write, one list of patterns as one."""
+    written: dict[str, dict[str, Any]] = policy.model_dump(mode="json")
+    for section in written.values():
+        for key, value in section.items():
+            section[key] = shortest(value) if isinstance(value, str) else value
+    for key in ("root", "sub"):
+        lists = written["models"][key]
+        written["models"][key] = lists[0] if len(lists) == 1 else lists
+    return written
+
+
+def policy_text(policy: Policy) -> str:
+    """YAML of which `parse_policy` makes the same policy."""
+    return yaml.safe_dump(policy_values(policy), sort_keys=False, allow_unicode=True, default_flow_style=None)
 
 
 def _read(text: str, name: str) -> tuple[yaml.MappingNode, Any]:

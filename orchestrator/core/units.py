@@ -30,6 +30,17 @@ def _parse(text: object, units: Mapping[str, int], example: str) -> int:
     return int(exact)
 
 
+def shortest(text: str) -> str:
+    """An exact quantity of bytes or milliseconds in the largest unit that has no fraction: '900000 ms' -> '15 min'."""
+    match = _QUANTITY.match(text)
+    units = next((units for units in (_SIZES, _TIMES) if match and match[2] in units), None)
+    if not match or not units or not match[1].isdecimal() or not int(match[1]):
+        return text
+    amount = int(match[1]) * units[match[2]]
+    unit = max((unit for unit in units if amount % units[unit] == 0), key=units.__getitem__)
+    return f"{amount // units[unit]} {unit}"
+
+
 def parse_bytes(text: object) -> int:
     """'512 MiB' -> bytes. Raises ValueError."""
     return _parse(text, _SIZES, "512 MiB")

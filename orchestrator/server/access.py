@@ -1,22 +1,19 @@
 """Who is let in: an API key, a token of the tenant's own issuer, or a browser's session, and what each may do.
 
-Whatever is wrong with a credential, the answer is the same. Who is answered for long is looked at again meanwhile.
-Every authenticated answer says how much of the tenant's rate is left (draft-ietf-httpapi-ratelimit-headers-10).
+Whatever is wrong with a credential, the answer is the same. Every authenticated answer says how much of the tenant's
+rate is left (draft-ietf-httpapi-ratelimit-headers-10).
 """
 
 from __future__ import annotations
 
 import hmac
 import math
-import secrets
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from ipaddress import ip_address, ip_network
 from typing import Annotated, Literal, cast
 from urllib.parse import urlsplit
 
-import anyio
 import anyio.to_thread
 from fastapi import Security
 from fastapi.security import APIKeyCookie, HTTPAuthorizationCredentials, HTTPBearer
@@ -39,7 +36,6 @@ from orchestrator.store.registered import KeyRow
 _GUARDED = ("/v1/", "/metrics")  # paths of whoever has a credential
 _SAFE = ("GET", "HEAD", "OPTIONS")
 _PER = 60  # seconds of the rate's window
-LOOK_AGAIN_S = 5.0  # at most, between two looks at who is answered for long
 LOGINS = 30  # of one address that may fail in a minute
 _LEFT = "airlock.rate"  # in a connection's state: the headers of its answer
 
@@ -151,43 +147,6 @@ def the_gate(connection: HTTPConnection) -> Gate:
     if not hasattr(state, "gate"):
         state.gate = Gate(the_service(connection))
     return state.gate
-
-
-@asynccontextmanager
-async def while_let_in(connection: HTTPConnection) -> AsyncGenerator[None]:
-    """Its body is cancelled once who asks is let in no more, or may do less than when `Door` let it in.
-
-    Raises Problem (401, 403) then, or StoreError where that cannot be told.
-    """
-    raised: list[Exception] = []
-
-    async def watch(scope: anyio.CancelScope) -> None:
-        try:
-            await _until_shut_out(connection)
-        except (Problem, AirlockError) as error:
-            raised.append(error)
-        scope.cancel()
-
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(watch, tasks.cancel_scope)
-        try:
-            yield
-        except Exception as error:  # raised below: the task group would wrap it
-            raised.insert(0, error)
-        tasks.cancel_scope.cancel()
-    if raised:
-        raise raised[0]
-
-
-async def _until_shut_out(connection: HTTPConnection) -> None:
-    """Raises Problem, StoreError."""
-    gate, before = the_gate(connection), principal_of(connection)
-    while True:
-        # Jittered: streams that began together, after a restart, do not look together for ever.
-        await anyio.sleep(LOOK_AGAIN_S * (0.6 + 0.4 * secrets.randbelow(1000) / 1000))
-        now = await gate.principal(connection)
-        if now.tenant != before.tenant or not now.scopes >= before.scopes:
-            raise unauthorized()
 
 
 def allowed(scope: Scope) -> Callable[..., Awaitable[Principal]]:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.routing import Match
 
 from orchestrator.core.errors import AirlockError
 from orchestrator.server.access import Door
+from orchestrator.server.openapi import document, operation_id
 from orchestrator.server.problems import Problem, problem_of
 from orchestrator.server.routes import admin, audit, chat, contexts, ops, queries, viewer
 from orchestrator.server.service import Service
@@ -35,6 +35,7 @@ def make_app(service: Service) -> FastAPI:
         redoc_url=None,
         openapi_url="/openapi.json",
         redirect_slashes=False,
+        generate_unique_id_function=operation_id,
     )
     app.state.service = service
     app.add_middleware(Door, answer=_answer)
@@ -90,12 +91,19 @@ async def _not_valid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     faults: Sequence[Any] = error.errors()
     if any(fault["type"] == "json_invalid" for fault in faults):
-        return _answer(request, Problem(400, "bad-json", "the body is not JSON"))
+        return _answer(request, Problem(400, "bad-request", "the body is not JSON"))
     if any(fault["loc"] == ("body",) for fault in faults) and not request.headers.get("content-type", "").count("json"):
         return _answer(request, Problem(422, "bad-request", "send a body with Content-Type: application/json"))
-    told = [{"at": _place(fault["loc"]), "is": str(fault["msg"])} for fault in faults[:_MOST_FAULTS]]
+    told = [{"at": _place(fault["loc"]), "is": _said(fault)} for fault in faults[:_MOST_FAULTS]]
     first = f"{told[0]['at']}: {told[0]['is']}" if told else "it is not as it has to be"
     return _answer(request, Problem(422, "bad-request", first[:500], errors=told))
+
+
+def _said(fault: Mapping[str, Any]) -> str:
+    """A regular expression is no line that says what to do; the document has it, and an example."""
+    if fault["type"] == "string_pattern_mismatch":
+        return "is not written as this has to be: see /openapi.json"
+    return str(fault["msg"])
 
 
 def _place(where: Sequence[object]) -> str:
@@ -113,11 +121,5 @@ async def _fault(request: Request, error: Exception) -> Response:
 
 def _openapi(app: FastAPI) -> dict[str, Any]:
     if not app.openapi_schema:
-        made = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
-        for name in ("HTTPValidationError", "ValidationError"):  # FastAPI's own shape, which is not ours
-            made["components"]["schemas"].pop(name, None)
-        for operation in (each for path in made["paths"].values() for each in path.values()):
-            if "HTTPValidationError" in str(operation["responses"].get("422")):  # it has none of its own
-                del operation["responses"]["422"]
-        app.openapi_schema = made
+        app.openapi_schema = document(app)
     return app.openapi_schema

@@ -9,6 +9,7 @@ from typing import Any
 
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
+from pydantic.json_schema import SkipJsonSchema
 
 from orchestrator.core.errors import (
     AirlockError,
@@ -61,13 +62,25 @@ class Problem(Exception):
         return JSONResponse(self.body(), self.status, self.headers, MEDIA_TYPE)
 
 
+class FaultBody(BaseModel):
+    """One thing that is wrong in a request."""
+
+    at: str = Field(examples=["body.budget_usd"])
+    what: str = Field(alias="is", examples=["Input should be a valid string"])
+
+
 class ProblemBody(BaseModel):
-    """Problem details (RFC 9457). type: `urn:airlock:KIND`. detail: one line that says what is wrong."""
+    """Problem details (RFC 9457). type: `urn:airlock:KIND`. detail: one line that says what is wrong.
+
+    rule: the policy's key that is in the way. errors: of a request that is not as it has to be, all that is wrong.
+    """
 
     type: str = Field(examples=["urn:airlock:unauthorized"])
     title: str = Field(examples=["Unauthorized"])
     status: int = Field(examples=[401])
     detail: str = Field(examples=["this needs a valid API key, token or session"])
+    rule: str | SkipJsonSchema[None] = Field(None, examples=["money.query"])
+    errors: list[FaultBody] | SkipJsonSchema[None] = None
 
 
 _SAID = {

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -17,7 +16,7 @@ from orchestrator.auditing import Books
 from orchestrator.core.policy import Policy
 from orchestrator.core.units import read_usd, usd
 from orchestrator.proxy.account import Account
-from orchestrator.server.problems import Problem
+from orchestrator.server.paging import cut, read_cursor
 from orchestrator.store import journal, ledger
 from orchestrator.store.journal import Connection
 from orchestrator.store.prepared import Prepared
@@ -25,6 +24,7 @@ from orchestrator.store.schema import queries, records, scopes
 
 _SHOWN = {"open": "running"}  # the database's word -> ours
 _CUT = 200  # characters of a question in a list
+_ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{10}", re.ASCII)
 
 _columns = (queries.c.id, queries.c.tenant, queries.c.status, queries.c.opened_at)
 _find = Prepared(sa.select(*_columns).where(queries.c.id == sa.bindparam("q")))
@@ -43,6 +43,9 @@ class Listed:
 
 
 def find(tx: Connection, query: str) -> Listed | None:
+    """query: any text; what is no id is not there."""
+    if not _ID.fullmatch(query):
+        return None
     return next((Listed(*row) for row in _find(tx, {"q": query})), None)
 
 
@@ -54,29 +57,10 @@ def page(
     if status is not None:
         wanted = wanted.where(queries.c.status == {ours: name for name, ours in _SHOWN.items()}.get(status, status))
     if cursor is not None:
-        wanted = wanted.where(sa.tuple_(queries.c.opened_at, queries.c.id) < sa.tuple_(*read_cursor(cursor)))
+        wanted = wanted.where(sa.tuple_(queries.c.opened_at, queries.c.id) < sa.tuple_(*read_cursor("queries", cursor)))
     rows = tx.execute(wanted.order_by(queries.c.opened_at.desc(), queries.c.id.desc()).limit(most + 1)).all()
-    listed = [Listed(row.id, row.tenant, row.status, row.opened_at) for row in rows[:most]]
-    last = listed[-1] if len(rows) > most else None
-    return listed, None if last is None else make_cursor(last.opened_at, last.id)
-
-
-def make_cursor(at: str, name: str) -> str:
-    """A place in a list that is ordered by time and id. It tells nothing that the list does not."""
-    return base64.urlsafe_b64encode(f"{at} {name}".encode()).decode().rstrip("=")
-
-
-def read_cursor(text: str) -> tuple[str, str]:
-    """Raises Problem."""
-    try:
-        at, name = (
-            base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True).decode("ascii").split(" ")
-        )
-    except (binascii.Error, ValueError):
-        raise Problem(422, "bad-request", "this is no cursor: take the one that the page before gave") from None
-    if not (at + name).isprintable():
-        raise Problem(422, "bad-request", "this is no cursor: take the one that the page before gave")
-    return at, name
+    listed = [Listed(row.id, row.tenant, row.status, row.opened_at) for row in rows]
+    return cut("queries", listed, most, lambda row: (row.opened_at, row.id))
 
 
 def summary(tx: Connection, books: Books, query: Listed) -> dict[str, Any]:
@@ -112,7 +96,7 @@ def _shown(tx: Connection, books: Books, query: Listed, *, whole: bool) -> dict[
         "sub_models": asked["sub_models"],
         "backend": asked["backend"],
         "isolation": asked["isolation"],
-        "context": {name: context[name] for name in ("id", "kind", "bytes", "chars")},
+        "context": {**{name: context[name] for name in ("id", "kind", "bytes")}, "characters": context["chars"]},
         "cost_usd": usd(spent),
         "held_usd": usd(held),
         "limit_usd": asked["limit_usd"],

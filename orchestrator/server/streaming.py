@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from orchestrator.core.errors import AirlockError
-from orchestrator.server.access import while_let_in
+from orchestrator.server.lasting import while_let_in
 from orchestrator.server.problems import Problem
 
 HEARTBEAT_S = 15.0

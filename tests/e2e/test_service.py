@@ -61,8 +61,13 @@ def test_a_stream_has_what_happens_as_it_happens(airlock: Airlock):
 def test_an_idempotency_key_gives_the_query_of_before(airlock: Airlock):
     with served(airlock) as server, server.client() as client:
         body = {"question": "q", "context": {"text": "a"}}
-        asked = [client.post("/v1/queries", json=body, headers={"Idempotency-Key": "k"}) for _ in range(2)]
-        assert [answer.status_code for answer in asked] == [202, 202]
+        asked = [
+            client.post("/v1/queries", json=body, headers={"Idempotency-Key": "k", **more})
+            for more in ({"Prefer": "wait=999999"}, dict[str, str]())
+        ]
+        assert [answer.status_code for answer in asked] == [200, 200], "it has ended"
+        assert asked[0].headers["Preference-Applied"] == "wait=300"
+        assert "Preference-Applied" not in asked[1].headers
         assert asked[0].json()["id"] == asked[1].json()["id"]
         assert "Idempotency-Replayed" not in asked[0].headers
         assert asked[1].headers["Idempotency-Replayed"] == "true"
@@ -72,6 +77,16 @@ def test_an_idempotency_key_gives_the_query_of_before(airlock: Airlock):
         with server.client("other") as another:
             apart = another.post("/v1/queries", json=body, headers={"Idempotency-Key": "k"})
             assert apart.json()["id"] != asked[0].json()["id"]
+
+
+def test_a_query_of_before_that_runs_is_no_answer_yet(airlock: Airlock):
+    with served(airlock, script=SLOW) as server, server.client() as client:
+        body = {"question": "q", "context": {"text": "a"}}
+        asked = [client.post("/v1/queries", json=body, headers={"Idempotency-Key": "k"}) for _ in range(2)]
+        assert [answer.status_code for answer in asked] == [202, 202]
+        assert asked[1].headers["Idempotency-Replayed"] == "true"
+        assert asked[1].json()["context"] == {**asked[1].json()["context"], "bytes": 1, "characters": 1}
+        client.post(f"/v1/queries/{asked[0].json()['id']}/cancel")
 
 
 def test_an_idempotency_key_makes_one_query_of_many_requests_at_once(airlock: Airlock):

@@ -162,6 +162,7 @@ def test_a_query_is_run_again(airlock: Airlock):
         before = airlock.rows("SELECT count(*) FROM records"), airlock.rows("SELECT count(*) FROM reservations")
         done = post(client, query).json()
         assert done["same"], done
+        assert done["id"] == query
         assert [(cell["node"], cell["cell"], cell["verdict"]) for cell in done["cells"]] == [
             ("root", 1, "same"),
             ("root", 2, "same"),

@@ -521,14 +521,10 @@ def test_a_list_has_pages(server: Served):
                 break
             query["cursor"] = page["next"]
         assert found == made[::-1] or sorted(found) == sorted(made)  # in one millisecond there may be several
-        for cursor in ("", "x", "\0", "2026", page_cursor(made[0]) + "0"):
-            assert client.get("/v1/contexts", params={"cursor": cursor}).status_code == 422
+        for cursor in ("", "x", "\0", "2026", f"2026-01-01T00:00:00.000Z_{made[0]}"):
+            assert kind(client.get("/v1/contexts", params={"cursor": cursor}), 422) == "bad-request"
         for limit in (0, 201, "x"):
             assert client.get("/v1/contexts", params={"limit": limit}).status_code == 422
-
-
-def page_cursor(context: str) -> str:
-    return f"2026-01-01T00:00:00.000Z_{context}"
 
 
 def test_a_query_keeps_what_it_began_with(airlock: Airlock):

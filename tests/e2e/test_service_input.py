@@ -37,6 +37,9 @@ WRONG: dict[str, tuple[dict[str, Any], int]] = {
     "absolute path": ({**GOOD, "context": {"documents": [{"path": "/etc/passwd", "text": "a"}]}}, 422),
     "path with a line break": ({**GOOD, "context": {"documents": [{"path": "a\nb", "text": "a"}]}}, 422),
     "no schema": ({**GOOD, "answer_schema": {"type": "nonsense"}}, 422),
+    "large schema": ({**GOOD, "answer_schema": {"const": "x" * 65_536}}, 413),
+    "more structure than a body has": ({**GOOD, "context": {"json": [[]] * 87_381}}, 413),
+    "more fields than a body has": ({**GOOD, **{f"field{number}": 0 for number in range(50_000)}}, 413),
     "context of nobody": ({**GOOD, "context": {"id": "0" * 64}}, 404),
     "context id with a path": ({**GOOD, "context": {"id": "../../../etc/passwd"}}, 422),
 }
@@ -60,10 +63,19 @@ def test_bodies_that_are_not_as_they_have_to_be(airlock: Airlock):
 @pytest.mark.parametrize("path", ["x", "20261126-010203-0123456789", "%00", "..%2f..", "a" * 3000])
 def test_ids_that_are_none(airlock: Airlock, path: str):
     with served(airlock) as server, server.client() as client:
-        for route in ("", "/events", "/spend"):
-            assert client.get(f"/v1/queries/{path}{route}").status_code in (404, 422)
-        assert client.post(f"/v1/queries/{path}/cancel").status_code in (404, 405, 422)
-        assert client.get("/v1/queries", params={"cursor": path}).status_code == 422
+        unknown = client.get("/v1/queries/20260101-000000-0123456789")
+        assert (unknown.status_code, unknown.json()["detail"]) == (404, "there is no such query")
+        audits = ("records", "verify", "proof/0", "export")
+        for route in ("", "/events", "/spend", *(f"/{name}" for name in audits)):
+            where = "audit/queries" if route[1:] in audits else "queries"
+            answer = client.get(f"/v1/{where}/{path}{route}")
+            assert answer.status_code == 404, (route, answer.text)
+            if "%2f" not in path:  # which is another path
+                assert answer.json() == unknown.json(), route
+        for route in ("queries/{}/cancel", "audit/queries/{}/replay"):
+            assert client.post(f"/v1/{route.format(path)}").status_code == 404
+        if path != "%00":
+            assert client.get("/v1/queries", params={"cursor": path}).status_code == 422
 
 
 def test_nobody_is_let_in_without_a_key(airlock: Airlock):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -17,8 +18,10 @@ from orchestrator.core.api_keys import parse_key
 from orchestrator.core.errors import StoreError
 from orchestrator.core.policy_file import parse_policy
 from orchestrator.server.desk import Ask, Desk
+from orchestrator.server.paging import make_cursor
 from orchestrator.server.problems import ProblemBody
 from orchestrator.server.service import Principal
+from orchestrator.server.under_way import UnderWay
 from orchestrator.store import journal, ledger
 from orchestrator.store.schema import tenants
 from orchestrator.store.scope import Scope
@@ -68,6 +71,7 @@ def test_a_tenants_life(there: Small):
         "policy_sha256": None,
         "damaged": [],
         "policy": None,
+        "policy_yaml": None,
         "effective_policy_sha256": DEFAULT.sha256(),
         "issuer": None,
     }
@@ -85,13 +89,47 @@ def test_a_tenants_life(there: Small):
 def test_tenants_are_listed_in_pages(there: Small):
     for name in ("b", "a", "C"):
         add(there, name)
-    seen, after = list[str](), ""
-    while after is not None:
-        page = there.client.get("/v1/admin/tenants", params={"limit": 2, "after": after}).json()
-        seen += [row["name"] for row in page["tenants"]]
-        after = page["next"]
+    seen = [row["name"] for row in paged(there, "/v1/admin/tenants", "tenants")]
     assert seen == ["C", "a", "b", "ops"]
     assert there.client.get("/v1/admin/tenants").json()["next"] is None
+
+
+def paged(there: Small, path: str, rows: str) -> list[dict[str, Any]]:
+    """All rows of a list, two by two."""
+    seen, asked = list[dict[str, Any]](), dict[str, Any](limit=2)
+    while True:
+        page = there.client.get(path, params=asked).json()
+        assert page.keys() == {rows, "next"}
+        assert 0 < len(page[rows]) <= 2
+        seen += page[rows]
+        if page["next"] is None:
+            return seen
+        asked["cursor"] = page["next"]
+
+
+def test_keys_are_listed_in_pages(there: Small):
+    add(there)
+    made = [there.client.post("/v1/admin/tenants/acme/keys", json={"label": f"number {n}"}).json() for n in range(5)]
+    seen = paged(there, "/v1/admin/tenants/acme/keys", "keys")
+    assert sorted(row["id"] for row in seen) == sorted(key["id"] for key in made)
+    assert seen == there.client.get("/v1/admin/tenants/acme/keys").json()["keys"]
+    assert seen == sorted(seen, key=lambda row: (row["created_at"], row["id"]))
+
+
+@pytest.mark.parametrize("path", ["/v1/queries", "/v1/contexts", "/v1/admin/tenants", "/v1/admin/tenants/ops/keys"])
+def test_what_is_no_cursor_of_a_list_is_told_alike(there: Small, path: str):
+    name = path.rpartition("/")[2]
+    own = make_cursor(name, "2026-01-01T00:00:00.000Z", "a")
+    there.client.headers.update(there.bearer("admin", "read", tenant="ops"))
+    assert there.client.get(path, params={"cursor": own}).status_code == 200
+    other = make_cursor("others", "2026-01-01T00:00:00.000Z", "a")
+    raw = (b"\xff", b"a", f"{name} a".encode(), f"{name} a b c".encode(), f"{name} \0 a".encode())
+    made = [base64.urlsafe_b64encode(each).decode().rstrip("=") for each in raw]
+    for cursor in ("", " ", "x", "\0", "é", "a" * 401, own + "=", own + "AAAA", other, *made):
+        told = problem(there.client.get(path, params={"cursor": cursor}), 422, "bad-request")
+        assert told["detail"] == "this is no cursor: take `next` of the page before", cursor
+    for limit in (0, 201, "x"):
+        problem(there.client.get(path, params={"limit": limit}), 422, "bad-request")
 
 
 def test_a_tenant_with_a_policy(there: Small):
@@ -113,7 +151,10 @@ def test_a_tenant_whose_policy_is_damaged(there: Small):
     assert (shown["policy"], shown["policy_sha256"], shown["effective_policy_sha256"]) == (None, None, None)
     run = there.client.portal
     assert run
-    desk = there.service.desk = run.call(Desk, there.service.platform, there.registry, there.service.settings)
+    service = there.service
+    quiet = lambda *_said: None  # noqa: E731
+    service.under_way = run.call(UnderWay, service.platform, there.registry, 1, 0.0, quiet, quiet)
+    desk = service.desk = Desk(service.platform, service.settings, service.under_way)
     mine = there.bearer("read", "query")
     for path, kind in (("/v1/budgets", "store-unavailable"), ("/v1/models", "store_unavailable")):
         answer = there.client.get(path, headers=mine)
@@ -141,7 +182,7 @@ def test_a_key_is_shown_once(there: Small):
     assert key
     assert (made["id"], made["label"], made["scopes"]) == (key.id, "ci", ["query", "read"])
     listed = there.client.get("/v1/admin/tenants/acme/keys")
-    assert listed.json() == {"keys": [made]}
+    assert listed.json() == {"keys": [made], "next": None}
     assert key.secret not in listed.text
     assert there.client.get("/v1/session", headers={"Authorization": f"Bearer {key.text}"}).json()["tenant"] == "acme"
     assert there.client.delete(f"/v1/admin/tenants/acme/keys/{key.id}").status_code == 204
@@ -258,7 +299,7 @@ def test_texts_that_are_no_policies(there: Small, text: str):
     add(there)
     for sent in ({"content": text.encode(), "headers": YAML}, {"json": {"yaml": text}}):
         answer = there.client.post("/v1/admin/policies/validate", **sent)
-        if answer.status_code != 422:  # what is too long for the form of the request
+        if answer.status_code not in (413, 422):  # what is too long, or too much, for the form of the request
             said = answer.json()
             assert said["valid"] is False
             assert said["faults"], said
@@ -306,6 +347,17 @@ def test_a_policy_is_put_in_force(there: Small):
     assert there.client.delete("/v1/admin/tenants/acme/policy").status_code == 204
     assert there.client.get("/v1/admin/tenants/acme").json()["policy"] is None
     assert [action for action, _ in actions(there)] == ["tenant.added", "policy.set", "policy.removed"]
+
+
+def test_a_policy_that_is_shown_can_be_sent_back(there: Small):
+    made = add(there, policy=STRICT)
+    assert (made["policy"]["models"]["root"], made["policy"]["time"]["idle"]) == (["*"], "1 min")
+    assert made["policy_yaml"].startswith("models:\n  root: ['*']\n")
+    changed = json.dumps({**made["policy"], "time": {**made["policy"]["time"], "idle": "30 s"}})
+    for sent, idle in ((made["policy_yaml"], "1 min"), (changed, "30 s"), (json.dumps(made["policy"]), "1 min")):
+        shown = there.client.put("/v1/admin/tenants/acme/policy", json={"yaml": sent}).json()
+        assert shown["policy"]["time"]["idle"] == idle
+    assert {**shown, "created_at": ""} == {**made, "created_at": ""}
 
 
 def test_what_a_policy_would_change(there: Small):

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
+import anyio
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from orchestrator.core.context import Context
 from orchestrator.core.errors import AirlockError, ContextError, CountExceeded
+from orchestrator.server import inline
 from orchestrator.server.inline import Given, stored
 from orchestrator.server.problems import Problem, problem_of
 from orchestrator.server.service import Principal
@@ -140,6 +143,30 @@ async def test_what_a_tenant_has_stored_counts(service: Any):
     data = service.home / "contexts" / "data"
     until(lambda: len(list(data.iterdir())) == 2)  # what was refused does not stay
     await keep(service, {"text": "z" * 25}, BOB)
+
+
+async def test_nobody_waits_for_what_another_tenant_gives(service: Any, monkeypatch: pytest.MonkeyPatch):
+    """However much of it: one tenant's never has all places."""
+    ingest, go_on, ended = inline._ingest, Event(), list[str]()
+
+    def slow(service: Any, tenant: str, given: Any) -> Context:
+        if tenant == "ann":
+            go_on.wait(60)
+        ended.append(tenant)
+        return ingest(service, tenant, given)
+
+    monkeypatch.setattr(inline, "_ingest", slow)
+    async with anyio.create_task_group() as tasks:
+        for _ in range(10):
+            tasks.start_soon(keep, service, {"text": "of ann"})
+        await anyio.wait_all_tasks_blocked()
+        try:
+            with anyio.fail_after(30):
+                await keep(service, {"text": "of bob"}, BOB)
+            assert ended == ["bob"]
+        finally:
+            go_on.set()
+    assert ended == ["bob", *["ann"] * 10]
 
 
 @pytest.mark.parametrize("given", [{"text": ""}])

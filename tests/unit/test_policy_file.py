@@ -6,11 +6,12 @@ import itertools
 import re
 
 import pytest
+import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from orchestrator.core.errors import PolicyError
-from orchestrator.core.policy_file import parse_policy
+from orchestrator.core.policy_file import parse_policy, policy_text, policy_values
 from tests.unit.helpers import POLICIES, quick
 
 TEXT = (POLICIES / "default.yaml").read_text()
@@ -37,24 +38,46 @@ def test_the_shipped_policies_are_policies(name: str):
     parse_policy((POLICIES / name).read_text(), name)
 
 
+@pytest.mark.parametrize("name", sorted(path.name for path in POLICIES.glob("*.yaml")))
+def test_a_policy_that_is_written_can_be_read(name: str):
+    text = (POLICIES / name).read_text()
+    policy = parse_policy(text, name)
+    assert parse_policy(policy_text(policy), name) == policy
+
+
+def test_a_policy_is_shown_as_its_file_has_it():
+    read, written = yaml.safe_load(TEXT), policy_values(parse_policy(TEXT, "p"))
+    for section in ("models", "time", "counts", "tenant", "audit"):
+        assert written[section] == read[section]
+    assert written["sandbox"]["memory"] == read["sandbox"]["memory"]
+
+
+def test_a_policy_that_was_narrowed_is_written_too():
+    policy = parse_policy(TEXT, "p").narrowed(parse_policy(changed("root", "  root: [a, '*b']"), "p"))
+    assert policy_values(policy)["models"]["root"] == [["*"], ["a", "*b"]]
+    assert parse_policy(policy_text(policy), "p") == policy
+
+
 @pytest.mark.parametrize(
     ("key", "line", "said"),
     [
         ("prompt", "  prompt: 512", "models.prompt: needs a number and a unit"),
-        ("prompt", "  prompt: 0 B", "models.prompt: Input should be greater than 0"),
+        ("prompt", "  prompt: 0 B", "models.prompt: has to be more than 0"),
         ("cpu", "  cpu: 1 MiB", "sandbox.cpu: needs a number and a unit out of core, cores"),
         ("query", "  query: 1 EUR", "money.query: needs a number and a unit"),
         ("query", "  query:", "money.query: needs a number and a unit"),
         ("root", "  root: []", "models.root.0: must not be empty"),
-        ("root", "  root: gpt", "models.root: Input should be a valid tuple"),
-        ("root", "  root: [1]", "models.root.0.0: Input should be a valid string"),
-        ("iterations", "  iterations: 30.0", "counts.iterations: Input should be a valid integer"),
-        ("iterations", "  iterations: true", "counts.iterations: Input should be a valid integer"),
-        ("iterations", "  iterations: 0", "counts.iterations: Input should be greater than or equal to 1"),
-        ("iterations", "  iterations: 99999999999999999999", "counts.iterations: Input should be less than"),
-        ("depth", "  depth: 9", "counts.depth: Input should be less than or equal to 8"),
+        ("root", "  root: gpt", "models.root: has to be a list of names"),
+        ("root", "  root: [1]", "models.root.0.0: has to be a name"),
+        ("iterations", "  iterations: 30.0", "counts.iterations: has to be a whole number"),
+        ("iterations", "  iterations: true", "counts.iterations: has to be a whole number"),
+        ("iterations", "  iterations: 0", "counts.iterations: has to be at least 1"),
+        ("iterations", "  iterations: 99999999999999999999", "counts.iterations: has to be 9007199254740991 at most"),
+        ("depth", "  depth: 9", "counts.depth: has to be 8 at most"),
         ("payloads", "  payloads: some", "audit.payloads: has to be keep, hash, or a list of question, policy"),
-        ("verify_context", "  verify_context: 1", "audit.verify_context: Input should be a valid boolean"),
+        ("verify_context", "  verify_context: 1", "audit.verify_context: has to be true or false"),
+        ("image", "  image: perl", "sandbox.image: has to be 'python' or 'data'"),
+        ("fallbacks", f"  fallbacks: [{'a, ' * 9}]", "models.fallbacks: has to have 8 parts at most"),
         ("pids", "  pidz: 64", "sandbox.pidz: is not a key of policies; policies/README.md lists them"),
         ("pids", "  64: 64", "sandbox.64: is not a key of policies; policies/README.md lists them"),
     ],

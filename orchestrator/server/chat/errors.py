@@ -34,7 +34,6 @@ _CODES = {
     "unauthorized": "invalid_api_key",
     "rate-limited": "rate_limit_exceeded",
     "bad-request": None,
-    "bad-json": None,
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Path, Query, Response
+from fastapi import APIRouter, Path, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from orchestrator.core.api_keys import EVERYDAY, Scope
@@ -12,6 +12,7 @@ from orchestrator.core.issuers import Issuer
 from orchestrator.core.policy_file import MAX_CHARS
 from orchestrator.core.tenants import NAME
 from orchestrator.server.admin_views import (
+    KEY,
     Admin,
     Given,
     KeyView,
@@ -26,14 +27,19 @@ from orchestrator.server.admin_views import (
     view_of,
     view_of_key,
 )
+from orchestrator.server.paging import NEXT, Cursor, Limit, cut, read_cursor
 from orchestrator.server.problems import Problem, documented, not_found
 from orchestrator.server.routes import policies
 from orchestrator.server.structure import JsonRoute
 from orchestrator.server.tokens import require_usable
+from orchestrator.store.registered import KeyRow
 
 router = APIRouter(prefix="/v1/admin", tags=["admin"], route_class=JsonRoute)
 router.include_router(policies.router)
-KeyId = Annotated[str, Path(pattern=r"^[a-z2-7]{12}$", description="a key's id", examples=["abcdefgh2345"])]
+KeyId = Annotated[
+    str,
+    Path(description="a key's id", examples=["abcdefgh2345"], json_schema_extra={"pattern": "^[a-z2-7]{12}$"}),
+]
 
 
 class NewTenant(Given):
@@ -56,42 +62,39 @@ class NewKey(Given):
 
 
 class TenantPage(BaseModel):
-    """next: what `after` has to be for the next page; null on the last."""
-
     tenants: list[TenantSummary]
-    next: str | None
+    next: str | None = Field(description=NEXT)
 
 
 class MadeKey(KeyView):
     """key: the key itself, which is not to be had again."""
 
+    model_config = ConfigDict(json_schema_extra={"examples": [{**KEY, "status": "live", "key": "al_..."}]})
+
     key: str
 
 
-class KeyList(BaseModel):
+class KeyPage(BaseModel):
     keys: list[KeyView]
+    next: str | None = Field(description=NEXT)
 
 
 # Tenants
 
 
 @router.get("/tenants", response_model=TenantPage, responses=documented(403, 422, 429, 503))
-async def list_tenants(
-    service: The,
-    _admin: Admin,
-    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
-    after: Annotated[str, Query(max_length=64, description="the last name of the page before")] = "",
-) -> dict[str, Any]:
+async def list_tenants(service: The, _admin: Admin, limit: Limit = 50, cursor: Cursor = None) -> dict[str, Any]:
     """All tenants, by name."""
+    _, after = ("", "") if cursor is None else read_cursor("tenants", cursor)
     rows = await in_thread(service.registry.tenants, after, limit + 1)
-    page = rows[:limit]
-    return {"tenants": [summary_of(row) for row in page], "next": page[-1].name if len(rows) > limit else None}
+    page, following = cut("tenants", rows, limit, lambda row: (row.created_at, row.name))
+    return {"tenants": [summary_of(row) for row in page], "next": following}
 
 
 @router.post(
     "/tenants", status_code=201, response_model=TenantView, responses=documented(400, 403, 409, 413, 422, 429, 503)
 )
-async def add_tenant(service: The, admin: Admin, response: Response, new: NewTenant) -> dict[str, Any]:
+async def create_tenant(service: The, admin: Admin, response: Response, new: NewTenant) -> dict[str, Any]:
     """Add a tenant."""
     policy = None if new.policy is None else await in_thread(policies.policy_of, new.policy)
     row = await in_thread(service.registry.add_tenant, new.name, policy, by=by(admin))
@@ -124,11 +127,21 @@ async def restore_tenant(service: The, admin: Admin, tenant: TenantName) -> dict
 # Keys
 
 
-@router.get("/tenants/{tenant}/keys", response_model=KeyList, responses=documented(403, 404, 422, 429, 503))
-async def list_keys(service: The, _admin: Admin, tenant: TenantName) -> dict[str, Any]:
-    """All keys that the tenant ever had, without their secrets."""
+@router.get("/tenants/{tenant}/keys", response_model=KeyPage, responses=documented(403, 404, 422, 429, 503))
+async def list_keys(
+    service: The, _admin: Admin, tenant: TenantName, limit: Limit = 50, cursor: Cursor = None
+) -> dict[str, Any]:
+    """All keys that the tenant ever had, the oldest first, without their secrets."""
     await the_tenant(service, tenant)
-    return {"keys": [view_of_key(row) for row in await in_thread(service.registry.keys, tenant)]}
+    after = ("", "") if cursor is None else read_cursor("keys", cursor)
+    # In the order of bytes, as the cursor is compared: not every database has it.
+    rows = sorted(await in_thread(service.registry.keys, tenant), key=_place)
+    page, following = cut("keys", [row for row in rows if _place(row) > after], limit, _place)
+    return {"keys": [view_of_key(row) for row in page], "next": following}
+
+
+def _place(row: KeyRow) -> tuple[str, str]:
+    return row.created_at, row.id
 
 
 @router.post(

@@ -91,10 +91,10 @@ class CellView(BaseModel):
 
 
 class ReplayView(BaseModel):
-    """same: nothing that was compared is different."""
+    """id: of the query. same: nothing that was compared is different."""
 
     same: bool
-    query_id: str
+    id: str
     backend: str
     isolation: str
     cells: list[CellView]
@@ -247,7 +247,8 @@ async def replay_query(request: Request, service: The, principal: Audits, query:
         most_s = min(past.rules.time.query, (await service.desk.policy_of(tenant)).time.query) / 1000
         notes = [] if past.backend == platform.backend.name else [f"it ran in {past.backend}"]
         run = partial(replay_in, past, platform.backend, platform.pool, platform.contexts, notes, most_s=most_s)
-        return (await _while_there(request, service, partial(platform.sheltered, run))).report()
+        done = (await _while_there(request, service, partial(platform.sheltered, run))).report()
+        return {"id": done.pop("query_id"), **done}
     finally:
         _replaying.remove(tenant)
 

@@ -21,17 +21,17 @@ from starlette.types import Receive, Scope, Send
 from orchestrator.core.errors import AirlockError, RequestError
 from orchestrator.core.units import NANO
 from orchestrator.server import inline, queries_view, schemas
-from orchestrator.server.access import while_let_in
 from orchestrator.server.chat import errors
 from orchestrator.server.chat.conversation import read
 from orchestrator.server.chat.errors import documented, error_response, speaks
 from orchestrator.server.chat.reasoning import Reasoning
 from orchestrator.server.chat.request import PREFIX, ChatRequest, JsonFormat, Ours, SchemaFormat
 from orchestrator.server.desk import Ask
+from orchestrator.server.lasting import while_let_in
 from orchestrator.server.problems import Problem, come_again, problem_of
 from orchestrator.server.routes.queries import Asks, Reads, The, own
 from orchestrator.server.service import Principal, Service
-from orchestrator.server.streaming import EVENTS, EventStream, event
+from orchestrator.server.streaming import EventStream, event
 from orchestrator.server.structure import JsonRoute
 
 PIECE = 4000  # characters of an answer in one event
@@ -57,16 +57,16 @@ class ModelList(BaseModel):
 class Usage(BaseModel):
     """Of all calls of the query together."""
 
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
+    prompt_tokens: int = Field(examples=[2100])
+    completion_tokens: int = Field(examples=[180])
+    total_tokens: int = Field(examples=[2280])
 
 
 class Answered(BaseModel):
     """reasoning_content: null, for the steps are streamed as they happen or not at all."""
 
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str = Field(examples=["At nine."])
     refusal: None = None
     reasoning_content: None = None
 
@@ -81,14 +81,14 @@ class Choice(BaseModel):
 
 
 class QueryFacts(BaseModel):
-    """The query behind it; GET /v1/queries/{query_id} has more. cost_usd is exact."""
+    """The query behind it; GET /v1/queries/{query} has more. cost_usd is exact."""
 
-    query_id: str
-    status: str
-    reason: str
-    cost_usd: str
-    iterations: int | None
-    sub_calls: int | None
+    query_id: str = Field(examples=["20261126-010203-0123456789"])
+    status: str = Field(examples=["answered"])
+    reason: str = Field(examples=[""])
+    cost_usd: str = Field(examples=["0.001234"])
+    iterations: int | None = Field(examples=[2])
+    sub_calls: int | None = Field(examples=[1])
 
 
 class Completion(BaseModel):
@@ -102,7 +102,33 @@ class Completion(BaseModel):
 
 
 _DONE = b"data: [DONE]\n\n"
-_STREAM = {"text/event-stream": {**EVENTS, "example": 'data: {"object":"chat.completion.chunk"}\n\n'}}
+# `data` of each event but the last, which is [DONE]; one that is called `error` has an `ErrorAnswer`.
+_CHUNK: dict[str, Any] = {
+    "type": "object",
+    "required": ["id", "object", "created", "model", "choices"],
+    "properties": {
+        "id": {"type": "string"},
+        "object": {"const": "chat.completion.chunk"},
+        "created": {"type": "integer"},
+        "model": {"type": "string"},
+        "choices": {"type": "array", "maxItems": 1},
+        "usage": {"type": ["object", "null"]},
+        "airlock": {"type": "object"},
+    },
+}
+_STREAM: dict[str, Any] = {
+    "text/event-stream": {
+        "itemSchema": {
+            "type": "object",
+            "properties": {
+                "event": {"type": "string"},
+                "data": {"type": "string", "contentMediaType": "application/json", "contentSchema": _CHUNK},
+            },
+            "required": ["data"],
+        },
+        "example": 'data: {"object":"chat.completion.chunk"}\n\n',
+    }
+}
 
 
 @router.post(
@@ -113,7 +139,7 @@ _STREAM = {"text/event-stream": {**EVENTS, "example": 'data: {"object":"chat.com
         **documented(400, 401, 402, 403, 404, 408, 409, 413, 422, 429, 500, 502, 503),
     },
 )
-async def complete(
+async def create_chat_completion(
     request: Request,
     service: The,
     principal: Asks,
@@ -130,7 +156,8 @@ async def complete(
     before the question. Where nothing is long, the context is the conversation.
 
     With `stream`, the steps come as `reasoning_content` while they happen, and then the answer as `content`.
-    `response_format` holds the answer to a JSON Schema. `airlock` narrows what the query may.
+    `response_format` holds the answer to a JSON Schema of at most 64 KiB. `airlock` narrows what the query may. Of the
+    body at most 256 KiB may lie outside of its strings: what has more structure is given as a file.
 
     Taken without effect, as the operator says how models are asked: temperature, top_p, presence_penalty,
     frequency_penalty, logit_bias, seed, max_tokens, max_completion_tokens, top_logprobs, reasoning_effort, verbosity,
@@ -381,7 +408,7 @@ async def get_model(
     principal: Reads,
     model: Annotated[str, Path(min_length=1, max_length=512, examples=["rlm/gpt-5-mini"])],
 ) -> ModelView:
-    """One of these."""
+    """One of the tenant's models."""
     for found in (await list_models(service, principal)).data:
         if found.id == model:
             return found

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import anyio
 import anyio.from_thread
 import anyio.to_thread
-from fastapi import APIRouter, Depends, Header, Query, Response
+from fastapi import APIRouter, Depends, Header, Path, Query, Response
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from starlette.requests import ClientDisconnect, Request
 
@@ -26,6 +26,8 @@ from orchestrator.core.turns import Turns
 from orchestrator.server.access import allowed
 from orchestrator.server.housekeeping import remove_later
 from orchestrator.server.inline import in_turn
+from orchestrator.server.openapi import Moment
+from orchestrator.server.paging import NEXT, Cursor, Limit, cut, read_cursor
 from orchestrator.server.problems import Problem, documented, not_found
 from orchestrator.server.service import Principal, Service, the_service
 from orchestrator.server.structure import JsonRoute
@@ -40,11 +42,20 @@ OFFSET_TYPE = "application/offset+octet-stream"
 PIECE = 1 << 20  # bytes that are written at once
 _finishing = Turns(4)  # at once, which takes long: apart from contexts within requests, which does not
 _EXAMPLE = "5e884898da28047151d0e56f8dc6292773603d0d6aabbdd62a11ef721d1542d8"
-_CURSOR = r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{3}Z_[0-9a-f]{64}$"
+_UPLOAD = "7d1a4bd8f0c94c25a7e3f51f0c66a0de"
 
 router = APIRouter(prefix="/v1/contexts", tags=["contexts"], route_class=JsonRoute)
 Gives = Annotated[Principal, Depends(allowed("query"))]
 Reads = Annotated[Principal, Depends(allowed("read"))]
+
+
+def _named(name: str, what: str, pattern: str, example: str) -> Any:
+    """An id in the path. What is no id is as unknown as one of nobody's: the form is told, and refuses nothing."""
+    return Path(alias=name, description=what, examples=[example], json_schema_extra={"pattern": pattern})
+
+
+ContextId = Annotated[str, _named("context", "a context's id", "^[0-9a-f]{64}$", _EXAMPLE)]
+UploadId = Annotated[str, _named("upload", "an upload's id", "^[0-9a-f]{32}$", _UPLOAD)]
 
 
 def _printable(name: str) -> str:
@@ -71,20 +82,18 @@ class ContextView(BaseModel):
     bytes: Annotated[int, Field(examples=[1048576])]
     characters: Annotated[int | None, Field(examples=[1048576])]
     name: Annotated[str, Field(examples=["minutes of March"])]
-    created_at: Annotated[str, Field(examples=["2026-11-26T01:20:28.123Z"])]
+    created_at: Moment
 
 
-class ContextList(BaseModel):
-    """next: the cursor of the next page, null on the last."""
-
+class ContextPage(BaseModel):
     contexts: list[ContextView]
-    next: str | None
+    next: str | None = Field(description=NEXT)
 
 
 class UploadView(BaseModel):
     """offset: bytes that have come, of length. context: what became of it."""
 
-    id: Annotated[str, Field(examples=["7d1a4bd8f0c94c25a7e3f51f0c66a0de"])]
+    id: Annotated[str, Field(examples=[_UPLOAD])]
     offset: Annotated[int, Field(examples=[0])]
     length: Annotated[int, Field(examples=[1048576])]
     context: ContextView | None
@@ -117,7 +126,9 @@ def _body(media_type: str) -> dict[str, Any]:
     },
     openapi_extra=_body("application/octet-stream"),
 )
-async def put(request: Request, response: Response, principal: Gives, about: Annotated[About, Query()]) -> ContextView:
+async def put_context(
+    request: Request, response: Response, principal: Gives, about: Annotated[About, Query()]
+) -> ContextView:
     """Keep the body as a context. The same content is the same context, whatever it is called."""
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise Problem(415, "unsupported-encoding", "send the body without a Content-Encoding")
@@ -153,7 +164,7 @@ def _options() -> Response:
 
 
 @router.options("", status_code=204, response_class=Response)
-async def options(request: Request) -> Response:
+async def get_context_options(request: Request) -> Response:
     """What of tus there is, and how large an upload may be."""
     response = _options()
     response.headers["Tus-Max-Size"] = str(the_service(request).settings.upload_bytes)
@@ -170,7 +181,7 @@ async def options(request: Request) -> Response:
         **documented(400, 412, 413, *_ENDS),
     },
 )
-async def begin(
+async def begin_upload(
     request: Request,
     response: Response,
     principal: Gives,
@@ -190,15 +201,15 @@ async def begin(
     return UploadView(id=upload.id, offset=0, length=length, context=None)
 
 
-@router.options("/uploads/{upload_id}", status_code=204, response_class=Response)
-async def upload_options(upload_id: str) -> Response:
+@router.options("/uploads/{upload}", status_code=204, response_class=Response)
+async def get_upload_options(upload_id: UploadId) -> Response:
     """What of tus there is."""
-    del upload_id  # it is in the document, and anything will do
+    del upload_id  # of any, alike
     return _options()
 
 
 @router.head(
-    "/uploads/{upload_id}",
+    "/uploads/{upload}",
     dependencies=_TUS,
     response_class=Response,
     responses={
@@ -206,7 +217,7 @@ async def upload_options(upload_id: str) -> Response:
         **documented(404, 412, *_ENDS),
     },
 )
-async def how_far(request: Request, response: Response, principal: Gives, upload_id: str) -> Response:
+async def get_upload_offset(request: Request, response: Response, principal: Gives, upload_id: UploadId) -> Response:
     """How far an upload is."""
     uploads = _uploads(the_service(request))
     upload = await _find(uploads, principal, upload_id)
@@ -216,7 +227,7 @@ async def how_far(request: Request, response: Response, principal: Gives, upload
 
 
 @router.patch(
-    "/uploads/{upload_id}",
+    "/uploads/{upload}",
     status_code=204,
     dependencies=_TUS,
     response_class=Response,
@@ -226,10 +237,10 @@ async def how_far(request: Request, response: Response, principal: Gives, upload
     },
     openapi_extra=_body(OFFSET_TYPE),
 )
-async def go_on(
+async def append_upload(
     request: Request,
     principal: Gives,
-    upload_id: str,
+    upload_id: UploadId,
     offset: Annotated[int, Header(alias="Upload-Offset", ge=0, le=1 << 50, examples=[0])],
 ) -> Response:
     """Send the next piece. With the last one the context is made; see GET for what became of it."""
@@ -252,11 +263,11 @@ async def go_on(
 
 
 @router.get(
-    "/uploads/{upload_id}",
+    "/uploads/{upload}",
     response_model=UploadView,
     responses=documented(404, 413, 423, *_ENDS),
 )
-async def upload(request: Request, principal: Gives, upload_id: str) -> UploadView:
+async def get_upload(request: Request, principal: Gives, upload_id: UploadId) -> UploadView:
     """How far an upload is, and what became of it."""
     service = the_service(request)
     uploads = _uploads(service)
@@ -271,13 +282,13 @@ async def upload(request: Request, principal: Gives, upload_id: str) -> UploadVi
 
 
 @router.delete(
-    "/uploads/{upload_id}",
+    "/uploads/{upload}",
     status_code=204,
     dependencies=_TUS,
     response_class=Response,
     responses=documented(404, 412, 423, *_ENDS),
 )
-async def end(request: Request, principal: Gives, upload_id: str) -> Response:
+async def delete_upload(request: Request, principal: Gives, upload_id: UploadId) -> Response:
     """Give an upload up. The context that became of it stays."""
     uploads = _uploads(the_service(request))
     found = await _find(uploads, principal, upload_id)
@@ -291,27 +302,20 @@ async def end(request: Request, principal: Gives, upload_id: str) -> Response:
 # What there is
 
 
-@router.get("", response_model=ContextList, responses=documented(*_ENDS))
-async def contexts(
-    request: Request,
-    principal: Reads,
-    limit: Annotated[int, Query(ge=1, le=200)] = 50,
-    cursor: Annotated[str | None, Query(pattern=_CURSOR, examples=[f"2026-11-26T01:20:28.123Z_{_EXAMPLE}"])] = None,
-) -> ContextList:
+@router.get("", response_model=ContextPage, responses=documented(*_ENDS))
+async def list_contexts(request: Request, principal: Reads, limit: Limit = 50, cursor: Cursor = None) -> ContextPage:
     """The tenant's contexts, the newest first."""
-    at, _, last = (cursor or "").partition("_")
-    after = (at, last) if cursor else None
+    after = None if cursor is None else read_cursor("contexts", cursor)
     db = the_service(request).platform.db
     found = await anyio.to_thread.run_sync(
         lambda: db.look(lambda tx: holdings.listed(tx, principal.tenant, limit + 1, after))
     )
-    shown = found[:limit]
-    following = f"{shown[-1].at}_{shown[-1].id}" if len(found) > limit else None
-    return ContextList(contexts=[_view(held) for held in shown], next=following)
+    shown, following = cut("contexts", found, limit, lambda held: (held.at, held.id))
+    return ContextPage(contexts=[_view(held) for held in shown], next=following)
 
 
-@router.get("/{context_id}", response_model=ContextView, responses=documented(404, *_ENDS))
-async def context(request: Request, principal: Reads, context_id: str) -> ContextView:
+@router.get("/{context}", response_model=ContextView, responses=documented(404, *_ENDS))
+async def get_context(request: Request, principal: Reads, context_id: ContextId) -> ContextView:
     """One of the tenant's contexts. What it holds is not given out again."""
     found = await anyio.to_thread.run_sync(_look, the_service(request), principal.tenant, context_id)
     if found is None:
@@ -319,8 +323,8 @@ async def context(request: Request, principal: Reads, context_id: str) -> Contex
     return found
 
 
-@router.delete("/{context_id}", status_code=204, response_class=Response, responses=documented(404, *_ENDS))
-async def give_up(request: Request, principal: Gives, context_id: str) -> Response:
+@router.delete("/{context}", status_code=204, response_class=Response, responses=documented(404, *_ENDS))
+async def delete_context(request: Request, principal: Gives, context_id: ContextId) -> Response:
     """Have it no more. A query that began with it goes on; one that has ended cannot be replayed any more."""
     service = the_service(request)
     if not re.fullmatch("[0-9a-f]{64}", context_id):
@@ -426,10 +430,10 @@ def _about(metadata: str) -> About:
         told.setdefault("name", told.get("filename", ""))
         return About.model_validate({key: told[key] for key in told.keys() & About.model_fields.keys()})
     except (binascii.Error, UnicodeError):
-        raise Problem(400, "bad-metadata", "Upload-Metadata is not `key base64, key base64`") from None
+        raise Problem(400, "bad-request", "Upload-Metadata is not `key base64, key base64`") from None
     except ValidationError as error:
         fault = error.errors()[0]
-        raise Problem(422, "invalid", f"Upload-Metadata: {fault['loc'][0]}: {fault['msg']}") from None
+        raise Problem(422, "bad-request", f"Upload-Metadata: {fault['loc'][0]}: {fault['msg']}") from None
 
 
 def _elsewhere(offset: int) -> Problem:

@@ -131,15 +131,15 @@ def _readiness(request: Request) -> Readiness:
     return cast("Readiness", state.readiness)
 
 
-@router.get("/healthz", summary="Whether the process lives", response_model=Alive)
-async def healthz() -> Alive:
+@router.get("/healthz", summary="Whether the process lives.", response_model=Alive)
+async def get_health() -> Alive:
     """Needs nothing else to live: one that fails is to be started again."""
     return Alive(status="alive")
 
 
 @router.get(
     "/readyz",
-    summary="Whether queries are taken on",
+    summary="Whether queries are taken on.",
     response_model=Ready,
     responses={
         503: {
@@ -148,7 +148,7 @@ async def healthz() -> Alive:
         }
     },
 )
-async def readyz(request: Request) -> Ready:
+async def get_readiness(request: Request) -> Ready:
     """For whoever spreads requests over services: one that is not ready is sent none."""
     if away := await _readiness(request).away():
         raise come_again(503, "not-ready", f"not ready: {', '.join(away)}", away=away)
@@ -157,7 +157,7 @@ async def readyz(request: Request) -> Ready:
 
 @router.get(
     "/metrics",
-    summary="Metrics, for Prometheus",
+    summary="Metrics, for Prometheus.",
     response_class=Response,
     responses={
         200: {
@@ -167,7 +167,7 @@ async def readyz(request: Request) -> Ready:
         **documented(403, 429),
     },
 )
-async def metrics(request: Request, _principal: Annotated[Principal, Depends(allowed("metrics"))]) -> Response:
+async def get_metrics(request: Request, _principal: Annotated[Principal, Depends(allowed("metrics"))]) -> Response:
     """Of the service as a whole, so for a key with the scope `metrics`."""
     text, kind = await anyio.to_thread.run_sync(the_service(request).metrics.text)
     return Response(text, media_type=kind)

@@ -50,14 +50,14 @@ class PolicyText(Given):
 class Fault(BaseModel):
     """line: of the policy's text, from 1 on."""
 
-    line: int
-    what: str = Field(serialization_alias="is")
+    line: int = Field(examples=[2])
+    what: str = Field(serialization_alias="is", examples=["models.root: has to be a list of names"])
 
 
 class Validity(BaseModel):
-    valid: bool
-    sha256: str | None
-    faults: list[Fault]
+    valid: bool = Field(examples=[True])
+    sha256: str | None = Field(examples=["5e" * 32])
+    faults: list[Fault] = Field(examples=[[]])
 
 
 class KeyChange(BaseModel):
@@ -65,20 +65,20 @@ class KeyChange(BaseModel):
     than the service permits, which has no effect.
     """
 
-    key: str
-    now: Any
-    then: Any
-    change: Literal["none", "narrower", "wider", "other"]
-    beyond_platform: bool
+    key: str = Field(examples=["time.query"])
+    now: Any = Field(examples=["15 min"])
+    then: Any = Field(examples=["5 min"])
+    change: Literal["none", "narrower", "wider", "other"] = Field(examples=["narrower"])
+    beyond_platform: bool = Field(examples=[False])
 
 
 class Spending(BaseModel):
     """over: it is above the new limit already; nothing more can be spent."""
 
-    spent_usd: str
-    held_usd: str
-    limit_usd: str
-    over: bool
+    spent_usd: str = Field(examples=["0.75"])
+    held_usd: str = Field(examples=["0.00"])
+    limit_usd: str = Field(examples=["20.00"])
+    over: bool = Field(examples=[False])
 
 
 class DryRun(BaseModel):
@@ -152,7 +152,7 @@ async def validate_policy(_admin: Admin, text: Text) -> dict[str, Any]:
     responses=documented(400, 403, 404, 413, 415, 422, 429, 503),
     openapi_extra=_BODY,
 )
-async def try_policy(service: The, _admin: Admin, tenant: TenantName, text: Text) -> dict[str, Any]:
+async def dry_run_policy(service: The, _admin: Admin, tenant: TenantName, text: Text) -> dict[str, Any]:
     """What this policy would change for the tenant, and whether it has spent more than that already."""
     row, new = await the_tenant(service, tenant), await in_thread(policy_of, text)
     platform = service.platform.policy

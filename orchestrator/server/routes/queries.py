@@ -16,23 +16,29 @@ from pydantic import BaseModel, ConfigDict, Field
 from orchestrator.core.events import Recorded
 from orchestrator.core.units import NANO
 from orchestrator.server import inline, queries_view, schemas
-from orchestrator.server.access import allowed, while_let_in
+from orchestrator.server.access import allowed
 from orchestrator.server.desk import Ask
 from orchestrator.server.few import Few
+from orchestrator.server.lasting import while_let_in
+from orchestrator.server.openapi import Moment
+from orchestrator.server.paging import NEXT, Cursor, Limit, make_cursor
 from orchestrator.server.problems import documented
 from orchestrator.server.service import Principal, Service, of_request
-from orchestrator.server.streaming import EVENTS, EventStream, event
+from orchestrator.server.streaming import EventStream, event
 from orchestrator.server.structure import JsonRoute
 
 router = APIRouter(prefix="/v1", tags=["queries"], route_class=JsonRoute)
-MOST_WAIT_S = 300.0  # that a request waits for a query's end
+MOST_WAIT_S = 300  # that a request waits for a query's end
 _WAIT = re.compile(r"(?:^|,)\s*wait\s*=\s*\"?([0-9]{1,6})\"?\s*(?:$|[,;])", re.IGNORECASE)  # RFC 7240
 
 Status = Literal["queued", "running", "answered", "limit", "refused", "failed", "cancelled", "interrupted"]
+# What is no id is as unknown as one of nobody's: the form is told, and nothing is refused by it.
 QueryId = Annotated[
     str,
     Path(
-        pattern=r"^[0-9]{8}-[0-9]{6}-[0-9a-f]{10}$", description="a query's id", examples=["20261126-010203-0123456789"]
+        description="a query's id",
+        examples=["20261126-010203-0123456789"],
+        json_schema_extra={"pattern": "^[0-9]{8}-[0-9]{6}-[0-9a-f]{10}$"},
     ),
 ]
 _EXAMPLE: dict[str, Any] = {
@@ -75,7 +81,7 @@ _SUMMARY: dict[str, Any] = {
     "sub_models": ["gpt-5-nano"],
     "backend": "gvisor",
     "isolation": "gvisor",
-    "context": {"id": "5e" * 32, "kind": "text", "bytes": 22, "chars": 22},
+    "context": {"id": "5e" * 32, "kind": "text", "bytes": 22, "characters": 22},
     "cost_usd": "0.001234",
     "held_usd": "0.00",
     "limit_usd": "0.50",
@@ -85,6 +91,14 @@ _SUMMARY: dict[str, Any] = {
     "iterations": 2,
     "sub_calls": 1,
     "journal_head": "9a" * 32,
+}
+_RECORD: dict[str, Any] = {
+    "seq": 3,
+    "at": "2026-11-26T01:02:04.005Z",
+    "type": "cell.started",
+    "node": "root",
+    "body": {"turn": 1},
+    "payloads": {"code": "print(context[:200])"},
 }
 _SPEND: dict[str, Any] = {
     "limit_usd": "0.50",
@@ -109,10 +123,12 @@ def _shown_as(example: dict[str, Any]) -> ConfigDict:
 
 
 class ContextFacts(BaseModel):
+    model_config = _shown_as(_SUMMARY["context"])
+
     id: str
     kind: str
     bytes: int
-    chars: int
+    characters: int
 
 
 class QuerySummary(BaseModel):
@@ -122,8 +138,8 @@ class QuerySummary(BaseModel):
 
     id: str
     status: Status
-    created_at: str
-    ended_at: str | None
+    created_at: Moment
+    ended_at: Moment | None
     question: str | None
     model: str | None
     sub_models: list[str]
@@ -151,11 +167,11 @@ class QueryView(QuerySummary):
 
 class QueryPage(BaseModel):
     model_config = _shown_as(
-        {"queries": [_SUMMARY], "next": "MjAyNi0xMS0yNlQwMTowMjowMy4wMDRaIDIwMjYxMTI2LTAxMDIwMy0w"}
+        {"queries": [_SUMMARY], "next": make_cursor("queries", _SUMMARY["created_at"], _SUMMARY["id"])}
     )
 
     queries: list[QuerySummary]
-    next: str | None
+    next: str | None = Field(description=NEXT)
 
 
 class ModelSpend(BaseModel):
@@ -186,7 +202,7 @@ class Purse(BaseModel):
     spent_usd: str
     held_usd: str
     left_usd: str
-    resets_at: str
+    resets_at: Moment
 
 
 class QueryLimit(BaseModel):
@@ -221,6 +237,36 @@ class Budgets(BaseModel):
     queries: QueriesNow
 
 
+class RecordView(BaseModel):
+    """A record of the query's journal. payloads: those that are kept, as text."""
+
+    model_config = _shown_as(_RECORD)
+
+    seq: int
+    at: Moment
+    type: str
+    node: str
+    body: dict[str, Any]
+    payloads: dict[str, str]
+
+
+# One of these is an event; JSON Schema says so of text by what it holds.
+_STREAM: dict[str, Any] = {
+    "itemSchema": {
+        "type": "object",
+        "description": "id: the record's number; event: its type; data: the record",
+        "properties": {
+            "id": {"type": "string"},
+            "event": {"type": "string"},
+            "data": {
+                "type": "string",
+                "contentMediaType": "application/json",
+                "contentSchema": RecordView.model_json_schema(),
+            },
+        },
+        "required": ["data"],
+    },
+}
 _ASKED: dict[str, Any] = {
     "headers": {
         "Location": {"schema": {"type": "string"}, "description": "where the query is"},
@@ -238,12 +284,16 @@ The = Annotated[Service, Depends(of_request)]
     status_code=202,
     response_model=QueryView,
     responses={
-        200: {"model": QueryView, "description": "it ended within the time to wait", **_ASKED},
+        200: {
+            "model": QueryView,
+            "description": "it has ended: within the time to wait, or when it was asked before",
+            **_ASKED,
+        },
         202: {"description": "it is taken on", **_ASKED},
         **documented(400, 402, 403, 404, 409, 413, 422, 429, 503),
     },
 )
-async def ask(
+async def ask_query(
     request: Request,
     response: Response,
     service: The,
@@ -255,10 +305,17 @@ async def ask(
     ] = None,
     prefer: Annotated[
         str | None,
-        Header(max_length=255, description="`wait=30`: answer when the query has ended, or after so many seconds"),
+        Header(
+            max_length=255,
+            description=f"`wait=30`: answer when it has ended, or after so many seconds, {MOST_WAIT_S} at most",
+        ),
     ] = None,
 ) -> dict[str, Any]:
-    """Ask a question. It runs on whether or not anybody waits; Location says where it is."""
+    """Ask a question. It runs on whether or not anybody waits; Location says where it is.
+
+    Of the body at most 256 KiB may lie outside of its strings, and of `answer_schema` 64 KiB as JSON. A `json` context
+    with more structure, or very many documents, can be given by its id: see PUT /v1/contexts, kinds json and jsonl.
+    """
     if new.answer_schema is not None:
         await schemas.checked(principal, "answer_schema", new.answer_schema)
     context = await inline.stored(service, principal, new.context)
@@ -282,19 +339,22 @@ async def ask(
     if asked.replayed:
         response.headers["Idempotency-Replayed"] = "true"
     if wait := _WAIT.search(prefer or ""):
-        response.headers["Preference-Applied"] = f"wait={wait[1]}"
+        seconds = min(int(wait[1]), MOST_WAIT_S)
+        response.headers["Preference-Applied"] = f"wait={seconds}"
         async with while_let_in(request):
-            if await service.under_way.ended(asked.id, min(float(wait[1]), MOST_WAIT_S)):
-                response.status_code = 200
-    return await _view(service, principal, asked.id)
+            await service.under_way.ended(asked.id, seconds)
+    shown = await _view(service, principal, asked.id)
+    if (wait or asked.replayed) and shown["status"] not in ("queued", "running", "interrupted"):
+        response.status_code = 200
+    return shown
 
 
 @router.get("/queries", response_model=QueryPage, responses=documented(403, 422, 429, 503))
 async def list_queries(
     service: The,
     principal: Reads,
-    limit: Annotated[int, Query(ge=1, le=200)] = 50,
-    cursor: Annotated[str | None, Query(max_length=200, description="`next` of the page before")] = None,
+    limit: Limit = 50,
+    cursor: Cursor = None,
     status: Status | None = None,
 ) -> dict[str, Any]:
     """The tenant's queries, the newest first."""
@@ -356,13 +416,13 @@ async def get_spend(service: The, principal: Reads, query: QueryId) -> dict[str,
     responses={
         200: {
             "description": "records of the journal, as they are written",
-            "content": {"text/event-stream": EVENTS},
+            "content": {"text/event-stream": _STREAM},
         },
         204: {"description": "it has ended, and there is nothing after that record"},
         **documented(403, 404, 422, 429, 503),
     },
 )
-async def get_events(
+async def stream_events(
     service: The,
     principal: Reads,
     query: QueryId,
@@ -396,7 +456,7 @@ async def _events(service: Service, tenant: str, query: str, after: int) -> Asyn
 
 
 def shown(record: Recorded) -> dict[str, Any]:
-    """A record as the service gives it to those whose it is."""
+    """`RecordView`: a record as the service gives it to those whose it is."""
     return {
         "seq": record.seq,
         "at": record.at,

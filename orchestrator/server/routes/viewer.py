@@ -112,8 +112,8 @@ class SessionView(BaseModel):
     csrf: str | None
 
 
-@router.get("/v1/session", responses=documented(403, 429, 503), summary="Who has logged in")
-async def session(
+@router.get("/v1/session", responses=documented(403, 429, 503), summary="Who has logged in.")
+async def get_session(
     request: Request, response: Response, principal: Annotated[Principal, Depends(principal_of)]
 ) -> SessionView:
     """The tenant, what the key may do, and the token that a page sends along with whatever changes something."""
