@@ -195,7 +195,10 @@ class LiveEvidence(Evidence):
 
 
 class QueryEvidence(LiveEvidence):
-    """Of one query: its records, and what is on record about it in its tenant's own chain."""
+    """Of one query: its records, and what is on record about it in its tenant's own chain.
+
+    Of one that goes on, as much as the newest checkpoint has: it may have got further since that was signed.
+    """
 
     whole = False
     has_tiles = False
@@ -205,6 +208,11 @@ class QueryEvidence(LiveEvidence):
         self._query = query
         self._log = logs.tenants_log(journal.tenant_of(tx, query))
         self._tiles = logs.tiles_of(tx, self._log)
+        self._leaves = self._seqs = 2**63 - 1  # how many of the log's, and of the query's own, are looked at
+        if not journal.is_closed(tx, query):
+            self._leaves = max((size for size, _note in self.notes(self._log)), default=0)
+            signed = sa.and_(records.c.query == query, records.c.leaf < self._leaves)
+            self._seqs = tx.execute(sa.select(sa.func.count()).select_from(records).where(signed)).scalar_one()
 
     def logs(self) -> list[str]:
         return [self._log]
@@ -215,7 +223,8 @@ class QueryEvidence(LiveEvidence):
 
     def _chain(self, log: str, chain: str) -> Iterator[Entry]:
         columns = (records.c.leaf, records.c.record)
-        find = sa.select(*columns).where(records.c.query == chain, records.c.log == log).order_by(records.c.seq)
+        find = sa.select(*columns).where(records.c.query == chain, records.c.log == log)
+        find = find.where(records.c.leaf < self._leaves).order_by(records.c.seq)
         rows: Any = self._tx.execute(find.execution_options(**_AT_ONCE))
         for leaf, record in rows:
             yield Entry(int(leaf), as_bytes(record))
@@ -239,6 +248,9 @@ class QueryEvidence(LiveEvidence):
 
     def scopes(self) -> Iterator[tuple[str, int, int, int, int]]:
         yield from ()
+
+    def payloads(self, tenant: str, query: str) -> Iterator[tuple[int, str, tuple[bytes, bytes] | None]]:
+        yield from (kept for kept in super().payloads(tenant, query) if kept[0] < self._seqs)
 
 
 def as_bytes(value: object) -> bytes:

@@ -784,6 +784,25 @@ def verdict_or_line(path: Path) -> None:
     assert "\n" not in line
 
 
+def test_a_query_that_goes_on_is_looked_at_as_far_as_it_is_signed(books: Journal) -> None:
+    """Between the signature and the look it may have got further."""
+    books.query("q5", "acme", 3, closed=False)
+    books.notary.remember(books.db.write_sync(lambda tx: books.notary.sign(tx, "acme")))
+    key = QueryKey("q5", "acme", "0" * 64, books.vault.keeper("acme", "q5", Everything()))
+    more = Event("call.intent", "root", {"call": "root.c9", "attempt": 1, "bound_usd": "1.00"}, {"prompt": "More?"})
+    books.db.write_sync(lambda tx: journal.append(tx, key, more))
+
+    def work(tx: Any) -> tuple[Report, list[int]]:
+        evidence = QueryEvidence(tx, books.vault, "q5")
+        report = verify(evidence, trusted=books.notary.verifier)
+        return report, [seq for seq, _name, _opened in evidence.payloads("acme", "q5")]
+
+    report, kept = books.db.read(work)
+    assert failing(report) == {"completeness"}
+    assert "has no end" in said(report)
+    assert max(kept) == 6
+
+
 @pytest.fixture(scope="module")
 def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, Path]:
     """The export of one query, and where to put what is made of it."""
