@@ -6,7 +6,6 @@ to find what it is there for on a service that is weakened.
 
 from __future__ import annotations
 
-import base64
 import re
 import statistics
 import sys
@@ -22,6 +21,7 @@ import pytest
 from fastapi.routing import iter_route_contexts
 
 from orchestrator.server.app import make_app
+from orchestrator.server.paging import make_cursor
 from orchestrator.server.service import Service
 from tests.command import Airlock
 from tests.service import SCRIPT, Served, ask, served
@@ -145,13 +145,13 @@ MATRIX: dict[tuple[str, str], Callable[[Names], list[Sent]]] = {
         Sent("GET", "/v1/contexts", 200),
         Sent("GET", f"/v1/contexts?limit=1&cursor={names.contexts_cursor}", 200),
     ],
-    ("OPTIONS", "/v1/contexts/uploads/{upload_id}"): of_upload("OPTIONS", status=204),
-    ("HEAD", "/v1/contexts/uploads/{upload_id}"): of_upload("HEAD", headers=TUS),
-    ("PATCH", "/v1/contexts/uploads/{upload_id}"): of_upload("PATCH", headers=TUS | PATCH, content=b"x"),
-    ("GET", "/v1/contexts/uploads/{upload_id}"): of_upload("GET"),
-    ("DELETE", "/v1/contexts/uploads/{upload_id}"): of_upload("DELETE", headers=TUS),
-    ("GET", "/v1/contexts/{context_id}"): of_context("GET"),
-    ("DELETE", "/v1/contexts/{context_id}"): of_context("DELETE"),
+    ("OPTIONS", "/v1/contexts/uploads/{upload}"): of_upload("OPTIONS", status=204),
+    ("HEAD", "/v1/contexts/uploads/{upload}"): of_upload("HEAD", headers=TUS),
+    ("PATCH", "/v1/contexts/uploads/{upload}"): of_upload("PATCH", headers=TUS | PATCH, content=b"x"),
+    ("GET", "/v1/contexts/uploads/{upload}"): of_upload("GET"),
+    ("DELETE", "/v1/contexts/uploads/{upload}"): of_upload("DELETE", headers=TUS),
+    ("GET", "/v1/contexts/{context}"): of_context("GET"),
+    ("DELETE", "/v1/contexts/{context}"): of_context("DELETE"),
     ("GET", "/v1/audit/queries/{query}/records"): of_audit("GET", "records"),
     ("GET", "/v1/audit/queries/{query}/verify"): of_audit("GET", "verify"),
     ("GET", "/v1/audit/queries/{query}/proof/{seq}"): of_audit("GET", "proof/1"),
@@ -255,8 +255,8 @@ def battle(airlock: Airlock) -> Iterator[Battle]:
             kept[0]["id"],
             upload,
             server.key("victim").split("_")[1],
-            cursor(done["created_at"], done["id"]),
-            f"{kept[1]['created_at']}_{kept[1]['id']}",
+            make_cursor("queries", done["created_at"], done["id"]),
+            make_cursor("contexts", kept[1]["created_at"], kept[1]["id"]),
             key,
             contents[2],
             seq=3,
@@ -270,8 +270,8 @@ def battle(airlock: Airlock) -> Iterator[Battle]:
             context=other(theirs.context),
             upload=other(theirs.upload),
             key=theirs.key[:-1] + ("a" if theirs.key[-1] != "a" else "b"),
-            queries_cursor=cursor(done["created_at"], other(done["id"])),
-            contexts_cursor=f"{kept[1]['created_at']}_{other(kept[1]['id'])}",
+            queries_cursor=make_cursor("queries", done["created_at"], other(done["id"])),
+            contexts_cursor=make_cursor("contexts", kept[1]["created_at"], other(kept[1]["id"])),
             idempotency="a key of nobody",
             content=f"{TEXT} 9".encode(),
             seq=4000,
@@ -283,10 +283,6 @@ def battle(airlock: Airlock) -> Iterator[Battle]:
 def other(name: str) -> str:
     """Of the same form, and never given out."""
     return name[:-4] + ("0000" if name[-4:] != "0000" else "1111")
-
-
-def cursor(at: str, query: str) -> str:
-    return base64.urlsafe_b64encode(f"{at} {query}".encode()).decode().rstrip("=")
 
 
 def leaks(fight: Battle) -> list[str]:
@@ -420,14 +416,14 @@ WEAK = {  # what is weakened -> (how, a route at which it shows)
         whole = holdings.find
         holdings.find = lambda tx, tenant, context: whole(tx, tenant, context) or whole(tx, "victim", context)
         """,
-        "/v1/contexts/{context_id}",
+        "/v1/contexts/{context}",
     ),
     "uploads are of all tenants": (
         """
         whole = Uploads.find
         Uploads.find = lambda self, tenant, upload: whole(self, tenant, upload) or whole(self, "victim", upload)
         """,
-        "/v1/contexts/uploads/{upload_id}",
+        "/v1/contexts/uploads/{upload}",
     ),
     "idempotency keys are of all tenants": (
         """

@@ -59,7 +59,7 @@ def test_what_is_there_is_as_the_document_says(airlock: Airlock):
             context = client.put("/v1/contexts", content=b"The bell rang at nine.").json()["id"]
             upload = client.post("/v1/contexts", headers=TUS).json()["id"]
             model = client.get("/v1/models").json()["data"][0]["id"]
-        names = {"query": query, "context_id": context, "upload_id": upload, "model": model, "tenant": "throwaway"}
+        names = {"query": query, "context": context, "upload": upload, "model": model, "tenant": "throwaway"}
         read = (
             "--phases",
             "coverage",

@@ -202,9 +202,9 @@ async def begin_upload(
 
 
 @router.options("/uploads/{upload}", status_code=204, response_class=Response)
-async def get_upload_options(upload_id: UploadId) -> Response:
+async def get_upload_options(upload_id: Annotated[str, Path(alias="upload", examples=[_UPLOAD])]) -> Response:
     """What of tus there is."""
-    del upload_id  # of any, alike
+    del upload_id  # of any, alike, whatever its form
     return _options()
 
 
