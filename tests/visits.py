@@ -35,6 +35,7 @@ class Visit:
 
     def log_in(self, key: str, address: str = "/") -> None:
         self.go(address)
+        self.page.wait_for_url(re.compile("/login"))  # and its script: without one, a form leads to the first page
         self.page.get_by_label("API key").fill(key)
         self.page.get_by_role("button", name="Log in").click()
         self.page.wait_for_url(self.service.url + address)
