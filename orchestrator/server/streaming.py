@@ -22,13 +22,6 @@ from orchestrator.server.problems import Problem
 HEARTBEAT_S = 15.0
 SLOWEST_S = 30.0  # a client that does not take a piece in this time has gone
 _PIECE = 256 << 10  # bytes of a file that are sent at once
-EVENTS: dict[str, Any] = {  # how the OpenAPI document has a stream, in the words of its version 3.2
-    "itemSchema": {
-        "type": "object",
-        "properties": {name: {"type": "string"} for name in ("id", "event", "data")},
-        "required": ["data"],
-    },
-}
 
 _log = logging.getLogger("airlock.streaming")
 
