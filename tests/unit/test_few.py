@@ -8,7 +8,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from orchestrator.server.chat.request import ChatRequest
-from orchestrator.server.routes.queries import NewQuery
+from orchestrator.server.query_shapes import NewQuery
 
 MANY = 5000
 FIELDS = {f"field{number}": 0 for number in range(MANY)}
