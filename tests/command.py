@@ -23,7 +23,7 @@ from orchestrator.audit.verify import verify
 from orchestrator.auditing import histories, open_books
 from orchestrator.core.events import Recorded
 from orchestrator.sandbox.cgroup import own_hierarchy
-from orchestrator.sandbox.slots import UID_BASE
+from orchestrator.sandbox.slots import UID_BASE, mark_of
 from orchestrator.store.db import Database
 from orchestrator.store.journal import key_created
 from orchestrator.store.vault import open_vault
@@ -178,7 +178,7 @@ class Airlock:
         No process, control group or folder of a sandbox is left; all money is settled; all journals are closed, or
         end with an interruption.
         """
-        until(lambda: slots_left() <= self.before, 5.0)
+        until(lambda: slots_left(self.home) <= self.before, 5.0)
         assert not list(self.home.glob("slots/slot-*"))
         assert not list(self.home.glob("contexts/drafts/*"))
         assert not list(self.home.glob("owners/*"))
@@ -218,13 +218,21 @@ class Running:
         return self.end()
 
 
-def slots_left() -> set[int]:
+def slots_left(home: Path | None = None) -> set[int]:
     """Slots with a process or a control group that no orchestrator holds any more.
 
-    Others may be at work on this machine, so what a living process has locked is not looked at.
+    Others may be at work on this machine: what a living process has locked is not looked at, nor, where home is given,
+    what a dead one has left under another data folder.
     """
     found = {uid - UID_BASE for uid in _user_ids() if uid >= UID_BASE} | set(_groups())
-    return {number for number in found if not held(number)}
+    return {number for number in found if not held(number) and _may_be_of(home, number)}
+
+
+def _may_be_of(home: Path | None, number: int) -> bool:
+    """A slot that was given back in order has no mark: what is left in it may be anyone's."""
+    lock = _LOCKS / f"{number}.lock"
+    mark = lock.read_bytes() if lock.exists() else b""
+    return home is None or mark in (b"", mark_of(home / "slots"))
 
 
 def _user_ids() -> Iterator[int]:

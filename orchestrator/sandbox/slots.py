@@ -57,12 +57,20 @@ class Slots:
         cleared = 0
         for folder in self._folders.glob("slot-*"):
             number = folder.name.removeprefix("slot-")
-            handle = self._lock(int(number)) if number.isdecimal() and folder.is_dir() else None
-            if handle is not None:
-                _clear(Slot(int(number), folder, self._uid(int(number))), handle)
-                os.close(handle)
-                cleared += 1
+            if number.isdecimal() and folder.is_dir():
+                cleared += self._clear_dead(Slot(int(number), folder, self._uid(int(number))))
         return cleared
+
+    def _clear_dead(self, slot: Slot) -> bool:
+        handle = self._lock(slot.number)
+        if handle is not None:
+            _clear(slot, handle)
+            os.close(handle)
+        elif (mark := (self._locks / f"{slot.number}.lock").read_bytes()) and mark != mark_of(self._folders):
+            shutil.rmtree(slot.folder, ignore_errors=True)  # whoever has the slot now has cleared all but this
+        else:
+            return False
+        return True
 
     def _uid(self, number: int) -> int | None:
         return UID_BASE + number if self._root else None
@@ -84,11 +92,20 @@ class Slots:
         return handle
 
 
+def mark_of(folders: Path) -> bytes:
+    """What tells one data folder's slots from another's, whatever path leads there. b"" where there are none."""
+    try:
+        found = folders.stat()
+    except FileNotFoundError:
+        return b""
+    return b"%d:%d\n" % (found.st_dev, found.st_ino)
+
+
 def _prepare(slot: Slot, handle: int) -> None:
     """The lock file holds a mark from here until the slot is given back in order. Raises StoreError."""
     try:
         _clear(slot, handle)
-        os.pwrite(handle, b"taken\n", 0)
+        os.pwrite(handle, mark_of(slot.folder.parent), 0)
         slot.folder.mkdir(mode=0o755)
     except OSError as error:
         raise StoreError(f"cannot make a slot folder: {error.strerror}: {error.filename}") from None

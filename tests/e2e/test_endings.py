@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from orchestrator.sandbox.slots import UID_BASE
-from tests.command import Airlock, held, until
+from tests.command import Airlock, until
 from tests.fakes.provider import Hang, Provider, Say
 
 PRICED = ("--price", "mine=1,2")
@@ -166,10 +166,6 @@ def test_the_orchestrator_is_killed(airlock: Airlock, moment: str) -> None:
     shown = airlock("audit", "show", killed[0][0], code=0)
     assert "orchestrator-died" in shown.out
     assert shown.out.rstrip().endswith("the chain is whole")
-    if any(held(number) for number in range(slot_number)):
-        airlock.before.add(
-            slot_number
-        )  # the next start took a lower slot; this one's empty group goes with its next use
 
 
 def test_the_orchestrator_is_killed_while_a_child_query_runs(airlock: Airlock) -> None:

@@ -76,3 +76,18 @@ def test_after_a_restart_of_the_machine_the_locks_are_gone_and_the_folders_are_n
     slots._locks = tmp_path / "run"  # as /run, which is empty then
     assert slots.clear_dead() == 1
     assert list((tmp_path / "slots").iterdir()) == []
+
+
+def test_a_dead_ones_slot_that_another_data_folder_has_taken_since(tmp_path: Path):
+    """The machine shares the locks; the folder that the dead one left is cleared, the other's is not touched."""
+    dead, other = Slots(tmp_path / "dead"), Slots(tmp_path / "other")
+    dead._locks = other._locks = tmp_path / "run"
+    left = tmp_path / "dead" / "slots" / "slot-0"
+    left.mkdir(parents=True)
+    with other.take() as slot:
+        assert slot.number == 0
+        assert dead.clear_dead() == 1
+        assert not left.exists()
+        assert slot.folder.exists()
+        assert other.clear_dead() == 0  # its own, which lives
+        assert slot.folder.exists()
