@@ -75,7 +75,7 @@ class Done:
 class Airlock:
     """home: its data folder. folder: where it runs. prefix: a command that runs it (unshare, setpriv ...).
 
-    warm: forks commands that run to their end, which saves a second each; what is started, or has a prefix, is cold.
+    warm: forks commands, which saves a second each; what has a prefix, or a session of its own, is cold.
     before: what others had left on this machine when the test began.
     """
 
@@ -117,12 +117,17 @@ class Airlock:
     def started(self, *arguments: object, **options: Any) -> Iterator[Running]:
         """Start it; it does not outlive the block."""
         pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE) | options
-        with subprocess.Popen(self.command(arguments), env=self.environment, cwd=self.folder, **pipes) as process:
+        with self._popen(arguments, pipes) as process:
             try:
                 yield Running(process)
             finally:
                 if process.poll() is None:
                     process.kill()
+
+    def _popen(self, arguments: Sequence[object], options: dict[str, Any]) -> subprocess.Popen[bytes]:
+        if self.warm and not self.prefix and "start_new_session" not in options:
+            return self.warm.popen(list(map(str, arguments)), self.environment, self.folder, **options)
+        return subprocess.Popen(self.command(arguments), env=self.environment, cwd=self.folder, **options)
 
     def command(self, arguments: Sequence[object]) -> list[str]:
         return [*self.prefix, *self.program, *map(str, arguments)]

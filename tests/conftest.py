@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from orchestrator.sandbox.docker import engine
 from orchestrator.sandbox.registry import NAMES, build_image, make_backend
 from orchestrator.settings import docker_socket
 from tests.postgres import Postgres
+from tests.security.table import render
 
 REQUIRED = [name for name in os.environ.get("AIRLOCK_REQUIRE_BACKENDS", "").split(",") if name]
 assert set(REQUIRED) <= set(NAMES), f"AIRLOCK_REQUIRE_BACKENDS names what is no backend: {REQUIRED}"
@@ -72,3 +74,20 @@ def backend(request: pytest.FixtureRequest, home: Path) -> Iterator[Backend]:
         pytest.skip(str(error))
     yield made
     made.close()
+
+
+_outcomes: dict[tuple[str, str, str], str] = {}
+
+
+# Here, for the process that xdist's workers report to reads no other file of tests.
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    for key, value in report.user_properties:
+        if key == "containment":
+            group, name, backend, word = json.loads(str(value))
+            _outcomes[group, name, backend] = word
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if _outcomes:
+        terminalreporter.section("containment: attack by backend")
+        terminalreporter.write_line(render(_outcomes))

@@ -11,7 +11,6 @@ from orchestrator.sandbox.base import Backend
 from orchestrator.sandbox.registry import make_backend
 from tests.sandboxes import BACKENDS, open_repl
 from tests.security.frame import Stages
-from tests.security.table import Outcome, render
 
 # A program that ends well when it is root's: geteuid, exit(it is not 0). Linked to nothing, so it runs anywhere.
 _CODE = bytes.fromhex("b86b0000000f0531ff85c0400f95c7b83c0000000f05")
@@ -56,18 +55,3 @@ async def stages(home: Path, yard: Path, image: str) -> AsyncGenerator[Stages]:
 async def repl(backend: Backend, home: Path):
     async with open_repl(backend, home) as opened:
         yield opened
-
-
-_outcomes: dict[tuple[str, str, str], str] = {}
-
-
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    for key, value in report.user_properties:
-        if key == "containment" and isinstance(value, Outcome):
-            _outcomes[value.group, value.name, value.backend] = value.word
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if _outcomes:
-        terminalreporter.section("containment: attack by backend")
-        terminalreporter.write_line(render(_outcomes))

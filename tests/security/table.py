@@ -6,7 +6,6 @@ Written anew into SECURITY.md by `python -m tests.security.table`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from tests.sandboxes import BACKENDS
@@ -14,14 +13,6 @@ from tests.security.frame import Attack
 
 SECURITY = Path(__file__).parents[2] / "SECURITY.md"
 BEGIN, END = "<!-- attacks -->\n", "<!-- /attacks -->\n"
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    group: str
-    name: str
-    backend: str
-    word: str
 
 
 def promised(attacks: list[Attack]) -> dict[tuple[str, str, str], str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from orchestrator.sandbox.base import Backend
 from tests.security.attacks import ATTACKS
 from tests.security.frame import HELD, HOLE, WHOLE, Attack, Stages
-from tests.security.table import Outcome, kept, promised, render
+from tests.security.table import kept, promised, render
 
 pytestmark = pytest.mark.anyio
 
@@ -36,7 +37,7 @@ async def test_attack(
     attack: Attack, backend: Backend, stages: Stages, record_property: Callable[[str, object], None]
 ) -> None:
     def say(word: str) -> None:
-        record_property("containment", Outcome(attack.group, attack.name, backend.name, word))
+        record_property("containment", json.dumps([attack.group, attack.name, backend.name, word]))
 
     say("not run")
     found = await attack.attempt(stages.stage(backend.name, WHOLE))
