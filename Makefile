@@ -9,6 +9,8 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS = 1
 
 bin := .venv/bin
 step := @bash deploy/step.sh
+pytest := AIRLOCK_REQUIRE_BACKENDS=$${AIRLOCK_REQUIRE_BACKENDS-bubblewrap,docker,gvisor} $(bin)/python -m pytest tests \
+	--ignore=tests/benchmarks
 
 help: ## list the commands
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 18
@@ -23,9 +25,8 @@ test: ## set up, lint, run all tests
 	@bash deploy/setup.sh tests
 	@bash deploy/engines.sh
 	@$(MAKE) lint
-	@$(bin)/python -m pytest tests/unit --numprocesses auto || { echo "test: step 'unit tests' failed" >&2; exit 1; }
-	@AIRLOCK_REQUIRE_BACKENDS=$${AIRLOCK_REQUIRE_BACKENDS-bubblewrap,docker,gvisor} $(bin)/python -m pytest tests \
-		--ignore=tests/benchmarks --ignore=tests/unit || { echo "test: step 'pytest' failed" >&2; exit 1; }
+	@$(pytest) --numprocesses 4 --dist loadfile -m "not alone" || { echo "test: step 'pytest' failed" >&2; exit 1; }
+	@$(pytest) -m alone || { echo "test: step 'pytest, one at a time' failed" >&2; exit 1; }
 
 bench: setup ## measure, and compare with the peers
 	@$(bin)/python -m tests.benchmarks

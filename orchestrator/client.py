@@ -110,7 +110,7 @@ class Query:
 
     @property
     def has_ended(self) -> bool:
-        return self.ended_at is not None and self.status != "interrupted"
+        return self.ended_at is not None
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,7 +75,7 @@ class Done:
 class Airlock:
     """home: its data folder. folder: where it runs. prefix: a command that runs it (unshare, setpriv ...).
 
-    warm: forks commands, which saves a second each; what has a prefix, or a session of its own, is cold.
+    warm: forks commands, which saves a second each; what has a prefix, a session or a program of its own is cold.
     before: what others had left on this machine when the test began.
     """
 
@@ -99,8 +99,8 @@ class Airlock:
             given.write(stdin or b"")
             given.seek(0)
             stdio = (given, out, err)
-            if self.warm and not self.prefix:
-                found = self.warm.run(
+            if warm := self._warm():
+                found = warm.run(
                     list(map(str, arguments)), self.environment, self.folder, [f.fileno() for f in stdio], doom
                 )
             else:
@@ -124,9 +124,12 @@ class Airlock:
                 if process.poll() is None:
                     process.kill()
 
+    def _warm(self) -> Warm | None:
+        return self.warm if not self.prefix and self.program == (PROGRAM,) else None
+
     def _popen(self, arguments: Sequence[object], options: dict[str, Any]) -> subprocess.Popen[bytes]:
-        if self.warm and not self.prefix and "start_new_session" not in options:
-            return self.warm.popen(list(map(str, arguments)), self.environment, self.folder, **options)
+        if (warm := self._warm()) and "start_new_session" not in options:
+            return warm.popen(list(map(str, arguments)), self.environment, self.folder, **options)
         return subprocess.Popen(self.command(arguments), env=self.environment, cwd=self.folder, **options)
 
     def command(self, arguments: Sequence[object]) -> list[str]:

@@ -44,7 +44,7 @@ class Slots:
             try:
                 _prepare(slot, handle)
                 yield slot
-                os.ftruncate(handle, 0)
+                _mark(handle, b"")
             finally:
                 shutil.rmtree(slot.folder, ignore_errors=True)
                 os.close(handle)
@@ -64,7 +64,8 @@ class Slots:
     def _clear_dead(self, slot: Slot) -> bool:
         handle = self._lock(slot.number)
         if handle is not None:
-            _clear(slot, handle)
+            _clear(slot, _is_marked(handle))
+            _mark(handle, b"")
             os.close(handle)
         elif (mark := (self._locks / f"{slot.number}.lock").read_bytes()) and mark != mark_of(self._folders):
             shutil.rmtree(slot.folder, ignore_errors=True)  # whoever has the slot now has cleared all but this
@@ -104,19 +105,29 @@ def mark_of(folders: Path) -> bytes:
 def _prepare(slot: Slot, handle: int) -> None:
     """The lock file holds a mark from here until the slot is given back in order. Raises StoreError."""
     try:
-        _clear(slot, handle)
-        os.pwrite(handle, mark_of(slot.folder.parent), 0)
+        used = _is_marked(handle)
+        _mark(handle, mark_of(slot.folder.parent))  # first: whoever lost the slot sees at once that it is another's
+        _clear(slot, used)
         slot.folder.mkdir(mode=0o755)
     except OSError as error:
         raise StoreError(f"cannot make a slot folder: {error.strerror}: {error.filename}") from None
 
 
-def _clear(slot: Slot, handle: int) -> None:
-    if slot.uid is not None and os.fstat(handle).st_size:
+def _is_marked(handle: int) -> bool:
+    return os.fstat(handle).st_size > 0
+
+
+def _mark(handle: int, mark: bytes) -> None:
+    os.pwrite(handle, mark, 0)
+    os.ftruncate(handle, len(mark))
+
+
+def _clear(slot: Slot, used: bool) -> None:
+    """used: whether the last one that had it may have left more than its folder."""
+    if slot.uid is not None and used:
         _end_processes(slot.uid)
         if group := group_of(slot.number):
             group.remove()
-    os.ftruncate(handle, 0)
     shutil.rmtree(slot.folder, ignore_errors=True)
 
 

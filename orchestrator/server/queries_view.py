@@ -84,13 +84,14 @@ def _shown(tx: Connection, books: Books, query: Listed, *, whole: bool) -> dict[
     texts = _texts(tx, books, query, (0, *((ended["seq"],) if ended else ())))
     spent, held = ledger.balance(tx, f"query:{query.id}")
     asked, end = opened["body"], ended["body"] if ended else dict[str, Any]()
+    closed = ended if ended and ended["type"] == "query.closed" else None  # who was interrupted has not ended
     question = texts.get((0, "question"))
     context = asked["context"]
     return {
         "id": query.id,
         "status": _SHOWN.get(query.status, query.status),
         "created_at": query.opened_at,
-        "ended_at": ended["at"] if ended else None,
+        "ended_at": closed["at"] if closed else None,
         "question": question if whole or question is None else question[:_CUT],
         "model": asked["model"],
         "sub_models": asked["sub_models"],
@@ -106,7 +107,7 @@ def _shown(tx: Connection, books: Books, query: Listed, *, whole: bool) -> dict[
         "reason": end.get("reason", end.get("why", "")),
         "iterations": end.get("turns"),
         "sub_calls": end.get("sub_calls"),
-        "journal_head": ended["hash"] if ended and ended["type"] == "query.closed" else None,
+        "journal_head": closed["hash"] if closed else None,
     }
 
 

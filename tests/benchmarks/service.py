@@ -16,10 +16,10 @@ from pathlib import Path
 
 import anyio
 
-from tests.benchmarks.figures import Figure, ms, percentile
+from tests.benchmarks.figures import Figure, at_most, ms, percentile
 from tests.command import Airlock, until
 from tests.load import ENDED, SCRIPT, Load, ask_all, crowd, memory_mb, money, price
-from tests.service import Served, served
+from tests.service import Served, ask, served
 
 TENANTS, QUERIES = 10, 100
 SLOWEST_S, GROWTH_MB = 0.1, 32.0
@@ -27,7 +27,11 @@ CONFIG = f"[server]\nqueries = {2 * (os.cpu_count() or 1)}\nrequests_minute = 10
 
 
 def service(home: Path, quick: bool) -> list[Figure]:
-    return [*crowds(home / "service", 400 if quick else 1000), killed(home / "killed")]
+    return [
+        *crowds(home / "service", 400 if quick else 1000),
+        killed(home / "killed"),
+        verified(home / "verified"),
+    ]
 
 
 @contextmanager
@@ -103,6 +107,23 @@ def killed(folder: Path) -> Figure:
     measured = f"{how.count('answered')} answered, {how.count('cancelled')} cancelled, in {seconds:.0f} s"
     beside = f"{before} had ended, {open_} ran"
     return Figure(f"{QUERIES} queries, killed in the middle", measured, beside, None, "money exact", ok=True)
+
+
+def verified(folder: Path) -> Figure:
+    """The journal's verdict on a query of a thousand sub-calls and more records, as the page of a query asks for it."""
+    airlock = made(folder)
+    asked = "llm_query_batched(['the number is 1'] * 1000)[0]"
+    many = SCRIPT.replace('llm_query("Which number is it? " + context)', asked)
+    with running(airlock, many) as server, server.client() as client:
+        query = ask(client, wait=60)
+        assert query["status"] == "answered", query
+        taken: list[float] = []
+        for _ in range(5):
+            begun = time.perf_counter()
+            assert client.get(f"/v1/audit/queries/{query['id']}/verify").json()["whole"]
+            taken.append(time.perf_counter() - begun)
+    records = len(airlock.records(query["id"]))
+    return at_most(f"the verdict on {records:,} records over HTTP", taken, 0.0002 * records)
 
 
 def ended(airlock: Airlock) -> list[str]:

