@@ -6,7 +6,8 @@ with RLM(model="gpt-5-mini") as rlm:
     print(rlm.completion("What is the magic number?", Path("haystack.txt")).response)
 """
 
-from orchestrator.client import Client, ServiceError
+from orchestrator.client import Client
+from orchestrator.client.answers import ServiceError
 from orchestrator.core.errors import (
     AirlockError,
     LimitError,

@@ -17,7 +17,8 @@ import click
 from pydantic import ValidationError
 
 from orchestrator import settings
-from orchestrator.client import Client, Query, Record, ServiceError, Stored
+from orchestrator.client import Client
+from orchestrator.client.answers import Query, Record, ServiceError, Stored
 from orchestrator.console import Bounds, PlainView
 from orchestrator.core.errors import KINDS, MachineError, RequestError
 from orchestrator.core.events import Event

@@ -11,28 +11,25 @@ It blocks, and is for one thread. The key goes to this service and nowhere else,
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import re
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Protocol, Self, TypeVar
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Protocol, Self
 
+from orchestrator.client.address import address
+from orchestrator.client.answers import Budgets, Page, Query, Record, ServiceError, Spend, Stored, Upload, made, parsed
+from orchestrator.client.folder import Encoding, as_lines
 from orchestrator.console import printable
-from orchestrator.core.errors import AirlockError, ContextError, RequestError
+from orchestrator.core.errors import ContextError, RequestError
 from orchestrator.files import Unreadable, Unwritable, draft, open_regular
 
 if TYPE_CHECKING:
     import httpx2
 
-T = TypeVar("T")
-Encoding = Literal["utf-8", "latin-1", "replace"]
 Kind = Literal["text", "json", "jsonl"]
 
 PATIENCE_S = 60.0  # with a connection that breaks, since anything last came over it
@@ -43,145 +40,6 @@ WHOLE = 16 << 20  # bytes of a file that goes in one request; a longer one goes 
 PIECE = 8 << 20
 _CHUNK = 1 << 20
 _KINDS: Mapping[str, Kind] = {".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl"}
-
-
-class ServiceError(AirlockError):
-    """What the service said no to, or that it is not to be reached.
-
-    status: of the answer, 0 when none came. kind: the problem's stable name, such as `budget-exhausted`. detail: what
-    the service says of it. retry_after: seconds until it can be asked again, or None.
-    """
-
-    kind = "service"
-
-    def __init__(
-        self, detail: str, *, status: int = 0, kind: str = "service", retry_after: float | None = None
-    ) -> None:
-        super().__init__(detail)
-        self.detail, self.status, self.kind, self.retry_after = detail, status, kind, retry_after
-        self.exit_code = _exit_code(status)
-
-
-def _exit_code(status: int) -> int:
-    """As the command line has them: 2 the request, 3 a limit or the policy, 4 the service's machine, 5 the provider."""
-    if status in (402, 403, 413, 429):
-        return 3
-    if status == 502:
-        return 5
-    return 2 if 400 <= status < 500 else 4
-
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """A context at the service. bytes: of it as UTF-8. characters: None in a list."""
-
-    id: str
-    kind: Literal["text", "documents", "json", "jsonl"]
-    bytes: int
-    characters: int | None
-    name: str
-    created_at: str
-
-
-@dataclass(frozen=True, slots=True)
-class Query:
-    """A query, as far as it is. Money is exact, as text. answer: None where there is none, or none is kept."""
-
-    id: str
-    status: Literal["queued", "running", "answered", "limit", "refused", "failed", "cancelled", "interrupted"]
-    created_at: str
-    ended_at: str | None
-    question: str | None
-    model: str | None
-    sub_models: list[str]
-    backend: str
-    isolation: str
-    context: dict[str, Any]
-    cost_usd: str
-    held_usd: str
-    limit_usd: str
-    time_limit_s: float | None
-    duration_s: float | None
-    reason: str
-    iterations: int | None
-    sub_calls: int | None
-    journal_head: str | None
-    answer: str | None = None
-
-    @property
-    def has_ended(self) -> bool:
-        return self.ended_at is not None
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """A record of the query's journal. payloads: those that are kept."""
-
-    seq: int
-    at: str
-    type: str
-    node: str
-    body: dict[str, Any]
-    payloads: dict[str, str]
-
-
-@dataclass(frozen=True, slots=True)
-class ModelSpend:
-    calls: int
-    input_tokens: int
-    output_tokens: int
-    cost_usd: str
-
-
-@dataclass(frozen=True, slots=True)
-class NodeSpend:
-    spent_usd: str
-    held_usd: str
-    limit_usd: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class Spend:
-    """What a query has cost so far, by model and by node."""
-
-    limit_usd: str
-    spent_usd: str
-    held_usd: str
-    models: dict[str, ModelSpend]
-    nodes: dict[str, NodeSpend]
-
-
-@dataclass(frozen=True, slots=True)
-class Purse:
-    limit_usd: str
-    spent_usd: str
-    held_usd: str
-    left_usd: str
-    resets_at: str
-
-
-@dataclass(frozen=True, slots=True)
-class Budgets:
-    """What the tenant may spend and has spent. minute, calls_in_flight, queries: counts, each with its limit."""
-
-    query: dict[str, str]
-    day: Purse
-    month: Purse
-    minute: dict[str, dict[str, int]]
-    calls_in_flight: dict[str, int]
-    queries: dict[str, int]
-
-
-@dataclass(frozen=True, slots=True)
-class _Page:
-    queries: list[Query]
-    next: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Upload:
-    context: Stored | None
-    offset: int = 0
 
 
 class _Reads(Protocol):
@@ -215,7 +73,7 @@ class Client:
     def __init__(self, url: str, api_key: str, *, timeout_s: float = 60.0) -> None:
         import httpx2  # slow to load, and of no use to who imports the package for something else
 
-        self.url, self._key, self._timeout_s = _address(url), api_key, timeout_s
+        self.url, self._key, self._timeout_s = address(url), api_key, timeout_s
         if not api_key.isascii() or not api_key.isprintable() or not api_key:
             raise RequestError("the API key has characters that no key has")
         self._http = httpx2.Client(
@@ -272,7 +130,7 @@ class Client:
         body = {"question": question, "context": self._context(context)}
         body |= {name: value for name, value in said.items() if value is not None}
         headers = {} if idempotency_key is None else {"Idempotency-Key": idempotency_key}
-        return _made(Query, self._call("POST", "/v1/queries", json=body, headers=headers))
+        return made(Query, self._call("POST", "/v1/queries", json=body, headers=headers))
 
     def _context(self, context: str | Sequence[Any] | Mapping[str, Any] | Path | Stored) -> dict[str, Any]:
         if isinstance(context, Path):
@@ -282,13 +140,13 @@ class Client:
         return {"text": context} if isinstance(context, str) else {"json": context}
 
     def query(self, query: str) -> Query:
-        return _made(Query, self._call("GET", f"/v1/queries/{_name(query)}"))
+        return made(Query, self._call("GET", f"/v1/queries/{_name(query)}"))
 
     def queries(self, status: str | None = None) -> Iterator[Query]:
         """The tenant's, the newest first, without their answers."""
         asked = {} if status is None else {"status": status}
         while True:
-            page = _made(_Page, self._call("GET", "/v1/queries", params=asked))
+            page = made(Page, self._call("GET", "/v1/queries", params=asked))
             yield from page.queries
             if page.next is None:
                 return
@@ -296,7 +154,7 @@ class Client:
 
     def cancel(self, query: str) -> Query:
         """End it, wherever it is; one that has ended stays as it is."""
-        return _made(Query, self._call("POST", f"/v1/queries/{_name(query)}/cancel"))
+        return made(Query, self._call("POST", f"/v1/queries/{_name(query)}/cancel"))
 
     def wait(self, query: str, after: int = -1) -> Query:
         """The query, when it has ended. after: the number of the last record that is known."""
@@ -341,13 +199,13 @@ class Client:
                 yield None
             for line in answer.iter_lines():
                 if line.startswith("data: "):
-                    yield _made(Record, _parsed(line.removeprefix("data: ")))
+                    yield made(Record, parsed(line.removeprefix("data: ")))
 
     def spend(self, query: str) -> Spend:
-        return _made(Spend, self._call("GET", f"/v1/queries/{_name(query)}/spend"))
+        return made(Spend, self._call("GET", f"/v1/queries/{_name(query)}/spend"))
 
     def budgets(self) -> Budgets:
-        return _made(Budgets, self._call("GET", "/v1/budgets"))
+        return made(Budgets, self._call("GET", "/v1/budgets"))
 
     # Audit
 
@@ -389,9 +247,9 @@ class Client:
         about = {"kind": kind or "text", "name": name, "encoding": encoding}
         if not isinstance(source, Path):
             pieces = iter(lambda: source.read(_CHUNK), b"")
-            return _made(Stored, self._call("PUT", "/v1/contexts", params=about, content=pieces, timeout=UPLOAD_S))
+            return made(Stored, self._call("PUT", "/v1/contexts", params=about, content=pieces, timeout=UPLOAD_S))
         if source.is_dir():
-            with _as_lines(source, encoding) as lines:
+            with as_lines(source, encoding) as lines:
                 return self._file(lines, {"kind": "jsonl", "name": name or _shown(source)}, progress)
         about |= {"kind": kind or _KINDS.get(source.suffix.lower(), "text"), "name": name or _shown(source)}
         return self._file(source, about, progress)
@@ -402,7 +260,7 @@ class Client:
                 size = path.stat().st_size
                 if size <= WHOLE:
                     whole = self._call("PUT", "/v1/contexts", params=about, content=file.read(), timeout=UPLOAD_S)
-                    return _made(Stored, whole)
+                    return made(Stored, whole)
                 return self._in_pieces(file, size, about, progress)
         except (Unreadable, OSError) as why:
             raise ContextError(f"cannot read {path}: {why}") from None
@@ -434,10 +292,10 @@ class Client:
                 answer = self._found(where[1], tus, patience)
             offset = _offset(answer)
             progress(offset, size)
-        made = _made(_Upload, self._call("GET", where[1])).context
-        if made is None:
+        stored = made(Upload, self._call("GET", where[1])).context
+        if stored is None:
             raise ServiceError("the service has made no context of the upload")
-        return made
+        return stored
 
     def _found(self, where: str, tus: Mapping[str, str], patience: _Patience) -> httpx2.Response:
         """How far an upload is."""
@@ -451,7 +309,7 @@ class Client:
 
     def _call(self, method: str, path: str, **options: Any) -> Any:
         """The JSON of the answer."""
-        return _parsed(self._answer(method, path, **options).text)
+        return parsed(self._answer(method, path, **options).text)
 
     def _answer(self, method: str, path: str, **options: Any) -> httpx2.Response:
         with self._reaching():
@@ -485,34 +343,6 @@ class Client:
         raise ServiceError(line, status=answer.status_code, kind=kind, retry_after=after)
 
 
-def _address(url: str) -> str:
-    """The service's, without a slash at its end. Raises RequestError for one that a key must not go to."""
-    try:
-        parts = urlsplit(url)
-        host, _port = parts.hostname or "", parts.port
-    except ValueError:
-        parts, host = None, ""
-    if (
-        parts is None
-        or parts.scheme not in ("http", "https")
-        or not host
-        or parts.query
-        or parts.fragment
-        or "@" in url
-    ):
-        raise RequestError("the address of a service is https://HOST, with a port and a path where it has them")
-    if parts.scheme == "http" and not _is_here(host):
-        raise RequestError(f"http://{parts.netloc} would have the API key go over a network in the clear: use https://")
-    return url.rstrip("/")
-
-
-def _is_here(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 def _name(query: str) -> str:
     """An id, which is a part of a path. Raises RequestError."""
     if not re.fullmatch(r"[0-9a-f-]{1,64}", query):
@@ -536,45 +366,3 @@ def _offset(answer: httpx2.Response) -> int:
     if not re.fullmatch("[0-9]{1,18}", told):
         raise ServiceError("the service does not say how far the upload is", status=answer.status_code)
     return int(told)
-
-
-@contextmanager
-def _as_lines(folder: Path, encoding: Encoding) -> Generator[Path]:
-    """The folder's documents as a file of JSON lines, as the context store reads a folder."""
-    from orchestrator.store.contexts import ContextStore
-
-    with TemporaryDirectory(prefix="airlock-") as name:
-        context = ContextStore(Path(name)).ingest(folder, encoding=encoding)
-        lines = Path(name) / "lines"
-        _write_lines(context.files["data"], context.files["manifest.json"], lines)
-        yield lines
-
-
-def _write_lines(data: Path, manifest: Path, out: Path) -> None:
-    with data.open("rb") as texts, out.open("w") as lines:
-        for path, _offset, size, *_ in json.loads(manifest.read_bytes())["documents"]:
-            lines.write(json.dumps({"path": path, "text": texts.read(size).decode()}) + "\n")
-
-
-def _parsed(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        raise ServiceError("the service's answer is not JSON") from None
-
-
-@lru_cache
-def _adapter(kind: type[T]) -> Any:
-    from pydantic import TypeAdapter
-
-    return TypeAdapter(kind)
-
-
-def _made(kind: type[T], told: Any) -> T:
-    """Of an answer. What a newer service says besides is left out."""
-    try:
-        return _adapter(kind).validate_python(told)
-    except ValueError:
-        raise ServiceError(
-            f"the service's answer is no {kind.__name__.strip('_').lower()}: it is of another version"
-        ) from None
