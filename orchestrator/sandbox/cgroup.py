@@ -20,6 +20,10 @@ LEAF = (
     "orchestrator"  # a group of this name was made to live in, as deploy/delegated.sh does: sandboxes are put beside it
 )
 _PERIOD_US = 100_000
+WEIGHT = (
+    0.25  # of another process's share of a CPU that several want: guests make way for the loop, the proxy, the journal
+)
+SHARES = int(1024 * WEIGHT)  # in the unit of version 1, and of container engines
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +109,10 @@ class Cgroup:
         quota = str(max(1000, int(cpus * _PERIOD_US)))
         if self.version == 2:
             limits = [("memory", "memory.max", str(memory_bytes)), ("cpu", "cpu.max", f"{quota} {_PERIOD_US}")]
+            limits.append(("cpu", "cpu.weight", str(int(100 * WEIGHT))))
         else:
             limits = [("memory", "memory.limit_in_bytes", str(memory_bytes)), ("cpu", "cpu.cfs_quota_us", quota)]
+            limits.append(("cpu", "cpu.shares", str(SHARES)))
         return [*limits, ("pids", "pids.max", str(pids))]
 
     def add(self, pid: int) -> None:

@@ -30,7 +30,7 @@ from anyio.abc import ByteStream
 
 from orchestrator.core.errors import SandboxUnusable
 from orchestrator.sandbox.base import Backend, Finding, Guest, SandboxSpec, Usage
-from orchestrator.sandbox.cgroup import Cgroup, group_with
+from orchestrator.sandbox.cgroup import SHARES, Cgroup, group_with
 from orchestrator.sandbox.hostsocket import HostSocket
 from orchestrator.sandbox.runtimes import RUNC, Runtime, is_backport, known_faults, why_refused
 from orchestrator.sandbox.slots import UID_BASE
@@ -101,6 +101,7 @@ def request(spec: SandboxSpec, runtime: Runtime, image: str, seccomp: str, *, ap
             "MemorySwap": memory,  # both together: no swap
             "MemorySwappiness": 0,
             "NanoCpus": int(spec.cpus * 1_000_000_000),
+            "CpuShares": SHARES,
             "PidsLimit": spec.pids + runtime.pids,
             "OomScoreAdj": 500,
             "Ulimits": [

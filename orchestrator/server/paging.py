@@ -11,23 +11,31 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, TypeVar
 
 from fastapi import Query
+from pydantic import Field
 
 from orchestrator.server.problems import Problem
 
 T = TypeVar("T")
 _MOST = 400  # characters of a cursor
 
-Limit = Annotated[int, Query(ge=1, le=200, description="how many at most")]
-# That it is one of ours, `read_cursor` says, in one line for all that is wrong with it.
-Cursor = Annotated[
-    str | None, Query(description="`next` of the page before", json_schema_extra={"minLength": 1, "maxLength": _MOST})
-]
-NEXT = "the next page's `cursor`; null on the last page"
-
 
 def make_cursor(of: str, at: str, name: str) -> str:
     """A place in a list: whose it is, when the row was made, and its name. It tells nothing that the list does not."""
     return base64.urlsafe_b64encode(f"{of} {at} {name}".encode()).decode().rstrip("=")
+
+
+_EXAMPLE = make_cursor("queries", "2026-11-26T01:02:03.004Z", "20261126-010203-0123456789")
+Limit = Annotated[int, Query(ge=1, le=200, description="how many at most")]
+# That it is one of ours, `read_cursor` says, in one line for all that is wrong with it.
+Cursor = Annotated[
+    str | None,
+    Query(
+        description="`next` of the page before",
+        examples=[_EXAMPLE],
+        json_schema_extra={"minLength": 1, "maxLength": _MOST},
+    ),
+]
+Next = Annotated[str | None, Field(description="the next page's `cursor`; null on the last page", examples=[_EXAMPLE])]
 
 
 def read_cursor(of: str, text: str) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -9,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from orchestrator.server import inline
 from orchestrator.server.few import Few
 from orchestrator.server.openapi import Moment
-from orchestrator.server.paging import NEXT, make_cursor
+from orchestrator.server.paging import Next, make_cursor
 
 Status = Literal["queued", "running", "answered", "limit", "refused", "failed", "cancelled", "interrupted"]
 
@@ -143,7 +144,7 @@ class QueryPage(BaseModel):
     )
 
     queries: list[QuerySummary]
-    next: str | None = Field(description=NEXT)
+    next: Next
 
 
 class ModelSpend(BaseModel):
@@ -238,4 +239,5 @@ RECORDS: dict[str, Any] = {
         },
         "required": ["data"],
     },
+    "example": f"id: {_RECORD['seq']}\nevent: {_RECORD['type']}\ndata: {json.dumps(_RECORD)}\n\n",
 }

@@ -98,6 +98,7 @@ def test_a_version_2_group_is_made_with_its_limits(tree: Path):
         "memory.swap.max": "0",
         "pids.max": "7",
         "cpu.max": "150000 100000",
+        "cpu.weight": "25",
     }
     assert (tree / "cgroup.subtree_control").read_text() == "+pids +cpu"
     group.add(42)

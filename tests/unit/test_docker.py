@@ -71,6 +71,7 @@ def test_limits_are_those_of_the_spec():
     config = host(memory_bytes=100 * MIB, cpus=0.5, pids=10, tmp_bytes=5 * MIB, files=99)
     assert config["Memory"] == config["MemorySwap"] == 132 * MIB
     assert config["NanoCpus"] == 500_000_000
+    assert config["CpuShares"] == 256
     assert config["PidsLimit"] == 18
     assert config["Tmpfs"] == {"/tmp": f"rw,noexec,nosuid,nodev,mode=1777,size={5 * MIB},nr_inodes=16384"}
     limits = {limit["Name"]: limit["Hard"] for limit in config["Ulimits"]}

@@ -9,6 +9,7 @@ import pytest
 from jsonschema import Draft202012Validator
 from openapi_spec_validator import validate
 
+from orchestrator.core.policy_file import parse_policy
 from orchestrator.server.app import make_app
 from orchestrator.server.chat.errors import speaks
 from orchestrator.server.openapi import TAGS
@@ -72,6 +73,43 @@ def test_examples_are_of_their_schemas():
             assert fits(whole, example), (name, example)
             seen += 1
     assert seen >= 15
+
+
+def exemplified(schema: dict[str, Any], above: tuple[str, ...] = ()) -> bool:
+    """As a whole, or all of what it is made of."""
+    if "$ref" in schema:
+        name = schema["$ref"].rpartition("/")[2]
+        return name in above or exemplified(SCHEMAS[name], (*above, name))
+    if schema.keys() & {"example", "examples", "const", "enum", "default"} or schema.get("type") in ("boolean", "null"):
+        return True
+    if "properties" in schema:
+        return all(exemplified(each, above) for each in schema["properties"].values())
+    inner = schema.get("items") or schema.get("additionalProperties") or {}
+    either = schema.get("anyOf") or schema.get("oneOf") or ([inner] if isinstance(inner, dict) and inner else [])
+    return any(exemplified(each, above) for each in either if each.get("type") != "null")
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_what_is_sent_and_what_comes_back_has_an_example(route: str):
+    _path, operation = ROUTES[route]
+    answers = [answer for status, answer in operation["responses"].items() if status[0] == "2" and "$ref" not in answer]
+    for told in [operation.get("requestBody", {}), *answers]:
+        for kind, content in told.get("content", {}).items():
+            if content.get("schema", {}).get("format") != "binary":
+                assert "example" in content or exemplified(content["schema"]), kind
+    for parameter in operation.get("parameters", ()):
+        assert parameter.keys() & {"example", "examples"} or exemplified(parameter["schema"]), parameter["name"]
+
+
+def test_the_example_of_a_policy_is_one():
+    seen = 0
+    for path in ("/v1/admin/policies/validate", "/v1/admin/tenants/{tenant}/policy"):
+        for operation in DOCUMENT["paths"][path].values():
+            for content in operation.get("requestBody", {}).get("content", {}).values():
+                example = content.get("example") or content["schema"]["examples"][0]["yaml"]
+                assert parse_policy(example, "example")
+                seen += 1
+    assert seen == 4  # as YAML and within JSON
 
 
 def test_moments_are_dates():

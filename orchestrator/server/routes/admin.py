@@ -27,7 +27,7 @@ from orchestrator.server.admin_views import (
     view_of,
     view_of_key,
 )
-from orchestrator.server.paging import NEXT, Cursor, Limit, cut, read_cursor
+from orchestrator.server.paging import Cursor, Limit, Next, cut, read_cursor
 from orchestrator.server.problems import Problem, documented, not_found
 from orchestrator.server.routes import policies
 from orchestrator.server.structure import JsonRoute
@@ -63,7 +63,7 @@ class NewKey(Given):
 
 class TenantPage(BaseModel):
     tenants: list[TenantSummary]
-    next: str | None = Field(description=NEXT)
+    next: Next
 
 
 class MadeKey(KeyView):
@@ -76,7 +76,7 @@ class MadeKey(KeyView):
 
 class KeyPage(BaseModel):
     keys: list[KeyView]
-    next: str | None = Field(description=NEXT)
+    next: Next
 
 
 # Tenants

@@ -11,21 +11,21 @@ import json
 import tempfile
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import anyio
 import anyio.from_thread
 import anyio.to_thread
 from fastapi import APIRouter, Depends, Path, Query, Request
 from fastapi.responses import PlainTextResponse, Response
-from pydantic import BaseModel, Field
 
 from orchestrator import auditing
-from orchestrator.audit.verdicts import Name, Report
+from orchestrator.audit.verdicts import Report
 from orchestrator.core.errors import StoreError
 from orchestrator.core.turns import Turns
 from orchestrator.replays import replay_in
 from orchestrator.server.access import allowed
+from orchestrator.server.audit_shapes import CHECKPOINT, KEY, PROOF, RecordPage, ReplayView, VerdictsView, text
 from orchestrator.server.problems import Problem, come_again, documented, not_found
 from orchestrator.server.routes.queries import QueryId, The, own
 from orchestrator.server.service import Principal, Service
@@ -46,59 +46,7 @@ _checks = Turns(CHECKS)
 _replaying: set[str] = set()  # tenants
 
 Audits = Annotated[Principal, Depends(allowed("audit"))]
-_TEXT = {"content": {"text/plain": {"schema": {"type": "string"}}}}
 _TAR = {"content": {"application/x-tar": {"schema": {"type": "string", "format": "binary"}}}}
-
-
-class LinkView(BaseModel):
-    """A record, as `records.v1.schema.json` has it, and its hash: SHA-256 of a zero byte and its canonical JSON."""
-
-    record: dict[str, Any]
-    hash: str = Field(pattern="^[0-9a-f]{64}$")
-
-
-class RecordPage(BaseModel):
-    """next: `after` of the next page, null where there is nothing more yet."""
-
-    records: list[LinkView]
-    next: int | None
-
-
-class VerdictView(BaseModel):
-    """detail: what was looked at; where it does not hold, what is wrong. faults: the first of them."""
-
-    name: Name
-    holds: bool
-    detail: str
-    faults: list[str]
-
-
-class VerdictsView(BaseModel):
-    """whole: every verdict holds."""
-
-    whole: bool
-    verdicts: list[VerdictView]
-
-
-class CellView(BaseModel):
-    """A cell that was run again. why: unless it is the same. diff: lines of unified diffs."""
-
-    node: str
-    cell: int
-    verdict: Literal["same", "different", "not compared"]
-    why: str
-    diff: list[str]
-
-
-class ReplayView(BaseModel):
-    """id: of the query. same: nothing that was compared is different."""
-
-    same: bool
-    id: str
-    backend: str
-    isolation: str
-    cells: list[CellView]
-    notes: list[str]
 
 
 @router.get("/queries/{query}/records", response_model=RecordPage, responses=documented(403, 404, 422, 429, 503))
@@ -159,7 +107,7 @@ def _faults(first: str, more: int) -> str:
     "/queries/{query}/proof/{seq}",
     response_class=PlainTextResponse,
     responses={
-        200: {"description": "a C2SP tlog-proof, with the record", **_TEXT},
+        200: {"description": "a C2SP tlog-proof, with the record", **text(PROOF)},
         **documented(403, 404, 422, 429, 503),
     },
 )
@@ -257,7 +205,7 @@ async def replay_query(request: Request, service: The, principal: Audits, query:
     "/checkpoint",
     response_class=PlainTextResponse,
     responses={
-        200: {"description": "a signed note, as C2SP tlog-checkpoint has it", **_TEXT},
+        200: {"description": "a signed note, as C2SP tlog-checkpoint has it", **text(CHECKPOINT)},
         **documented(403, 429, 503),
     },
 )
@@ -270,7 +218,7 @@ async def get_checkpoint(service: The, principal: Audits) -> PlainTextResponse:
     "/key",
     response_class=PlainTextResponse,
     responses={
-        200: {"description": "a verifier's key, as C2SP signed-note has it", **_TEXT},
+        200: {"description": "a verifier's key, as C2SP signed-note has it", **text(KEY)},
         **documented(403, 429, 503),
     },
 )

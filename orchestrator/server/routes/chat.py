@@ -94,8 +94,8 @@ class QueryFacts(BaseModel):
 class Completion(BaseModel):
     id: str = Field(examples=["chatcmpl-20261126-010203-0123456789"])
     object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
+    created: int = Field(examples=[1795654923])
+    model: str = Field(examples=["rlm/gpt-5-mini"])
     choices: Annotated[list[Choice], Field(min_length=1, max_length=1)]
     usage: Usage
     airlock: QueryFacts
@@ -146,7 +146,12 @@ async def create_chat_completion(
     asked: ChatRequest,
     idempotency_key: Annotated[
         str | None,
-        Header(min_length=1, max_length=255, description="repeat it to get the answer of before, not another query"),
+        Header(
+            min_length=1,
+            max_length=255,
+            description="repeat it to get the answer of before, not another query",
+            examples=["minutes-of-march-1"],
+        ),
     ] = None,
 ) -> Response:
     """Ask a question as a chat.

@@ -27,7 +27,7 @@ from orchestrator.server.access import allowed
 from orchestrator.server.housekeeping import remove_later
 from orchestrator.server.inline import in_turn
 from orchestrator.server.openapi import Moment
-from orchestrator.server.paging import NEXT, Cursor, Limit, cut, read_cursor
+from orchestrator.server.paging import Cursor, Limit, Next, cut, read_cursor
 from orchestrator.server.problems import Problem, documented, not_found
 from orchestrator.server.service import Principal, Service, the_service
 from orchestrator.server.structure import JsonRoute
@@ -87,7 +87,7 @@ class ContextView(BaseModel):
 
 class ContextPage(BaseModel):
     contexts: list[ContextView]
-    next: str | None = Field(description=NEXT)
+    next: Next
 
 
 class UploadView(BaseModel):

@@ -11,6 +11,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from orchestrator import settings
 from orchestrator.core.errors import PolicyError
 from orchestrator.core.policy import Policy
 from orchestrator.core.policy_changes import changes
@@ -36,13 +37,14 @@ router = APIRouter(route_class=JsonRoute)
 MOST_FAULTS = 50  # of one policy that are told
 _MOST_BODY = 8 * MAX_CHARS  # bytes; JSON may write one character as six, or as twelve
 _YAML = ("application/yaml", "application/x-yaml", "text/yaml")
+_EXAMPLE = (settings.data_folder("policies") / "default.yaml").read_text(encoding="utf-8")
 _FAULT = re.compile(r"^policy:([0-9]+): (.*)$", re.MULTILINE)
 
 
 class PolicyText(Given):
     """A policy as a file has it."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"yaml": "models:\n  root: ['*']\n"}]})
+    model_config = ConfigDict(json_schema_extra={"examples": [{"yaml": _EXAMPLE}]})
 
     yaml: Annotated[str, Field(max_length=MAX_CHARS)]
 
@@ -82,8 +84,10 @@ class Spending(BaseModel):
 
 
 class DryRun(BaseModel):
-    sha256: str
-    effective_sha256: str
+    """effective_sha256: of what is in force then, which is no wider than the service's own policy."""
+
+    sha256: str = Field(examples=["5e" * 32])
+    effective_sha256: str = Field(examples=["5e" * 32])
     changes: list[KeyChange]
     day: Spending
     month: Spending
@@ -126,7 +130,7 @@ _BODY: dict[str, Any] = {
         "description": "The policy, as YAML or within JSON.",
         "content": {
             "application/json": {"schema": PolicyText.model_json_schema()},
-            "application/yaml": {"schema": {"description": f"at most {MAX_CHARS:,} characters"}},
+            "application/yaml": {"schema": {"description": f"at most {MAX_CHARS:,} characters"}, "example": _EXAMPLE},
         },
     }
 }

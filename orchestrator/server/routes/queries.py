@@ -72,13 +72,19 @@ async def ask_query(
     new: NewQuery,
     idempotency_key: Annotated[
         str | None,
-        Header(min_length=1, max_length=255, description="repeat it to get the query of before, not another one"),
+        Header(
+            min_length=1,
+            max_length=255,
+            description="repeat it to get the query of before, not another one",
+            examples=["minutes-of-march-1"],
+        ),
     ] = None,
     prefer: Annotated[
         str | None,
         Header(
             max_length=255,
             description=f"`wait=30`: answer when it has ended, or after so many seconds, {MOST_WAIT_S} at most",
+            examples=["wait=30"],
         ),
     ] = None,
 ) -> dict[str, Any]:
@@ -201,7 +207,7 @@ async def stream_events(
         int, Query(ge=-1, le=2**53 - 1, description="the number of the last record that is not wanted")
     ] = -1,
     last_event_id: Annotated[
-        int | None, Header(ge=-1, le=2**53 - 1, description="likewise, as browsers send it")
+        int | None, Header(ge=-1, le=2**53 - 1, description="likewise, as browsers send it", examples=[7])
     ] = None,
 ) -> Response:
     """Watch it: each record of its journal as a server-sent event, to the one that closes it."""

@@ -109,7 +109,7 @@ class SessionView(BaseModel):
 
     tenant: str = Field(examples=["acme"])
     scopes: list[str] = Field(examples=[["query", "read"]])
-    csrf: str | None
+    csrf: str | None = Field(examples=["cS1y0bVbV2m0cXl6c2xhbmd1YWdl"])
 
 
 @router.get("/v1/session", responses=documented(403, 429, 503), summary="Who has logged in.")
