@@ -68,15 +68,20 @@ class Served:
 
 
 @contextmanager
-def served(airlock: Airlock, *options: object, script: str = SCRIPT, config: str = "") -> Iterator[Served]:
-    """`airlock serve` with a scripted model. config: `airlock.toml`."""
-    model = airlock.file("script.yaml", script)
+def served(
+    airlock: Airlock, *options: object, script: str = SCRIPT, config: str = "", by_default: bool = True
+) -> Iterator[Served]:
+    """`airlock serve` with a scripted model. config: `airlock.toml`. by_default: it is asked where none is named."""
+    model = f"scripted:{airlock.file('script.yaml', script)}"
+    if not by_default:
+        config += f'[models."{model}"]\n'
     if config:
         airlock.home.mkdir(mode=0o700, exist_ok=True)
         (airlock.home / "airlock.toml").write_text(config)
     log = airlock.folder / "serve.log"
     with log.open("wb") as err:
-        command = ("serve", "--port", 0, "--model", f"scripted:{model}", "--backend", "bubblewrap", *options)
+        asked = ("--model", model) if by_default else ()
+        command = ("serve", "--port", 0, *asked, "--backend", "bubblewrap", *options)
         with airlock.started(*command, stderr=err, stdin=subprocess.DEVNULL) as running:
             yield Served(airlock, _address(running.process, log), running.process, log)
             if running.process.poll() is None:

@@ -149,6 +149,8 @@ class Desk:
             iterations=ask.iterations,
         )
         named = self._platform.models.named
+        if ask.model is None and not self._platform.models.default:
+            raise ModelError("name a model, for there is none that is asked by default: see GET /v1/models")
         for name in (ask.model, *(ask.sub_models or ())):
             if name is not None and name not in named:
                 raise ModelError(f"there is no model {name[:200]!r}: see GET /v1/models")

@@ -33,6 +33,7 @@ from orchestrator.server.metrics import METHODS, OTHER, Metrics
 if TYPE_CHECKING:
     from orchestrator.server.traces import Traces  # needs an extra
 
+_EXPECTED = ("stopping", "queue-full")  # a 503 that says no fault of the service
 FIELDS = (  # of a line, beside its time, level, logger and message; what else a record has is left out
     "request_id",
     "method",
@@ -249,7 +250,8 @@ class _Request:
             "asker": getattr(principal, "asker", None),
             "query": self._query(),
         }
-        _access.log(logging.ERROR if status >= 500 else logging.INFO, "request", extra=fields)
+        level = logging.ERROR if status >= 500 and problem not in _EXPECTED else logging.INFO
+        _access.log(level, "request", extra=fields)
         if traces:
             traces.request(fields, self._at)
 

@@ -60,6 +60,17 @@ def test_bodies_that_are_not_as_they_have_to_be(airlock: Airlock):
         assert client.get("/v1/queries").json()["queries"] == []
 
 
+def test_a_model_has_to_be_named_where_none_is_asked_by_default(airlock: Airlock):
+    with served(airlock, by_default=False) as server, server.client() as client:
+        refused = client.post("/v1/queries", json=GOOD)
+        assert refused.status_code == 422, refused.text
+        assert refused.json()["detail"] == (
+            "name a model, for there is none that is asked by default: see GET /v1/models"
+        )
+        (model,) = client.get("/v1/models").json()["data"]
+        assert ask(client, model=model["id"].removeprefix("rlm/"))["status"] == "answered"
+
+
 @pytest.mark.parametrize("path", ["x", "20261126-010203-0123456789", "%00", "..%2f..", "a" * 3000])
 def test_ids_that_are_none(airlock: Airlock, path: str):
     with served(airlock) as server, server.client() as client:
