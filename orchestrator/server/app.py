@@ -17,7 +17,7 @@ from orchestrator.core.errors import AirlockError
 from orchestrator.server.access import Door
 from orchestrator.server.openapi import document, operation_id
 from orchestrator.server.problems import Problem, problem_of
-from orchestrator.server.routes import admin, audit, chat, contexts, ops, queries, viewer
+from orchestrator.server.routes import admin, audit, chat, contexts, ops, queries, uploads, viewer
 from orchestrator.server.service import Service
 
 _log = logging.getLogger("airlock.app")
@@ -39,7 +39,7 @@ def make_app(service: Service) -> FastAPI:
     )
     app.state.service = service
     app.add_middleware(Door, answer=_answer)
-    for room in (queries, contexts, audit, admin, chat, ops, viewer):
+    for room in (queries, contexts, uploads, audit, admin, chat, ops, viewer):
         app.include_router(room.router)
     app.add_exception_handler(Problem, _problem)
     app.add_exception_handler(AirlockError, _airlock_error)
