@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,9 @@ from tests.postgres import Postgres
 from tests.security.table import render
 
 REQUIRED = [name for name in os.environ.get("AIRLOCK_REQUIRE_BACKENDS", "").split(",") if name]
+# Tests end programs by these, which inherit that whoever started the tests has them ignored (nohup, cron).
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 assert set(REQUIRED) <= set(NAMES), f"AIRLOCK_REQUIRE_BACKENDS names what is no backend: {REQUIRED}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -59,6 +60,9 @@ def sending(histories: dict[str, list[Recorded]], status: int = 200) -> Iterator
         finally:
             collector.hold.set()
             traces.close()
+            for thread in threading.enumerate():  # nothing of it goes on beside the tests that follow
+                if thread.name in ("airlock-traces", "airlock-spans"):
+                    thread.join(30)
 
 
 def test_a_query_that_ended_is_sent_as_its_trace(exported: dict[str, Ran]):
