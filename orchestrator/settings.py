@@ -58,14 +58,15 @@ class PlatformSettings(_Strict):
 class ServerSettings(_Strict):
     """What `airlock serve` takes. hosts: names it answers to, besides this machine's own; empty for any.
 
-    queries: that run at once, of all tenants; queue, queue_tenant: that wait, of all and of one. inline_bytes: of a
-    context within a request; upload_bytes: of one context; stored_bytes: of all contexts of a tenant; uploads: under
-    way, of a tenant. requests_minute: HTTP requests of a tenant. streams: event streams of a tenant at once. drain_s:
-    how long running queries have to end when the service stops, before they are left to be resumed.
+    queries: that run at once, of all tenants, where it is not said four for each CPU; queue, queue_tenant: that wait,
+    of all and of one. inline_bytes: of a context within a request; upload_bytes: of one context; stored_bytes: of all
+    contexts of a tenant; uploads: under way, of a tenant. requests_minute: HTTP requests of a tenant. streams: event
+    streams of a tenant at once. drain_s: how long running queries have to end when the service stops, before they are
+    left to be resumed.
     """
 
     hosts: list[str] = []
-    queries: int = Field(default=16, ge=1, le=10_000)
+    queries: int = Field(default_factory=lambda: 4 * len(os.sched_getaffinity(0)), ge=1, le=10_000)
     queue: int = Field(default=1000, ge=1, le=100_000)
     queue_tenant: int = Field(default=100, ge=1, le=100_000)
     inline_bytes: int = Field(default=8 << 20, ge=1024, le=1 << 30)
