@@ -17,6 +17,7 @@ from orchestrator.files import Missing, Unreadable, read_text
 
 DEFAULT_KEY_VARIABLE = "OPENAI_API_KEY"
 _PACKAGE = Path(__file__).parent
+_SANDBOXES = 96  # at once
 
 
 class _Strict(BaseModel):
@@ -52,7 +53,7 @@ class PlatformSettings(_Strict):
 
     month_usd: Decimal | None = Field(default=None, ge=0, le=10**9)
     in_flight: int = Field(default=256, ge=1, le=100_000)
-    sandboxes: int = Field(default=96, ge=1, le=10_000)
+    sandboxes: int = Field(default=_SANDBOXES, ge=1, le=10_000)
 
 
 class ServerSettings(_Strict):
@@ -66,7 +67,7 @@ class ServerSettings(_Strict):
     """
 
     hosts: list[str] = []
-    queries: int = Field(default_factory=lambda: 4 * len(os.sched_getaffinity(0)), ge=1, le=10_000)
+    queries: int = Field(default_factory=lambda: min(4 * len(os.sched_getaffinity(0)), _SANDBOXES), ge=1, le=10_000)
     queue: int = Field(default=1000, ge=1, le=100_000)
     queue_tenant: int = Field(default=100, ge=1, le=100_000)
     inline_bytes: int = Field(default=8 << 20, ge=1024, le=1 << 30)

@@ -128,7 +128,7 @@ class Airlock:
         return self.warm if not self.prefix and self.program == (PROGRAM,) else None
 
     def _popen(self, arguments: Sequence[object], options: dict[str, Any]) -> subprocess.Popen[bytes]:
-        if (warm := self._warm()) and "start_new_session" not in options:
+        if (warm := self._warm()) and options.keys() <= {"stdin", "stdout", "stderr"}:
             return warm.popen(list(map(str, arguments)), self.environment, self.folder, **options)
         return subprocess.Popen(self.command(arguments), env=self.environment, cwd=self.folder, **options)
 

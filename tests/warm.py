@@ -74,8 +74,12 @@ class Warm:
         return self._ask([list(arguments), dict(env), str(folder), None, True], stdio)
 
     def _ask(self, order: list[Any], stdio: Sequence[int]) -> int:
-        socket.send_fds(self._socket, [json.dumps(order).encode()], list(stdio))
-        return int(self._socket.recv(16))
+        try:
+            socket.send_fds(self._socket, [json.dumps(order).encode()], list(stdio))
+            return int(self._socket.recv(16))
+        except BaseException:
+            self._socket.close()  # an answer that comes late would be taken for the next one's
+            raise
 
 
 class _Forked(Popen[bytes]):
@@ -89,6 +93,7 @@ class _Forked(Popen[bytes]):
         handles = given[9:15]  # of three pipes: what is read of it, and what is written to it
         stdio = [end if end != -1 else number for number, end in enumerate((handles[0], handles[3], handles[5]))]
         self.pid = self._warm.start(args, given[5], given[4], stdio)
+        assert self.pid > 1
         self._child_created = True
         self._close_pipe_fds(*handles)
 

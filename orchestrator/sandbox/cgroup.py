@@ -20,7 +20,8 @@ LEAF = (
     "orchestrator"  # a group of this name was made to live in, as deploy/delegated.sh does: sandboxes are put beside it
 )
 _PERIOD_US = 100_000
-# Of another process's share where CPUs are wanting: guests make way for the loop, the proxy and the journal.
+# Of another process's share where CPUs are wanting: guests make way for the loop, the proxy and the journal. Containers
+# do among what their engine runs: with its cgroupfs driver that is they alone.
 WEIGHT = 0.25
 SHARES = int(1024 * WEIGHT)  # in the unit of version 1, and of container engines
 

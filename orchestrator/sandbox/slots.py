@@ -67,10 +67,14 @@ class Slots:
             _clear(slot, _is_marked(handle))
             _mark(handle, b"")
             os.close(handle)
-        elif (mark := (self._locks / f"{slot.number}.lock").read_bytes()) and mark != mark_of(self._folders):
-            shutil.rmtree(slot.folder, ignore_errors=True)  # whoever has the slot now has cleared all but this
-        else:
-            return False
+            return True
+        if not self._root:
+            return False  # the locks lie here: a living process of this data folder has it
+        with _held(self._folders, fcntl.LOCK_EX):
+            mark = (self._locks / f"{slot.number}.lock").read_bytes()
+            if b":" not in mark or mark == mark_of(self._folders):
+                return False
+            shutil.rmtree(slot.folder, ignore_errors=True)  # another data folder has the slot, and has cleared the rest
         return True
 
     def _uid(self, number: int) -> int | None:
@@ -102,13 +106,25 @@ def mark_of(folders: Path) -> bytes:
     return b"%d:%d\n" % (found.st_dev, found.st_ino)
 
 
+@contextmanager
+def _held(folder: Path, how: int) -> Generator[None]:
+    """Slots are taken (LOCK_SH) while none of them is looked at for what a dead one has left (LOCK_EX)."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(handle, how)
+        yield
+    finally:
+        os.close(handle)
+
+
 def _prepare(slot: Slot, handle: int) -> None:
     """The lock file holds a mark from here until the slot is given back in order. Raises StoreError."""
     try:
-        used = _is_marked(handle)
-        _mark(handle, mark_of(slot.folder.parent))  # first: whoever lost the slot sees at once that it is another's
-        _clear(slot, used)
-        slot.folder.mkdir(mode=0o755)
+        with _held(slot.folder.parent, fcntl.LOCK_SH):
+            used = _is_marked(handle)
+            _mark(handle, mark_of(slot.folder.parent))  # first: whoever lost the slot sees at once that it is another's
+            _clear(slot, used)
+            slot.folder.mkdir(mode=0o755)
     except OSError as error:
         raise StoreError(f"cannot make a slot folder: {error.strerror}: {error.filename}") from None
 

@@ -29,11 +29,11 @@ from orchestrator.core.errors import KINDS
 from orchestrator.core.events import Event
 from orchestrator.core.redact import Redactor, excerpt
 from orchestrator.server.metrics import METHODS, OTHER, Metrics
+from orchestrator.server.problems import is_fault
 
 if TYPE_CHECKING:
     from orchestrator.server.traces import Traces  # needs an extra
 
-_EXPECTED = ("stopping", "queue-full")  # a 503 that says no fault of the service
 FIELDS = (  # of a line, beside its time, level, logger and message; what else a record has is left out
     "request_id",
     "method",
@@ -250,8 +250,7 @@ class _Request:
             "asker": getattr(principal, "asker", None),
             "query": self._query(),
         }
-        level = logging.ERROR if status >= 500 and problem not in _EXPECTED else logging.INFO
-        _access.log(level, "request", extra=fields)
+        _access.log(logging.ERROR if is_fault(status, problem) else logging.INFO, "request", extra=fields)
         if traces:
             traces.request(fields, self._at)
 

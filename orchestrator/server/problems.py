@@ -30,6 +30,12 @@ from orchestrator.core.errors import (
 
 MEDIA_TYPE = "application/problem+json"
 RETRY_S = 5  # where nothing tells when to come again
+_EXPECTED = ("stopping", "not-ready", "queue-full")  # a 503 with which the service does as it should
+
+
+def is_fault(status: int, kind: str | None) -> bool:
+    """Whether an answer of this status, with this kind of problem, is for the operator to look into."""
+    return status >= 500 and kind not in _EXPECTED
 
 
 class Problem(Exception):

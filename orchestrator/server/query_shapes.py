@@ -105,7 +105,9 @@ class ContextFacts(BaseModel):
 
 
 class QuerySummary(BaseModel):
-    """A query in a list. question is cut there; it is null where the policy keeps none. Money is exact, as text."""
+    """A query in a list. question is cut there; it is null where the policy keeps none. ended_at is null until it is
+    closed, which one that was interrupted is not. Money is exact, as text.
+    """
 
     model_config = _shown_as(_SUMMARY)
 

@@ -29,6 +29,7 @@ from orchestrator.core.errors import AirlockError
 from orchestrator.core.events import Recorded
 from orchestrator.exports.otlp import address_of, send
 from orchestrator.exports.records import VERSION
+from orchestrator.server.problems import is_fault
 
 MOST_WAITING = 1000  # queries whose traces are yet to be sent
 CLOSE_S = 5.0  # for what waits when the service ends
@@ -80,7 +81,7 @@ class Traces:
             "airlock.tenant": fields["tenant"],
             "airlock.query": fields["query"],
         }
-        failed = fields["status"] >= 500
+        failed = is_fault(fields["status"], fields["problem"])
         span = self._tracer.start_span(
             f"{fields['method']} {fields['route']}",
             Context(),

@@ -133,6 +133,7 @@ def test_it_is_interrupted_while_it_waits_for_its_context(airlock: Airlock) -> N
     airlock("exec", airlock.file("cell.py", "pass"), "--context", "context.txt", code=0)  # clears the draft
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("moment", ["turn", "sub-call", "cell"])
 def test_the_orchestrator_is_killed(airlock: Airlock, moment: str) -> None:
     turn = {"turn": Hang(), "sub-call": fenced(SUB_CALL), "cell": fenced(LOOP)}[moment]
@@ -168,6 +169,7 @@ def test_the_orchestrator_is_killed(airlock: Airlock, moment: str) -> None:
     assert shown.out.rstrip().endswith("the chain is whole")
 
 
+@pytest.mark.alone
 def test_the_orchestrator_is_killed_while_a_child_query_runs(airlock: Airlock) -> None:
     """Nothing that any node of the tree held stays held, its last word's money included."""
     with Provider(root=[fenced("rlm_query('deeper?', 'a text of its own')"), Hang()]) as provider:

@@ -8,13 +8,29 @@ import sqlite3
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 
+from orchestrator.auditing import open_books
+from orchestrator.server import queries_view
 from orchestrator.server.protocol import PER_ADDRESS
+from orchestrator.store.journal import Connection
 from tests.command import Airlock, until
 from tests.service import SCRIPT, SLOW, ask, events, served
+
+
+def shown(airlock: Airlock, query: str) -> dict[str, Any]:
+    """As the service would show it, while there is none."""
+    with open_books(airlock.home) as books:
+
+        def look(tx: Connection) -> dict[str, Any]:
+            found = queries_view.find(tx, query)
+            assert found
+            return queries_view.view(tx, books, found)
+
+        return books.db.read(look)
 
 
 def test_a_query_is_asked_watched_and_answered(airlock: Airlock):
@@ -156,15 +172,11 @@ def test_queries_of_a_service_that_ended_are_gone_on_with_by_the_next_one(airloc
         waiting = ask(client, "And this one?", wait=0)["id"]
         until(lambda: "cell.ended" in {row["type"] for row in airlock.records(running)})
         server.stop(how)
+    found = shown(airlock, running)
+    assert (found["status"], found["ended_at"]) == ("interrupted" if how == signal.SIGTERM else "running", None)
     with served(airlock, script=SCRIPT, config=config) as server, server.client() as client:
         for query in (running, waiting):
-            ended = until(
-                lambda q=query: (
-                    (got := client.get(f"/v1/queries/{q}").json())["ended_at"]
-                    and got["status"] != "interrupted"
-                    and got
-                )
-            )
+            ended = until(lambda q=query: (got := client.get(f"/v1/queries/{q}").json())["ended_at"] and got)
             assert (ended["status"], ended["answer"]) == ("answered", "it is short"), ended
     kinds = [row["type"] for row in airlock.records(running)]
     assert kinds.count("query.opened") == 1

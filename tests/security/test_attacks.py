@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 
 import pytest
+from _pytest.mark import ParameterSet
 
 from orchestrator.sandbox.base import Backend
 from tests.security.attacks import ATTACKS
@@ -32,7 +33,15 @@ async def prove(attack: Attack, stages: Stages, backend: str) -> None:
         stages.proved.add((attack.name, backend))
 
 
-@pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: f"{attack.group}: {attack.name}")
+TIMED = ("CPU",)  # whose share is measured
+
+
+def param(attack: Attack) -> ParameterSet:
+    marks = [pytest.mark.alone] if attack.name in TIMED else []
+    return pytest.param(attack, id=f"{attack.group}: {attack.name}", marks=marks)
+
+
+@pytest.mark.parametrize("attack", map(param, ATTACKS))
 async def test_attack(
     attack: Attack, backend: Backend, stages: Stages, record_property: Callable[[str, object], None]
 ) -> None:

@@ -18,7 +18,7 @@ from orchestrator.sandbox.cgroup import Cgroup, own_hierarchy
 from orchestrator.sandbox.slots import Slots
 from tests.sandboxes import processes_of, status_of, until
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.alone]
 
 AS_ROOT = os.geteuid() == 0
 

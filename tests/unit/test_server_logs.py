@@ -164,6 +164,11 @@ async def refuse(request: Request) -> Response:
     return PlainTextResponse("no", 402)
 
 
+async def away(request: Request) -> Response:
+    request.scope["state"]["problem"] = request.query_params["why"]
+    return PlainTextResponse("not now", 503)
+
+
 async def broken(_request: Request) -> Response:
     raise ValueError("the patient's name is Ada")
 
@@ -177,7 +182,14 @@ class Watched:
         self.app = logs.Accounted(Starlette(routes=routes), self.metrics)
 
     def ends(self) -> dict[str, Any]:
-        return {"/hello/{name}": hello, "/made": made, "/refuse": refuse, "/broken": broken, "/stream": self.stream}
+        return {
+            "/hello/{name}": hello,
+            "/made": made,
+            "/refuse": refuse,
+            "/away": away,
+            "/broken": broken,
+            "/stream": self.stream,
+        }
 
     def value(self, name: str, **labels: str) -> float | None:
         return self.metrics.registry.get_sample_value(name, labels)
@@ -256,6 +268,14 @@ async def test_a_fault_of_ours_is_counted_and_told_once(lines: io.StringIO):
     (line,) = read(lines)  # what was answered is not raised to the server, which would tell it again
     assert (line["level"], line["status"]) == ("error", 500)
     assert "Ada" not in lines.getvalue()
+
+
+@pytest.mark.anyio
+async def test_a_service_that_is_away_in_good_order_is_no_error(lines: io.StringIO):
+    watched = Watched()
+    for why in ("store-unavailable", "stopping", "not-ready", "queue-full"):
+        await watched.ask("GET", f"/away?why={why}")
+    assert [line["level"] for line in read(lines)] == ["error", "info", "info", "info"]
 
 
 @pytest.mark.anyio

@@ -41,6 +41,14 @@ def test_without_a_file_there_are_defaults(home: Path):
     assert settings.Config().api_key_env == "OPENAI_API_KEY"
 
 
+@pytest.mark.parametrize(("cpus", "queries"), [(1, 4), (2, 8), (64, 96)])
+def test_queries_at_once_are_of_the_machine_and_never_more_than_it_has_sandboxes(
+    cpus: int, queries: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _process: set(range(cpus)))
+    assert settings.ServerSettings().queries == queries <= settings.PlatformSettings().sandboxes
+
+
 def test_a_whole_file(home: Path):
     found = config(
         home,

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from orchestrator.core.errors import StoreError
+from orchestrator.sandbox import slots as slots_module
 from orchestrator.sandbox.slots import UID_BASE, Slots
 
 HOLD = """
@@ -78,10 +81,16 @@ def test_after_a_restart_of_the_machine_the_locks_are_gone_and_the_folders_are_n
     assert list((tmp_path / "slots").iterdir()) == []
 
 
+def shared(tmp_path: Path, name: str) -> Slots:
+    """Of a data folder of this name, with locks that all of them share, as root's are."""
+    slots = Slots(tmp_path / name)
+    slots._locks, slots._root = tmp_path / "run", True
+    return slots
+
+
 def test_a_dead_ones_slot_that_another_data_folder_has_taken_since(tmp_path: Path):
-    """The machine shares the locks; the folder that the dead one left is cleared, the other's is not touched."""
-    dead, other = Slots(tmp_path / "dead"), Slots(tmp_path / "other")
-    dead._locks = other._locks = tmp_path / "run"
+    """The folder that the dead one left is cleared, the other's is not touched."""
+    dead, other = shared(tmp_path, "dead"), shared(tmp_path, "other")
     left = tmp_path / "dead" / "slots" / "slot-0"
     left.mkdir(parents=True)
     with other.take() as slot:
@@ -91,3 +100,42 @@ def test_a_dead_ones_slot_that_another_data_folder_has_taken_since(tmp_path: Pat
         assert slot.folder.exists()
         assert other.clear_dead() == 0  # its own, which lives
         assert slot.folder.exists()
+
+
+@pytest.mark.parametrize("mark", [b"", b"taken\n"])
+def test_a_slot_that_is_held_and_does_not_say_by_whom_is_left_alone(tmp_path: Path, mark: bytes):
+    slots = shared(tmp_path, "home")
+    with slots.take() as slot:
+        (tmp_path / "run" / f"{slot.number}.lock").write_bytes(mark)
+        assert slots.clear_dead() == 0
+        assert slot.folder.exists()
+
+
+def test_no_slot_is_taken_while_one_is_cleared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Given back by another data folder and taken by a process of this one, just after its mark was read."""
+    dead, other, again = (shared(tmp_path, name) for name in ("dead", "other", "dead"))
+    (tmp_path / "dead" / "slots" / "slot-0").mkdir(parents=True)
+    taken = threading.Event()
+
+    def take() -> None:
+        with again.take() as slot:
+            taken.set()
+            found.append(slot.folder.exists())
+
+    found: list[bool] = []
+    thread = threading.Thread(target=take)
+    with ExitStack() as others:
+        others.enter_context(other.take())
+        whole = slots_module.mark_of
+
+        def mark_of(folders: Path) -> bytes:
+            if not thread.ident and folders == dead._folders:
+                others.close()
+                thread.start()
+                assert not taken.wait(0.2)
+            return whole(folders)
+
+        monkeypatch.setattr(slots_module, "mark_of", mark_of)
+        assert dead.clear_dead() == 1
+    thread.join(10)
+    assert found == [True]

@@ -89,11 +89,12 @@ def test_a_request_is_a_span():
     began = time.time_ns() - 10**9
     with sending({}) as sent:
         sent.traces.request(FIELDS, began)
-        sent.traces.request({**FIELDS, "status": 503, "problem": "stopping", "tenant": None, "query": None}, began)
+        sent.traces.request({**FIELDS, "status": 503, "problem": "store-unavailable", "query": None}, began)
+        sent.traces.request({**FIELDS, "status": 503, "problem": "stopping", "query": None}, began)
         for probe in ("/healthz", "/readyz", "/metrics"):
             sent.traces.request({**FIELDS, "route": probe}, began)
         sent.traces.close()
-        well, ill = sent.collector.spans()
+        well, ill, busy = sent.collector.spans()
     assert (well.name, well.kind, well.parent_span_id) == ("POST /v1/queries", 2, b"")
     assert well.start_time_unix_nano == began
     assert well.end_time_unix_nano >= began + 10**9
@@ -105,9 +106,9 @@ def test_a_request_is_a_span():
         "airlock.tenant": "acme",
         "airlock.query": "20261126-010203-0123456789",
     }
-    assert (well.status.code, ill.status.code) == (0, 2)
+    assert (well.status.code, ill.status.code, busy.status.code) == (0, 2, 0)
     assert attributes(ill)["error.type"] == "503"
-    assert attributes(ill)["airlock.problem"] == "stopping"
+    assert attributes(ill)["airlock.problem"] == "store-unavailable"
     assert well.trace_id != ill.trace_id
     assert well.trace_id != hashlib.sha256(str(FIELDS["query"]).encode()).digest()[:16]
 

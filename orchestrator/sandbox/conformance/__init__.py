@@ -18,8 +18,8 @@ from orchestrator.core.errors import SandboxUnusable
 from orchestrator.sandbox.conformance import calls, containment, endings, repl
 from orchestrator.sandbox.conformance.promise import Bench, Promise, Repl
 
-LONGEST_S = 30.0  # for one promise
-_TRIES = 3
+LONGEST_S = 30.0  # for one try of a promise
+_TRIES = 3  # of one that a deviation says is not kept, until it is called out of date
 
 PROMISES: tuple[Promise, ...] = tuple(
     found
@@ -42,7 +42,7 @@ class Verdict:
 
 
 async def judge(promise: Promise, bench: Bench, sandbox: Repl | None = None) -> Verdict:
-    """Try one promise, for at most LONGEST_S. sandbox: one to try it in, else a new one is opened.
+    """Try one promise, for at most LONGEST_S each time. sandbox: one to try it in, else a new one is opened.
 
     Raises SandboxUnusable when no sandbox can be had; whatever else happens is a verdict.
     """
