@@ -41,7 +41,7 @@ def param(attack: Attack) -> ParameterSet:
     return pytest.param(attack, id=f"{attack.group}: {attack.name}", marks=marks)
 
 
-@pytest.mark.parametrize("attack", map(param, ATTACKS))
+@pytest.mark.parametrize("attack", [param(attack) for attack in ATTACKS])
 async def test_attack(
     attack: Attack, backend: Backend, stages: Stages, record_property: Callable[[str, object], None]
 ) -> None:
