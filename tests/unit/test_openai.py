@@ -739,7 +739,7 @@ async def test_a_request_that_was_given_up_is_not_sent_to_its_end():
     size = 64 << 20
     async with listening(serve) as port, asking(f"http://127.0.0.1:{port}") as lm:
         with pytest.raises(OutcomeUnknown):
-            await lm.ask(Request("m", [user("x" * size)], 99, 0.5))
+            await lm.ask(Request("m", [user("x" * size)], 99, 4.0))
         given_up.set()
         await gone(over)
     assert got < size
