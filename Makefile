@@ -25,7 +25,7 @@ test: ## set up, lint, run all tests
 	@bash deploy/setup.sh tests
 	@bash deploy/engines.sh
 	@$(MAKE) lint
-	@$(pytest) --numprocesses 4 --dist loadfile -m "not alone" || { echo "test: step 'pytest' failed" >&2; exit 1; }
+	@$(pytest) --numprocesses 3 --dist loadfile -m "not alone" || { echo "test: step 'pytest' failed" >&2; exit 1; }
 	@$(pytest) -m alone || { echo "test: step 'pytest, one at a time' failed" >&2; exit 1; }
 
 bench: setup ## measure, and compare with the peers
