@@ -59,11 +59,11 @@ class PlatformSettings(_Strict):
 class ServerSettings(_Strict):
     """What `airlock serve` takes. hosts: names it answers to, besides this machine's own; empty for any.
 
-    queries: that run at once, of all tenants, where it is not said four for each CPU; queue, queue_tenant: that wait,
-    of all and of one. inline_bytes: of a context within a request; upload_bytes: of one context; stored_bytes: of all
-    contexts of a tenant; uploads: under way, of a tenant. requests_minute: HTTP requests of a tenant. streams: event
-    streams of a tenant at once. drain_s: how long running queries have to end when the service stops, before they are
-    left to be resumed.
+    queries: that run at once, of all tenants; where it is not said four for each CPU, 96 at most. queue, queue_tenant:
+    that wait, of all and of one. inline_bytes: of a context within a request; upload_bytes: of one context;
+    stored_bytes: of all contexts of a tenant; uploads: under way, of a tenant. requests_minute: HTTP requests of a
+    tenant. streams: event streams of a tenant at once. drain_s: how long running queries have to end when the service
+    stops, before they are left to be resumed.
     """
 
     hosts: list[str] = []

@@ -26,9 +26,10 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Send
 from starlette.types import Scope as AsgiScope
 
+from orchestrator.core.api_keys import Scope
 from orchestrator.core.errors import AirlockError
 from orchestrator.server.problems import Problem, come_again, problem_of
-from orchestrator.server.service import Principal, Scope, Service, the_service
+from orchestrator.server.service import Principal, Service, the_service
 from orchestrator.server.sessions import Session, Sessions, cookie_name
 from orchestrator.server.tokens import Tokens
 from orchestrator.store.registered import KeyRow

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Literal, cast
 
 from starlette.requests import HTTPConnection
 
-from orchestrator.core.api_keys import EVERYDAY, SCOPES, Scope
-from orchestrator.server.problems import Problem, not_found
+from orchestrator.server.problems import not_found
 
 if TYPE_CHECKING:
     from orchestrator.auditing import Books
@@ -60,6 +59,3 @@ def the_service(connection: HTTPConnection) -> Service:
 async def of_request(connection: HTTPConnection) -> Service:
     """For routes: a dependency that is no coroutine is run in a thread, and a request waits for that."""
     return the_service(connection)
-
-
-__all__ = ["EVERYDAY", "SCOPES", "Principal", "Problem", "Scope", "Service", "of_request", "the_service"]

@@ -142,6 +142,16 @@ def test_verdicts_speak_of_no_command_line(airlock: Airlock):
         assert not any("--" in verdict["detail"] for verdict in verdicts)
 
 
+def test_more_than_a_thousand_records_are_verified(airlock: Airlock):
+    """How long it takes, tests/benchmarks/service.py says."""
+    many = SCRIPT.replace('llm_query("Is this long? " + context[:20])', "llm_query_batched(['x'] * 500)[0]")
+    with served(airlock, script=many) as server, server.client() as client:
+        query = ask(client, wait=60)
+        assert query["status"] == "answered", query
+        assert len(airlock.records(query["id"])) > 1000
+        assert get(client, query["id"], "verify").json()["whole"]
+
+
 def test_a_query_is_run_again(airlock: Airlock):
     with served(airlock) as server, server.client() as client:
         query = ask(client)["id"]

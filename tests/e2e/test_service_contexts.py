@@ -401,6 +401,8 @@ def test_a_crowd_does_not_store_more_than_it_may(server: Served):
     assert kept <= 2  # of 5 MB, each takes 1.8 MB; those that come at once may all find too little
     until(lambda: not left(server))
     assert size(server) == before + kept * 1_800_000
+    with server.client("crowd") as client:  # what was refused holds no room
+        assert put(client, b"Z" * 1_800_000).status_code == (201 if kept < 2 else 413)
 
 
 def size(server: Served) -> int:
