@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -41,6 +41,15 @@ def until(condition: Callable[[], Any], seconds: float = 20.0) -> Any:
     while not (found := condition()):
         assert time.monotonic() < deadline, f"waited {seconds:g} s for {condition}"
         time.sleep(0.01)  # between two looks; nothing depends on how long it takes
+    return found
+
+
+def children(process: int) -> list[int]:
+    """Processes that this one has started and that it has not waited for, whichever of its threads did."""
+    found: list[int] = []
+    for task in Path(f"/proc/{process}/task").iterdir():
+        with suppress(FileNotFoundError, ProcessLookupError):  # a thread that has ended since
+            found += map(int, (task / "children").read_text().split())
     return found
 
 

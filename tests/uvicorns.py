@@ -47,7 +47,7 @@ def rest(connection: socket.socket) -> bytes:
 
 
 @contextmanager
-def run(app: Any, http: type[Protocol] = Protocol, **options: Any) -> Iterator[Address]:
+def run(app: Any, http: type[Protocol] = Protocol) -> Iterator[Address]:
     """It is asked to end with the block, and has to."""
     config = uvicorn.Config(
         app,
@@ -58,7 +58,6 @@ def run(app: Any, http: type[Protocol] = Protocol, **options: Any) -> Iterator[A
         log_config=None,
         h11_max_incomplete_event_size=32 << 10,
         timeout_graceful_shutdown=5,
-        **options,
     )
     with socket.create_server(("127.0.0.1", 0)) as bound:
         server = uvicorn.Server(config)

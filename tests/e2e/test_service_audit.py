@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sqlite3
 import time
@@ -19,8 +18,8 @@ from orchestrator.auditing import check_proof
 from orchestrator.core.merkle import leaf_hash
 from orchestrator.core.notes import Verifier, open_checkpoint
 from orchestrator.core.policy_file import parse_policy
-from tests.command import Airlock, until
-from tests.service import SCRIPT, SLOW, Served, ask, registry, served
+from tests.command import Airlock, children, until
+from tests.service import SCRIPT, SLOW, ask, registry, served
 
 NAMES = ["integrity", "append-only", "completeness", "payloads", "freshness"]
 LONG_S = 6
@@ -198,7 +197,7 @@ def test_replays_are_few_and_end_with_who_waits_for_them(airlock: Airlock):
 
         assert is_begun()
         until(is_begun, LONG_S - 2)  # the first one would not have ended by itself
-        until(lambda: not sandboxes(server), LONG_S - 2)
+        until(lambda: not children(server.process.pid), LONG_S - 2)
         with ThreadPoolExecutor(2) as threads:
             both = list(threads.map(lambda _: post(client, query), range(2)))
         assert sorted(answer.status_code for answer in both) == [200, 429]
@@ -224,7 +223,7 @@ def test_a_stopped_service_ends_a_replay(airlock: Airlock):
         query = ask(client)["id"]
         with ThreadPoolExecutor(1) as threads:
             waiting = threads.submit(lambda: post(client, query))
-            until(lambda: sandboxes(server))
+            until(lambda: children(server.process.pid))
             assert server.stop() == 0
             assert waiting.result().json()["type"] == "urn:airlock:stopping"
 
@@ -248,15 +247,6 @@ def post(client: httpx2.Client, query: str, **options: Any) -> httpx2.Response:
 
 def files_of(folder: Path) -> list[str]:
     return sorted(str(path) for path in folder.rglob("*"))
-
-
-def sandboxes(server: Served) -> list[int]:
-    """Processes below the service, of which it has none but for sandboxes."""
-    found: list[int] = []
-    for task in Path(f"/proc/{server.process.pid}/task").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # a thread that has ended since
-            found += map(int, (task / "children").read_text().split())
-    return found
 
 
 def restore(database: Path, dump: list[str]) -> None:

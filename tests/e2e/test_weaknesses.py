@@ -10,14 +10,14 @@ import time
 from decimal import Decimal
 from pathlib import Path
 
-from tests.command import Airlock
+from tests.command import Airlock, children
 from tests.e2e.test_budget import PRICED, counted, execute
 from tests.fakes.provider import Hang, Provider, Say
 
 
 def listening(process: int) -> list[str]:
     """Addresses on which a process, or one that it started, accepts connections over a network."""
-    tree = [process, *(int(pid) for pid in Path(f"/proc/{process}/task/{process}/children").read_text().split())]
+    tree = [process, *children(process)]
     inodes = {str(fd.readlink()) for pid in tree for fd in Path(f"/proc/{pid}/fd").iterdir() if fd.is_symlink()}
     rows = [
         line.split()

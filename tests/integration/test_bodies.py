@@ -16,7 +16,6 @@ import pytest
 
 from orchestrator.server import bodies
 from orchestrator.server.bodies import Bodies
-from orchestrator.server.protocol import Protocol
 from orchestrator.settings import ServerSettings
 from tests.uvicorns import Address, rest, run
 
@@ -255,7 +254,7 @@ def test_a_fault_of_the_application_is_its_own():
     async def faulty(_scope: Any, _receive: Any, _send: Any) -> None:
         raise bodies.Problem(500, "mine", "this is none of the middleware's")
 
-    with run(Bodies(faulty, SETTINGS), Protocol, log_level="critical") as address:
+    with run(Bodies(faulty, SETTINGS)) as address:
         assert b" 500 " in address.answer_to(request("GET", "/")).split(b"\r\n")[0]
 
 

@@ -19,6 +19,7 @@ from orchestrator.lm.base import Reply, Request
 from orchestrator.lm.local import LocalLM
 from orchestrator.lm.openai import OpenAILM
 from orchestrator.lm.weights import pull
+from tests.command import children
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(900)]  # two busy cores read about 15 tokens a second
 
@@ -126,11 +127,11 @@ async def test_no_key_of_ours_is_in_its_reach_and_a_dead_process_is_replaced(
     gguf: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
-    others = children(os.getpid(), str(gguf))
+    others = models(os.getpid(), str(gguf))
     local = LocalLM(gguf, window=256, slots=1)
     try:
         await local.ask(ask_for("Hi", cap=1))
-        (child,) = set(children(os.getpid(), str(gguf))) - set(others)
+        (child,) = set(models(os.getpid(), str(gguf))) - set(others)
         assert b"sk-secret" not in environment(child)
         os.kill(child, signal.SIGKILL)
         await anyio.sleep(0.5)
@@ -138,7 +139,7 @@ async def test_no_key_of_ours_is_in_its_reach_and_a_dead_process_is_replaced(
     finally:
         await local.aclose()
         await local.aclose()
-    assert children(os.getpid(), str(gguf)) == others
+    assert models(os.getpid(), str(gguf)) == others
 
 
 HOST = """
@@ -174,7 +175,7 @@ def test_nothing_outlives_the_host(gguf: Path, how: signal.Signals) -> None:
     with host:
         assert host.stdout is not None
         assert host.stdout.readline() == "ready\n"
-        (child,) = children(host.pid, str(gguf))
+        (child,) = models(host.pid, str(gguf))
         time.sleep(0.5)
         start = time.monotonic()
         host.send_signal(how)
@@ -199,11 +200,16 @@ async def test_a_file_that_is_no_model(tmp_path: Path, content: bytes | None, sa
         await LocalLM(file).ask(ask_for("Hi"))
 
 
-def children(parent: int, gguf: str) -> list[int]:
+def models(parent: int, gguf: str) -> list[int]:
     """Processes of `parent` that have the model's file mapped."""
-    tasks = Path(f"/proc/{parent}/task").iterdir()
-    pids = [int(pid) for task in tasks for pid in (task / "children").read_text().split()]
-    return [pid for pid in pids if gguf in Path(f"/proc/{pid}/maps").read_text()]
+    return [pid for pid in children(parent) if gguf in maps(pid)]
+
+
+def maps(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/maps").read_text()
+    except (FileNotFoundError, ProcessLookupError):  # it has ended since
+        return ""
 
 
 def environment(pid: int) -> bytes:
