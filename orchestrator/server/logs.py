@@ -237,7 +237,8 @@ class _Request:
             self._metrics.streams.dec()
         if problem:
             self._metrics.refused("request", problem)
-        self._metrics.request(method, route, status, seconds, stream=self._stream)
+        fault = is_fault(status, problem)
+        self._metrics.request(method, route, status, seconds, stream=self._stream, fault=fault)
         principal = state.get("principal")
         fields = {
             "request_id": self.id,
@@ -250,7 +251,7 @@ class _Request:
             "asker": getattr(principal, "asker", None),
             "query": self._query(),
         }
-        _access.log(logging.ERROR if is_fault(status, problem) else logging.INFO, "request", extra=fields)
+        _access.log(logging.ERROR if fault else logging.INFO, "request", extra=fields)
         if traces:
             traces.request(fields, self._at)
 

@@ -83,6 +83,11 @@ class Metrics:
         self._requests = Counter(
             "airlock_http_requests", "HTTP requests that ended.", ["method", "route", "status"], registry=registry
         )
+        self._faults = Counter(
+            "airlock_http_faults",
+            "HTTP requests that ended in what is for the operator to look into: server errors that are no refusals.",
+            registry=registry,
+        )
         self._request_s = Histogram(
             "airlock_http_request_seconds",
             "How long HTTP requests took, to the last byte; event streams are not among them.",
@@ -166,9 +171,13 @@ class Metrics:
         """outcome: sent, failed, dropped."""
         self._traces.labels(outcome).inc(count)
 
-    def request(self, method: str, route: str, status: int, seconds: float, *, stream: bool = False) -> None:
+    def request(
+        self, method: str, route: str, status: int, seconds: float, *, stream: bool = False, fault: bool = False
+    ) -> None:
         """route: as it is declared. How long a stream was open tells nothing of how fast the service is."""
         self._requests.labels(method if method in METHODS else OTHER, route, str(status)).inc()
+        if fault:
+            self._faults.inc()
         if not stream:
             self._request_s.labels(route).observe(seconds)
 

@@ -20,6 +20,7 @@ from orchestrator.server.metrics import Metrics
 from tests.command import PROJECT
 
 DEPLOY = PROJECT / "deploy"
+EXAMPLES = PROJECT / "tests" / "examples" / "alerts.yaml"  # of alerts, with what each is to say
 PROCESS = {"process_resident_memory_bytes", "process_cpu_seconds_total", "process_open_fds", "process_max_fds"}
 
 
@@ -31,6 +32,15 @@ def which(program: str) -> str:
     found = shutil.which(program)
     assert found, f"{program} is not installed"
     return found
+
+
+def promtool(*arguments: object) -> str:
+    """What it says. The one that `setup.sh tests` fetched, or the system's."""
+    mine = PROJECT / ".venv" / "bin" / "promtool"
+    program = str(mine) if mine.exists() else which("promtool")
+    done = subprocess.run([program, *map(str, arguments)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def told() -> set[str]:
@@ -46,6 +56,10 @@ def told() -> set[str]:
 def named(expressions: str) -> set[str]:
     found = set(re.findall(r"\b(?:airlock|process)_[a-z_]+", expressions))
     return {name.removesuffix("_bucket") for name in found}
+
+
+def rules() -> list[dict[str, Any]]:
+    return [rule for group in yaml.safe_load(text("alerts.yaml"))["groups"] for rule in group["rules"]]
 
 
 def expressions(board: dict[str, Any]) -> str:
@@ -84,13 +98,34 @@ def test_panels_do_not_lie_on_each_other():
 
 
 def test_alerts_are_of_metrics_that_are_there():
-    rules = [rule for group in yaml.safe_load(text("alerts.yaml"))["groups"] for rule in group["rules"]]
-    assert named("\n".join(rule["expr"] for rule in rules)) <= told()
+    assert named("\n".join(rule["expr"] for rule in rules())) <= told()
     known = Metrics().registry
     for status in re.findall(r'status="(\w+)"', text("alerts.yaml")):
         assert known.get_sample_value("airlock_queries_total", {"status": status}) == 0
     for outcome in re.findall(r'outcome="(\w+)"', text("alerts.yaml")):
         assert known.get_sample_value("airlock_sub_calls_total", {"outcome": outcome}) == 0
+
+
+def test_prometheus_takes_the_configuration(tmp_path: Path):
+    (tmp_path / "alerts.yaml").write_text(text("alerts.yaml"))
+    (tmp_path / "airlock.key").write_text("x")
+    config = tmp_path / "prometheus.yaml"
+    config.write_text(text("prometheus.yaml").replace("/etc/prometheus/airlock.key", "airlock.key"))
+    assert "6 rules found" in promtool("check", "config", config)
+
+
+def test_alerts_fire_at_what_is_broken_and_at_nothing_else():
+    promtool("test", "rules", EXAMPLES)
+    cases = [case for test in yaml.safe_load(EXAMPLES.read_text())["tests"] for case in test["alert_rule_test"]]
+    for silent in (True, False):  # each is seen to fire, and to be silent
+        seen = {case["alertname"] for case in cases if (not case["exp_alerts"]) == silent}
+        assert seen == {rule["alert"] for rule in rules()}
+
+
+def test_every_alert_says_how_bad_it_is_and_what_to_do():
+    for rule in rules():
+        assert rule["labels"]["severity"] in ("critical", "warning"), rule["alert"]
+        assert set(rule["annotations"]) == {"summary", "description"}, rule["alert"]
 
 
 def test_prometheus_asks_for_a_page_that_is_there():

@@ -114,6 +114,14 @@ def test_a_method_of_ones_own_makes_no_series_of_its_own():
     assert not value(metrics, "airlock_http_request_seconds_count", route="/v1/queries/{query}/events")
 
 
+def test_faults_are_counted_from_nought():
+    metrics = Metrics()
+    assert value(metrics, "airlock_http_faults_total") == 0  # a rate needs a zero to begin with
+    metrics.request("GET", "/readyz", 503, 0.01)
+    metrics.request("GET", "/v1/queries", 503, 0.01, fault=True)
+    assert value(metrics, "airlock_http_faults_total") == 1
+
+
 @quick
 @given(histories())
 def test_any_events_are_counted_and_name_nobody(history: list[Recorded]):

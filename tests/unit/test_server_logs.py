@@ -276,6 +276,7 @@ async def test_a_service_that_is_away_in_good_order_is_no_error(lines: io.String
     for why in ("store-unavailable", "stopping", "not-ready", "queue-full"):
         await watched.ask("GET", f"/away?why={why}")
     assert [line["level"] for line in read(lines)] == ["error", "info", "info", "info"]
+    assert watched.value("airlock_http_faults_total") == 1
 
 
 @pytest.mark.anyio
