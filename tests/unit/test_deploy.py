@@ -216,7 +216,7 @@ def test_the_image():
     assert extras
     project = (PROJECT / "pyproject.toml").read_text()
     assert all(re.search(rf"(?m)^{extra} = \[", project) for extra in extras[1].split(","))
-    kept = text("Dockerfile.dockerignore").splitlines()
+    kept = (PROJECT / ".dockerignore").read_text().splitlines()
     for source in re.findall(r"(?m)^COPY (?!--from)(.+) \S+$", lines):
         for name in source.split():
             assert (PROJECT / name).exists()
@@ -248,6 +248,6 @@ def test_the_page_names_every_file_and_no_other():
     page = text("README.md")
     table = page.split("\n## ", 1)[0]
     names = set(re.findall(r"`([\w.]+\.(?:sh|yaml|json|service|example)|Dockerfile)`", table))
-    assert names == {file.name for file in DEPLOY.iterdir()} - {"README.md", "Dockerfile.dockerignore"}
+    assert names == {file.name for file in DEPLOY.iterdir()} - {"README.md"}
     for option in re.findall(r"`\[server\] (\w+)", page):
         assert option in settings.ServerSettings.model_fields
