@@ -127,6 +127,7 @@ class Finding:
 EXHAUSTION = "exhaustion"  # a cell that uses up memory ends the sandbox, not itself alone
 SIGNALS = "signals"  # a cell can end its sandbox by a signal to the agent
 UNBOUNDED = "unbounded"  # memory and processors of the sandbox as a whole are not bounded
+UNTOLD = "untold"  # what a sandbox uses is bounded, and the host cannot learn it
 HOST_PATHS = "host paths"  # the guest can learn where the context lies on the host
 
 

@@ -29,7 +29,7 @@ import requests.exceptions
 from anyio.abc import ByteStream
 
 from orchestrator.core.errors import SandboxUnusable
-from orchestrator.sandbox.base import Backend, Finding, Guest, SandboxSpec, Usage
+from orchestrator.sandbox.base import UNTOLD, Backend, Finding, Guest, SandboxSpec, Usage
 from orchestrator.sandbox.cgroup import SHARES, Cgroup, group_with
 from orchestrator.sandbox.hostsocket import HostSocket
 from orchestrator.sandbox.runtimes import RUNC, Runtime, is_backport, known_faults, why_refused
@@ -41,6 +41,7 @@ MEMORY_OF_AIRLOCK = 32 << 20  # supervisor, and the page tables and stacks of a 
 INODES = 16_384  # of /tmp
 KILL_S = 10.0
 WORDS = 4096  # bytes of standard error that are kept
+_OUT_OF_SIGHT = "what it used is not recorded: the engine's control groups, which bound it, are out of sight"
 _STDERR = 2  # stream number in the engine's frames
 # Of the host, and of no use to a cell. What is left tells no more than system calls do: cpuinfo, filesystems, loadavg,
 # meminfo, uptime, version. A process's own mountinfo cannot be masked.
@@ -221,12 +222,13 @@ class Docker(Backend):
         self._seccomp = seccomp
         self._engine = engine
         self._reaped: set[Path] = set()
+        self._out_of_sight = False  # known from the first launch on
         self._burials: ThreadPoolExecutor | None = None
         self._api: Any = None  # docker.APIClient, whose types say little
 
     @property
     def deviations(self) -> Mapping[str, str]:
-        return self._runtime.deviations
+        return {**self._runtime.deviations, **({UNTOLD: _OUT_OF_SIGHT} if self._out_of_sight else {})}
 
     async def launch(self, spec: SandboxSpec) -> Guest:
         # Not to be cancelled: a container that is being made has no name here that could be removed.
@@ -246,6 +248,7 @@ class Docker(Backend):
                 guest = DockerGuest(api, self._engine, container, partial(self._bury, api))
                 guest.image = image
                 guest.start()
+            self._out_of_sight |= guest.out_of_sight
         except BaseException:
             if guest is not None:
                 guest.end()
@@ -371,6 +374,7 @@ class DockerGuest(Guest):
         self._group: Cgroup | None = None
         self._usage = Usage(None, None, oom=False)
         self._dead = False
+        self.out_of_sight = False  # it runs, and its control group is not to be seen from here
         self._killing = anyio.Lock()
 
     def start(self) -> None:
@@ -382,6 +386,7 @@ class DockerGuest(Guest):
             group = group_with(pid)
             # What is in its group is killed with it: it has to be the container's own.
             self._group = group if group and group.is_of(self._container) else None
+            self.out_of_sight = self._group is None
             with contextlib.suppress(OSError):
                 self._first = os.pidfd_open(pid)
 

@@ -139,11 +139,14 @@ def _engine(url: sa.URL) -> sa.Engine:
         isolation_level="READ COMMITTED",
         pool_pre_ping=True,  # of readers: a server that was started again is no fault to them
         hide_parameters=True,
-        connect_args={"connect_timeout": _CONNECT_S, "application_name": "airlock"},
+        connect_args={"connect_timeout": _CONNECT_S, "application_name": "airlock", "client_encoding": "utf8"},
     )
 
     @event.listens_for(engine, "connect")
     def configure(connection: Any, _record: object) -> None:  # pyright: ignore[reportUnusedFunction]
+        encoding = connection.info.parameter_status("server_encoding")
+        if encoding != "UTF8":  # SQL_ASCII, of a server that was made without a locale, takes any bytes for a text
+            raise StoreError(f"the database is in {encoding}: create it again with ENCODING 'UTF8' TEMPLATE template0")
         connection.execute(_SESSION)
         connection.commit()
 

@@ -119,6 +119,14 @@ def test_doctor(contained: Airlock, backend: str) -> None:
     assert ("a signal to process 1" in done.out) == (backend == "gvisor")
 
 
+def test_doctor_where_the_service_is_in_a_container_itself(contained: Airlock, backend: str) -> None:
+    """Process ids of the engine are others than its own there, and its sandboxes' control groups are not to be seen."""
+    inside = replace(contained, prefix=["unshare", "--fork", "--pid", "--mount-proc", "--kill-child"])
+    done = inside("doctor", "--backend", backend, code=0)
+    assert "FAIL" not in done.out
+    assert "lack  deviates   what it used is not recorded" in done.out
+
+
 def test_another_name_for_the_runtime(contained: Airlock, backend: str) -> None:
     """An operator says which of the engine's runtimes is kata; what it is in truth is theirs to know."""
     runtime = {"docker": "runc", "gvisor": "runsc"}[backend]

@@ -283,6 +283,14 @@ def refused(home: Path, url: str) -> str:
     return said
 
 
+def test_a_database_in_another_encoding_is_said(server: Postgres, tmp_path: Path):
+    server.admin("CREATE DATABASE ascii ENCODING 'SQL_ASCII' LOCALE_PROVIDER libc LOCALE 'C' TEMPLATE template0")
+    try:
+        assert "is in SQL_ASCII: create it again with ENCODING 'UTF8'" in refused(tmp_path, server.url("ascii"))
+    finally:
+        server.drop("ascii")
+
+
 def test_a_password_is_used_and_a_wrong_one_is_said(store: Store, server: Postgres, tmp_path: Path):
     url = str(store.url)
     name = url.partition("@/")[2].partition("?")[0]

@@ -10,7 +10,7 @@ import time
 import anyio
 
 from orchestrator.core.errors import SandboxDied
-from orchestrator.sandbox.base import HOST_PATHS, SIGNALS, UNBOUNDED
+from orchestrator.sandbox.base import HOST_PATHS, SIGNALS, UNBOUNDED, UNTOLD
 from orchestrator.sandbox.conformance.promise import (
     MIB,
     Bench,
@@ -337,7 +337,9 @@ for area in areas:
 """
 
 
-@over_sandboxes("All memory of a sandbox together is bounded, shared memory too.", unless={UNBOUNDED: Broken})
+@over_sandboxes(
+    "All memory of a sandbox together is bounded, shared memory too.", unless={UNBOUNDED: Broken, UNTOLD: Broken}
+)
 async def memory_is_bounded(bench: Bench) -> None:
     async with bench.open(memory_bytes=64 * MIB) as repl:
         await repl.prints(f"AREAS = 1\n{_SHARED_MEMORY}", "'got it'")
@@ -410,7 +412,9 @@ except OSError:
     await _counts(bench, code, 8, tmp_bytes=8 * MIB)
 
 
-@over_sandboxes("A sandbox has no more of the processors than it was given.", unless={UNBOUNDED: Broken})
+@over_sandboxes(
+    "A sandbox has no more of the processors than it was given.", unless={UNBOUNDED: Broken, UNTOLD: Broken}
+)
 async def processors_are_bounded(bench: Bench) -> None:
     spin = "import os, time\nos.fork()\nend = time.monotonic() + 0.6\nwhile time.monotonic() < end: pass"
     async with bench.open(cpus=0.2) as repl:

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from orchestrator.core.errors import SandboxDied
-from orchestrator.sandbox.base import EXHAUSTION, UNBOUNDED
+from orchestrator.sandbox.base import EXHAUSTION, UNBOUNDED, UNTOLD
 from orchestrator.sandbox.conformance.promise import MIB, Bench, Broken, Repl, expect, in_a_sandbox, over_sandboxes
 from orchestrator.sandbox.sandbox import Call
 
@@ -187,7 +187,7 @@ async def memory_to_the_brim(bench: Bench) -> None:
 
 @over_sandboxes(
     "Processes that use up the memory together are killed, which is told, and leave the state from before.",
-    unless={EXHAUSTION: SandboxDied, UNBOUNDED: Broken},
+    unless={EXHAUSTION: SandboxDied, UNBOUNDED: Broken, UNTOLD: Broken},
 )
 async def memory_of_many_processes(bench: Bench) -> None:
     # Each for itself stays below the limit of one process.
