@@ -26,6 +26,14 @@ filter.load()
 os.execv(sys.argv[2], sys.argv[2:])
 """
 
+# What systemd does with ProtectKernelTunables= to /proc/sys, and with ReadWritePaths= to the path in it ($0).
+READ_ONLY = """
+mount --bind /proc/sys /proc/sys
+[ -z "$0" ] || mount --bind "$0" "$0"
+mount -o remount,bind,ro /proc/sys
+exec "$@"
+"""
+
 
 def setting(name: str) -> str:
     found = re.findall(rf"(?m)^{name}=(.*)$", UNIT)
@@ -46,14 +54,20 @@ def calls(names: list[str]) -> set[str]:
     return found
 
 
-def confined(airlock: Airlock, *, without: str = "") -> Airlock:
-    """The command as the unit has it run. without: a system call that is not permitted either."""
+def confined(airlock: Airlock, *, without: str = "", writable: str | None = None) -> Airlock:
+    """The command as the unit has it run.
+
+    without: a system call that is not permitted either. writable: the path in /proc/sys that can be; else the unit's.
+    """
     names = {name.removeprefix("CAP_").lower() for name in setting("CapabilityBoundingSet").split()}
     bound = ",".join(["-all", *(f"+{name}" for name in sorted(names))])
     permitted = calls(setting("SystemCallFilter").split()) - {without}
     assert setting("NoNewPrivileges") == "yes"
     assert setting("UMask") == "0022"
-    prefix = [which("setpriv"), "--no-new-privs", "--bounding-set", bound]
+    assert setting("ProtectKernelTunables") == "yes"
+    path = setting("ReadWritePaths") if writable is None else writable
+    prefix = ["unshare", "--mount", "sh", "-e", "-c", READ_ONLY, path]
+    prefix += [which("setpriv"), "--no-new-privs", "--bounding-set", bound]
     return replace(airlock, prefix=(*prefix, sys.executable, "-c", FILTER, ",".join(sorted(permitted))))
 
 
@@ -69,3 +83,8 @@ def test_what_the_unit_takes_away_is_taken_away(airlock: Airlock):
     """That the commands of this test do what systemd would: without one more call, no sandbox starts."""
     done = confined(airlock, without="sethostname")("doctor", "--backend", "bubblewrap", "--json", code=4)
     assert "hostname" in json.dumps(done.json)
+
+
+def test_a_sandbox_needs_the_one_tunable_that_the_unit_leaves_it(airlock: Airlock):
+    done = confined(airlock, writable="")("doctor", "--backend", "bubblewrap", "--json", code=4)
+    assert "/proc/sys/user/max_user_namespaces: Read-only file system" in json.dumps(done.json)
