@@ -15,6 +15,8 @@ import pytest
 import yaml
 
 from orchestrator import cli, settings
+from orchestrator.core.policy import PAYLOADS
+from orchestrator.named_policy import load_policy
 from orchestrator.server.app import make_app
 from orchestrator.server.metrics import Metrics
 from tests.command import PROJECT
@@ -192,6 +194,12 @@ def test_compose(composed: dict[str, Any]):
     assert seconds
     grace = 60 * int(seconds[1] or 0) + int(seconds[2] or 0)
     assert grace > settings.ServerSettings().drain_s + 30
+
+
+def test_what_is_shipped_keeps_the_answers_that_it_serves(composed: dict[str, Any]):
+    """A policy that keeps no texts has a service whose answers nobody can read."""
+    for arguments in (composed["services"]["airlock"]["command"][1:], shlex.split(variables()["AIRLOCK_OPTIONS"])):
+        assert load_policy(options_of(arguments)["policy"]).audit.payloads == PAYLOADS
 
 
 def test_nothing_that_is_secret_is_in_a_file_that_is_shipped():
