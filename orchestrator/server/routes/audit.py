@@ -25,7 +25,7 @@ from orchestrator.core.errors import StoreError
 from orchestrator.core.turns import Turns
 from orchestrator.replays import replay_in
 from orchestrator.server.access import allowed
-from orchestrator.server.audit_shapes import CHECKPOINT, KEY, PROOF, RecordPage, ReplayView, VerdictsView, text
+from orchestrator.server.audit_shapes import CHECKPOINT, GROWTH, KEY, PROOF, RecordPage, ReplayView, VerdictsView, text
 from orchestrator.server.problems import Problem, come_again, documented, not_found
 from orchestrator.server.routes.queries import QueryId, The, own
 from orchestrator.server.service import Principal, Service
@@ -212,6 +212,26 @@ async def replay_query(request: Request, service: The, principal: Audits, query:
 async def get_checkpoint(service: The, principal: Audits) -> PlainTextResponse:
     """The head of the tenant's log as it is now. Whoever keeps it can tell later whether the log went on from it."""
     return PlainTextResponse(await anyio.to_thread.run_sync(service.books.sign, principal.tenant))
+
+
+@router.get(
+    "/consistency/{old}",
+    response_class=PlainTextResponse,
+    responses={
+        200: {"description": "the body that C2SP tlog-witness has for add-checkpoint", **text(GROWTH)},
+        **documented(403, 404, 422, 429, 503),
+    },
+)
+async def get_consistency(
+    service: The,
+    principal: Audits,
+    old: Annotated[int, Path(ge=1, le=MOST_NUMBER, description="entries of the checkpoint you hold", examples=[1])],
+) -> PlainTextResponse:
+    """That the tenant's log, as it is now, goes on from a checkpoint that you hold."""
+    found = await anyio.to_thread.run_sync(auditing.prove_growth, service.books, principal.tenant, old)
+    if found is None:
+        raise not_found("checkpoint")
+    return PlainTextResponse(found)
 
 
 @router.get(
