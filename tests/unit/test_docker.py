@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,14 @@ def test_one_image_does_not_stand_for_another(tmp_path: Path):
         images(tmp_path, record).expected("data")
     with pytest.raises(RequestError, match="there is no image 'gpu'; there are python and data"):
         images(tmp_path, record).build(None, "gpu", offline=True, say=print)
+
+
+def test_builds_at_the_same_time_do_not_lose_each_others_record(tmp_path: Path):
+    there = images(tmp_path, None)
+    entries = {f"image{n}": {"id": str(n), "agent": agent_version()} for n in range(40)}
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(there._put, entries, entries.values()))
+    assert [there.expected(name) for name in entries] == [str(n) for n in range(40)]
 
 
 def test_the_lock_names_whole_packages():
