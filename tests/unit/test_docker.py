@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from orchestrator.core.errors import NotPermitted, RequestError, SandboxUnusable
 from orchestrator.sandbox.agent import agent_version
+from orchestrator.sandbox.attached import Demultiplexer
 from orchestrator.sandbox.base import Isolation, Slot
-from orchestrator.sandbox.docker import Demultiplexer, request
+from orchestrator.sandbox.container import request
 from orchestrator.sandbox.images import Images
 from orchestrator.sandbox.registry import make_backend
 from orchestrator.sandbox.runtimes import RUNC, RUNSC
