@@ -176,7 +176,7 @@ def test_an_export_is_checked_without_the_service(airlock: Airlock):
 def test_verdicts_speak_of_no_command_line(airlock: Airlock):
     with served(airlock) as server, server.client() as client:
         verdicts = get(client, ask(client)["id"], "verify").json()["verdicts"]
-        assert "hold an export against one that you kept" in verdicts[1]["detail"]
+        assert "keep one, and have /v1/audit/consistency go on from it" in verdicts[1]["detail"]
         assert not any("--" in verdict["detail"] for verdict in verdicts)
 
 

@@ -41,7 +41,7 @@ MOST_NUMBER = 2**31 - 1  # what the database's column holds
 
 router = APIRouter(prefix="/v1/audit", tags=["audit"], route_class=JsonRoute)
 # The command line's words, and those for who has no command line: the service is not the one to ask that.
-_HELD = ("pass one with --checkpoint", "hold an export against one that you kept")
+_HELD = ("pass one with --checkpoint", "keep one, and have /v1/audit/consistency go on from it")
 _checks = Turns(CHECKS)
 _replaying: set[str] = set()  # tenants
 
