@@ -71,20 +71,26 @@ def show(query: str) -> int:
 def verify(
     export: Path | None, checkpoints: tuple[Path, ...], places: tuple[str, ...], key: str | None, as_json: bool
 ) -> int:
-    """Check the journal of this data folder, or an EXPORT: a tar, or the proof of one record.
+    """Check the journal of this data folder, or an EXPORT: a tar, or a proof of the service's.
 
+    A proof of one record ends in .tlog-proof; one that the log went on from a checkpoint, in .tlog-consistency.
     Exit code 0 when every verdict holds, else 1.
     """
     from orchestrator import auditing
 
     held, trusted = auditing.read_notes(checkpoints), auditing.read_verifier(key)
-    if export is not None and export.suffix == ".tlog-proof":
+    if export is not None and export.suffix in (".tlog-proof", ".tlog-consistency"):
         if trusted is None:
             raise RequestError("a proof is checked with the key of whoever signed it: give --key")
         try:
-            say(sys.stdout, auditing.check_proof(read_text(export), trusted).decode("utf-8", "replace"))
+            text = read_text(export)
         except Unreadable as why:
             raise RequestError(f"cannot read {export}: {why}") from None
+        if export.suffix == ".tlog-proof":
+            say(sys.stdout, auditing.check_proof(text, trusted).decode("utf-8", "replace"))
+        else:
+            now = auditing.check_growth(text, held, trusted)
+            say(sys.stdout, f"{now.origin} went on from what you hold, and has {now.size} entries")
         return 0
     if export is None:
         report = auditing.verify_home(settings.home(), held, trusted, places)

@@ -23,8 +23,8 @@ from orchestrator.audit.verdicts import Report
 from orchestrator.audit.verify import verify
 from orchestrator.core.errors import RequestError, StoreError
 from orchestrator.core.events import Event, Recorded, read_record
-from orchestrator.core.merkle import includes, leaf_hash
-from orchestrator.core.notes import Checkpoint, NoteError, Proof, Verifier, open_checkpoint
+from orchestrator.core.merkle import goes_on, includes, leaf_hash
+from orchestrator.core.notes import Checkpoint, Growth, NoteError, Proof, Verifier, open_checkpoint
 from orchestrator.files import Unreadable, Unwritable, draft, read_text
 from orchestrator.loop.past import Past
 from orchestrator.loop.reader import read_past
@@ -249,6 +249,37 @@ def check_proof(text: str, trusted: Verifier) -> bytes:
     if not includes(leaf_hash(proof.extra), proof.index, head.size, proof.path, head.root):
         raise RequestError("this proves nothing: the record in it is not in the log that was signed")
     return proof.extra
+
+
+def prove_growth(books: Books, tenant: str, old: int) -> str | None:
+    """That the tenant's log went on from its first `old` entries (C2SP tlog-witness); None where it never had as many.
+
+    old: from 1 on. Raises StoreError.
+    """
+    note = books.sign(tenant)
+    head = open_checkpoint(note, books.notary().verifier)
+    if old > head.size:
+        return None
+    path = books.db.read(lambda tx: logs.tree(tx, logs.tenants_log(tenant)).consistency(old, head.size))
+    return Growth(old, path, note).text()
+
+
+def check_growth(text: str, held: Sequence[str], trusted: Verifier) -> Checkpoint:
+    """The checkpoint that the log went on to from the one that is held. Raises RequestError where that is not shown."""
+    if len(held) != 1:
+        raise RequestError("what a log went on from is one checkpoint that you hold: give it with --checkpoint")
+    try:
+        growth = Growth.read(text)
+        before, now = open_checkpoint(held[0], trusted), open_checkpoint(growth.note, trusted)
+    except NoteError as error:
+        raise RequestError(f"this proves nothing: {error}") from None
+    if before.origin != now.origin:
+        raise RequestError(f"this proves nothing: it is of {now.origin}, and the checkpoint of {before.origin}")
+    if before.size != growth.old:
+        raise RequestError(f"this proves nothing: it begins at {growth.old}, and the checkpoint at {before.size}")
+    if not goes_on(before.size, before.root, now.size, now.root, growth.path):
+        raise RequestError("this proves nothing: the log that was signed does not go on from the checkpoint")
+    return now
 
 
 def erase(home: Path, text: str, seq: int | None, name: str | None, why: str) -> tuple[int, bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import stat
 import tempfile
@@ -78,6 +79,17 @@ def draft(path: Path) -> Generator[BinaryIO]:
         raise Unwritable(_why(error)) from None
     finally:
         under_way.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone(lock: Path) -> Generator[None]:
+    """While no other process is in here with this file; the kernel lets go of one that was killed. Raises OSError."""
+    handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _why(error: OSError | ValueError) -> str:

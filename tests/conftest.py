@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
+import sys
+import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,6 +34,31 @@ assert set(REQUIRED) <= set(NAMES), f"AIRLOCK_REQUIRE_BACKENDS names what is no 
 @pytest.fixture(scope="session")
 def anyio_backend() -> str:
     return "asyncio"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_file_leaves_its_mark_on_the_process() -> Iterator[None]:
+    """Which files share a process, and in which order, is chance."""
+    before = of_the_process()
+    yield
+    for what, now in of_the_process().items():
+        assert now == before[what]
+
+
+def of_the_process() -> dict[str, Any]:
+    """What tests change for their own sake, and have to put back. The alarm is pytest-timeout's."""
+    umask = os.umask(0)
+    os.umask(umask)
+    hooks = sys.excepthook, threading.excepthook, sys.unraisablehook, warnings.showwarning
+    loggers = [logging.getLogger(name) for name in (None, "airlock", "uvicorn", "uvicorn.error", "orchestrator")]
+    return {
+        "environment": {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"},
+        "folder": Path.cwd(),
+        "umask": umask,
+        "signals": {number: signal.getsignal(number) for number in signal.valid_signals() if number != signal.SIGALRM},
+        "hooks": hooks,
+        "logging": [(log.level, log.propagate, log.disabled, log.handlers[:]) for log in loggers],
+    }
 
 
 @pytest.fixture(scope="session")

@@ -227,6 +227,10 @@ class Client:
         """The signed head of the tenant's log."""
         return self._answer("GET", "/v1/audit/checkpoint").text
 
+    def consistency(self, old: int) -> str:
+        """That the tenant's log goes on from its first `old` entries, to be checked with `airlock audit verify`."""
+        return self._answer("GET", f"/v1/audit/consistency/{old:d}").text
+
     # Contexts
 
     def upload(

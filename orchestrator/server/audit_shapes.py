@@ -36,6 +36,10 @@ index 1
 /O8ufqrUUwNba4cELP/BJ85w7dbbPct/cV/7zY/izcI=
 
 {CHECKPOINT}"""
+GROWTH = f"""old 1
+/O8ufqrUUwNba4cELP/BJ85w7dbbPct/cV/7zY/izcI=
+
+{CHECKPOINT}"""
 KEY = "airlock-d43ac93f9a19cd5f+3b1c922f+AcirOQcX2X0UsyKteM8Y4dF4uPam1QgUSANJjj4LbjPz\n"
 
 

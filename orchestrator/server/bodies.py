@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import anyio
 from starlette.datastructures import MutableHeaders
@@ -18,7 +20,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from orchestrator.server.chat.errors import error_response, speaks
-from orchestrator.server.problems import Problem
+from orchestrator.server.problems import Problem, come_again
 from orchestrator.settings import ServerSettings
 
 JSON_S = 60.0  # that a body has which is read before anything is done
@@ -28,6 +30,7 @@ LINGER_S, LINGER_BYTES = 2.0, 8 << 20  # that who is refused has to read why, an
 HEADER_BYTES = 32 << 10
 HEADERS = 100
 SMALL = 1 << 20
+BODIES = 16  # of the largest, that one tenant may have in memory at once
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9]([A-Za-z0-9._-]{0,253}[A-Za-z0-9])?)(:[0-9]{1,5})?")
 _ALWAYS = {
     "X-Content-Type-Options": "nosniff",
@@ -52,6 +55,7 @@ class Bodies:
     ) -> None:
         self._app, self._settings = app, settings
         self._hosts = {host.lower() for host in hosts}
+        self._room = _Room(BODIES * (settings.inline_bytes + SMALL))
         self._always = _ALWAYS | ({"Strict-Transport-Security": "max-age=31536000"} if secure else {})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -70,7 +74,7 @@ class Bodies:
                 headers["X-Request-Id"] = request_id
             await send(message)
 
-        body = _Body(self._allowance(scope["method"], scope["path"]), receive, told)
+        body = _Body(self._allowance(scope["method"], scope["path"]), receive, told, self._room, scope["state"])
         try:
             self._require_sane(scope)
             body.require_fits(scope)
@@ -82,6 +86,8 @@ class Bodies:
             except Problem as problem:
                 if problem is not body.fault:
                     raise
+            finally:
+                body.let_go()
         if body.fault is not None and not body.answered:
             told_so = error_response(body.fault) if speaks(scope["path"]) else body.fault.response()
             await _refuse(told_so, scope, receive, told)
@@ -114,11 +120,38 @@ class Allowance:
     within_s: float | None
 
 
-class _Body:
-    """One request's body while it comes. fault: why it was cut off. answered: the answer has begun."""
+class _Room:
+    """For bodies in memory. most: bytes of all that one tenant has under way."""
 
-    def __init__(self, allowance: Allowance, receive: Receive, send: Send) -> None:
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._taken = Counter[str]()
+
+    def take(self, tenant: str, size: int) -> None:
+        """Raises Problem where it is more than the tenant may have; to be given back all the same."""
+        self._taken[tenant] += size
+        if self._taken[tenant] > self._most:
+            text = f"the tenant's requests that are under way may have bodies of {self._most:,} bytes together"
+            raise come_again(429, "bodies-at-once", text)
+
+    def give_back(self, tenant: str, size: int) -> None:
+        self._taken[tenant] -= size
+        if not self._taken[tenant]:
+            del self._taken[tenant]
+
+
+class _Body:
+    """One request's body while it comes. fault: why it was cut off. answered: the answer has begun.
+
+    state: of the request; where it has a principal, that is there before anything is read.
+    """
+
+    def __init__(
+        self, allowance: Allowance, receive: Receive, send: Send, room: _Room, state: Mapping[str, Any]
+    ) -> None:
         self._allowance, self._receive, self._send = allowance, receive, send
+        self._room, self._state = room, state
+        self._taken: list[tuple[str, int]] = []  # of the room
         self.fault: Problem | None = None
         self.answered = False
         self._size = 0
@@ -159,12 +192,25 @@ class _Body:
         self._size += len(message.get("body", b""))
         if self._size > self._allowance.most:
             raise self._too_large()
+        self._take_room(len(message.get("body", b"")))
         since, size = self._since
         if self._waited - since >= PIECE_S:
             if message.get("more_body") and self._size - size < LEAST_RATE * (self._waited - since):
                 raise self._too_slow()
             self._since = (self._waited, self._size)
         return message
+
+    def _take_room(self, size: int) -> None:
+        """Raises Problem: 429."""
+        principal = self._state.get("principal")  # whoever has none sends something small
+        if size and principal is not None and self._allowance.within_s is not None:  # else it is not kept in memory
+            self._taken.append((principal.tenant, size))
+            self._room.take(principal.tenant, size)
+
+    def let_go(self) -> None:
+        """The request has ended, and with it what there was of its body in memory."""
+        while self._taken:
+            self._room.give_back(*self._taken.pop())
 
     async def send(self, message: Message) -> None:
         """What the application says of a body that was cut off is not told: it may have taken the cut for an end."""

@@ -8,11 +8,9 @@ apart from the database: one that was put back to an older state, or rewritten, 
 from __future__ import annotations
 
 import base64
-import fcntl
 import hashlib
 import os
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from hmac import compare_digest
@@ -25,6 +23,7 @@ from orchestrator.core.errors import StoreError
 from orchestrator.core.events import Event
 from orchestrator.core.merkle import Tree
 from orchestrator.core.notes import Checkpoint, NoteError, Signer, open_checkpoint
+from orchestrator.files import alone
 from orchestrator.store import journal, logs
 from orchestrator.store.prepared import Prepared
 from orchestrator.store.schema import checkpoints
@@ -142,7 +141,7 @@ class Notary:
         """The newest of what was signed and committed. Raises StoreError."""
         try:
             self._memory.mkdir(mode=0o700, exist_ok=True)
-            with _alone(self._memory / "lock"):
+            with alone(self._memory / "lock"):
                 for log, (head, note) in signed.heads.items():
                     before = self.remembered(log)
                     if before is None or before.size < head.size:
@@ -171,13 +170,3 @@ def _put(draft: Path, note: str, path: Path) -> None:
         file.flush()
         os.fdatasync(file.fileno())
     draft.replace(path)
-
-
-@contextmanager
-def _alone(path: Path) -> Generator[None]:
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)

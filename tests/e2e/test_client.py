@@ -75,7 +75,10 @@ def test_an_export_is_one_that_can_be_verified(airlock: Airlock):
         out = airlock.folder / "export.tar"
         service.export(query, out)
         assert "integrity" in airlock("audit", "verify", out).out
-        assert service.checkpoint().startswith("airlock-")
+        head = service.checkpoint()
+        assert head.startswith("airlock-")
+        assert service.consistency(1).startswith("old 1\n")
+        assert service.consistency(1).endswith(f"\n\n{head}")
         with pytest.raises(RequestError, match="cannot write"):
             service.export(query, airlock.folder / "nowhere" / "export.tar")
 

@@ -158,6 +158,7 @@ MATRIX: dict[tuple[str, str], Callable[[Names], list[Sent]]] = {
     ("GET", "/v1/audit/queries/{query}/export"): of_audit("GET", "export"),
     ("POST", "/v1/audit/queries/{query}/replay"): of_audit("POST", "replay"),
     ("GET", "/v1/audit/checkpoint"): always("GET", "/v1/audit/checkpoint"),
+    ("GET", "/v1/audit/consistency/{old}"): always("GET", "/v1/audit/consistency/1"),
     ("GET", "/v1/audit/key"): always("GET", "/v1/audit/key"),
     ("POST", "/v1/admin/policies/validate"): always(
         "POST", "/v1/admin/policies/validate", 403, content={"policy": "models: {}"}

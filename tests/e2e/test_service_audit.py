@@ -116,6 +116,45 @@ def test_proof_and_checkpoint_are_signed_by_the_key_and_of_the_tenants_log_alone
         assert get(client, query, "proof/4000").json()["detail"] == "there is no such record"
 
 
+def test_that_the_log_went_on_from_a_checkpoint_that_is_held_is_checked_without_the_service(airlock: Airlock):
+    with served(airlock) as server, server.client() as client, server.client("other") as other:
+        ask(client)
+        held, key = client.get("/v1/audit/checkpoint").text, client.get("/v1/audit/key").text.strip()
+        old = int(held.splitlines()[1])
+        ask(client)
+        ask(other)
+        grown = client.get(f"/v1/audit/consistency/{old}").text
+        now = client.get("/v1/audit/checkpoint").text
+        at_once = client.get(f"/v1/audit/consistency/{now.splitlines()[1]}").text
+        shorter = client.get(f"/v1/audit/consistency/{old - 1}").text
+        of_the_other = other.get("/v1/audit/consistency/1").text
+        assert client.get("/v1/audit/consistency/4000").status_code == 404
+        assert client.get("/v1/audit/consistency/0").status_code == 422
+    mine, newer = airlock.file("held", held), airlock.file("newer", now)
+
+    def checked(text: str, *checkpoints: Path, code: int) -> str:
+        options = [part for file in checkpoints for part in ("--checkpoint", file)]
+        proof = airlock.file("grown.tlog-consistency", text)
+        done = airlock("audit", "verify", proof, *options, "--key", key, code=code)
+        return done.out if code == 0 else done.said
+
+    assert f"went on from what you hold, and has {now.splitlines()[1]} entries" in checked(grown, mine, code=0)
+    checked(at_once, newer, code=0)
+    steps = grown.splitlines(keepends=True)
+    for text, file, says in (
+        (steps[0] + "".join(steps[2:]), mine, "does not go on from the checkpoint"),
+        (f"{steps[0]}{'A' * 43}=\n" + "".join(steps[2:]), mine, "proves nothing"),
+        (grown.replace("/acme\n", "/acmf\n"), mine, "the note was changed"),
+        (grown, newer, "and the checkpoint at"),
+        (shorter, mine, f"it begins at {old - 1}, and the checkpoint at {old}"),
+        (of_the_other, mine, "it is of"),
+        ("no proof", mine, "no proof that a log went on"),
+    ):
+        assert says in checked(text, file, code=2)
+    assert "give it with --checkpoint" in checked(grown, code=2)
+    assert "give it with --checkpoint" in checked(grown, mine, newer, code=2)
+
+
 def test_an_export_is_checked_without_the_service(airlock: Airlock):
     with served(airlock) as server, server.client() as client:
         query = ask(client)["id"]
@@ -137,7 +176,7 @@ def test_an_export_is_checked_without_the_service(airlock: Airlock):
 def test_verdicts_speak_of_no_command_line(airlock: Airlock):
     with served(airlock) as server, server.client() as client:
         verdicts = get(client, ask(client)["id"], "verify").json()["verdicts"]
-        assert "hold an export against one that you kept" in verdicts[1]["detail"]
+        assert "keep one, and have /v1/audit/consistency go on from it" in verdicts[1]["detail"]
         assert not any("--" in verdict["detail"] for verdict in verdicts)
 
 

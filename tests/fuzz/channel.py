@@ -14,7 +14,7 @@ import atheris
 
 with atheris.instrument_imports():
     from orchestrator.guest import wire
-    from orchestrator.sandbox.docker import Demultiplexer
+    from orchestrator.sandbox.attached import Demultiplexer
 
 
 def one(data: bytes) -> None:

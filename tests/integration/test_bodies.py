@@ -10,6 +10,7 @@ import select
 import socket
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ import pytest
 from orchestrator.server import bodies
 from orchestrator.server.bodies import Bodies
 from orchestrator.settings import ServerSettings
+from tests.command import until
 from tests.uvicorns import Address, rest, run
 
 SETTINGS = ServerSettings(inline_bytes=1024, upload_bytes=3 << 20)
@@ -241,6 +243,39 @@ def test_a_body_that_is_read_before_all_else_has_to_be_there_in_time(address: Ad
         drip(connection, 5000, 100000)
         assert read(rest(connection))[0] == 408
         assert 2.9 < time.monotonic() - begun < 15
+
+
+def test_what_one_tenant_may_have_in_memory_is_bounded(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(bodies, "BODIES", 2)
+
+    async def of_tenants(scope: Any, receive: Any, send: Any) -> None:
+        scope["state"]["principal"] = SimpleNamespace(tenant=dict(scope["headers"])[b"tenant"].decode())
+        await app(scope, receive, send)
+
+    guarded, large = Bodies(of_tenants, SETTINGS), SMALL + 1024
+
+    def sent(address: Address, tenant: str, size: int, method: str = "POST", path: str = "/v1/queries") -> int:
+        head = request(method, path, f"Tenant: {tenant}", f"Content-Length: {size}")
+        status, headers, body = asked(address, head, bytes(size))
+        assert (status == 429) == ("retry-after" in headers)
+        assert status != 429 or kind(body) == "bodies-at-once"
+        return status
+
+    with run(guarded) as address, address.connected() as one, address.connected() as two:
+        for connection in (one, two):
+            head = request("POST", "/v1/queries", "Tenant: a", f"Content-Length: {large}", "Connection: close")
+            connection.sendall(head + bytes(large - 10))
+        until(lambda: guarded._room._taken["a"] == 2 * large - 20)
+        assert sent(address, "a", 21) == 429
+        assert sent(address, "a", 21, "PATCH", "/v1/queries") == 429
+        assert sent(address, "a", large, "PUT", "/v1/contexts") == 200, "that is not kept in memory"
+        assert sent(address, "a", 0) == sent(address, "a", 20) == 200
+        assert sent(address, "b", large) == 200
+        for connection in (one, two):
+            connection.sendall(bytes(10))
+            assert read(rest(connection))[0] == 200
+        assert sent(address, "a", large) == 200
+        assert guarded._room._taken == {}
 
 
 def test_who_goes_leaves_the_service_as_it_was(address: Address):

@@ -313,14 +313,13 @@ def test_logins_that_fail_are_bounded(there: Small):
             assert client.post("/login", json={"key": key}).status_code == 204, "what succeeds does not count"
             problem(client.post("/login", json=wrong), 401, "unauthorized")
     for client in (there.client, other, same):
-        for body in (wrong, {"key": key}):
-            answer = client.post("/login", json=body)
-            problem(answer, 429, "too-many-logins")
-            assert 1 <= int(answer.headers["retry-after"]) <= 60
+        answer = client.post("/login", json=wrong)
+        problem(answer, 429, "too-many-logins")
+        assert 1 <= int(answer.headers["retry-after"]) <= 60
         form = client.post("/login", data=wrong, follow_redirects=False)
         assert (form.status_code, form.headers["location"]) == (303, "/login?later")
+        assert client.post("/login", json={"key": key}).status_code == 204, "who fails locks nobody else out"
     problem(next_to_it.post("/login", json=wrong), 401, "unauthorized")
-    assert there.client.get("/v1/read", headers={"Authorization": f"Bearer {key}"}).status_code == 200
 
 
 # Sessions

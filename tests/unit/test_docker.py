@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from hypothesis import strategies as st
 
 from orchestrator.core.errors import NotPermitted, RequestError, SandboxUnusable
 from orchestrator.sandbox.agent import agent_version
+from orchestrator.sandbox.attached import Demultiplexer
 from orchestrator.sandbox.base import Isolation, Slot
-from orchestrator.sandbox.docker import Demultiplexer, request
+from orchestrator.sandbox.container import request
 from orchestrator.sandbox.images import Images
 from orchestrator.sandbox.registry import make_backend
 from orchestrator.sandbox.runtimes import RUNC, RUNSC
@@ -156,6 +158,14 @@ def test_one_image_does_not_stand_for_another(tmp_path: Path):
         images(tmp_path, record).expected("data")
     with pytest.raises(RequestError, match="there is no image 'gpu'; there are python and data"):
         images(tmp_path, record).build(None, "gpu", offline=True, say=print)
+
+
+def test_builds_at_the_same_time_do_not_lose_each_others_record(tmp_path: Path):
+    there = images(tmp_path, None)
+    entries = {f"image{n}": {"id": str(n), "agent": agent_version()} for n in range(40)}
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(there._put, entries, entries.values()))
+    assert [there.expected(name) for name in entries] == [str(n) for n in range(40)]
 
 
 def test_the_lock_names_whole_packages():

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from orchestrator.core.notes import (
     Checkpoint,
+    Growth,
     NoteError,
     Proof,
     Signer,
@@ -63,6 +64,7 @@ def test_hostile_texts_are_refused_in_one_line(text: str):
         lambda: open_note(text, SIGNER.verifier),
         lambda: Verifier.read(text),
         lambda: Proof.read(text),
+        lambda: Growth.read(text),
         lambda: Proof.read("c2sp.org/tlog-proof@v1\nindex " + text),
     ):
         with pytest.raises(NoteError) as caught:
@@ -80,6 +82,19 @@ def test_a_key_whose_id_is_another_ones_is_refused():
     name, digits, key = str(SIGNER.verifier).split("+", 2)
     with pytest.raises(NoteError, match="cut or changed"):
         Verifier.read(f"{name}x+{digits}+{key}")
+
+
+def test_a_growth_there_and_back():
+    """As the example of C2SP tlog-witness is written."""
+    growth = Growth(7, [bytes(32), bytes(range(32))], SIGNER.sign(HEAD.text()))
+    assert growth.text().startswith(f"old 7\n{'A' * 43}=\nAAEC")
+    assert Growth.read(growth.text()) == growth
+    alone = replace(growth, path=[])
+    assert alone.text().startswith("old 7\n\n")
+    assert Growth.read(alone.text()) == alone
+    for other in ("7", "old", "new 7", "old 07", "old 7\nAAAA", "old -1", "old  7", ""):
+        with pytest.raises(NoteError):
+            Growth.read(f"{other}\n\n{growth.note}")
 
 
 def test_a_proof_there_and_back():

@@ -40,7 +40,7 @@ def test_operations_make_methods():
     assert all(re.fullmatch("[a-z]+(_[a-z]+)+", name) for name in ids), ids
     assert {"ask_query", "list_queries", "get_query", "put_context", "list_contexts", "list_keys"} <= set(ids)
     parameters = set(re.findall(r"\{(\w+)", " ".join(DOCUMENT["paths"])))
-    assert parameters == {"query", "context", "upload", "tenant", "key", "seq", "model"}
+    assert parameters == {"query", "context", "upload", "tenant", "key", "seq", "old", "model"}
 
 
 @pytest.mark.parametrize("route", ROUTES)

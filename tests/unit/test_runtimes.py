@@ -11,7 +11,7 @@ import pytest
 from orchestrator.core.errors import NotPermitted, SandboxUnusable
 from orchestrator.sandbox.agent import agent_version
 from orchestrator.sandbox.base import Finding, Isolation
-from orchestrator.sandbox.docker import request
+from orchestrator.sandbox.container import request
 from orchestrator.sandbox.registry import make_backend
 from orchestrator.sandbox.runtimes import KATA, RUNTIMES, is_backport, known_faults, why_refused
 from tests.fakes.engine import fake_engine

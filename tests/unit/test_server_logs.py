@@ -33,12 +33,15 @@ QUERY = "20261126-010203-0123456789"
 def lines(request: pytest.FixtureRequest) -> Iterator[io.StringIO]:
     """What is logged in this process, which is as it was before when the test ends."""
     root, hooks = logging.getLogger(), (threading.excepthook, sys.unraisablehook, warnings.showwarning)
-    before = root.handlers[:], root.level
+    loggers = [root, logging.getLogger("airlock"), logging.getLogger("uvicorn")]
+    handlers, levels = root.handlers[:], [logger.level for logger in loggers]
     out = io.StringIO()
     logs.configure(json=getattr(request, "param", "json") == "json", stream=out)
     yield out
     logging.captureWarnings(capture=False)
-    root.handlers[:], root.level = before
+    root.handlers[:] = handlers
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
     threading.excepthook, sys.unraisablehook, warnings.showwarning = hooks
 
 

@@ -15,7 +15,7 @@ from typing import Literal
 import anyio
 
 from orchestrator.core.errors import SandboxUnusable
-from orchestrator.sandbox.conformance import calls, containment, endings, repl
+from orchestrator.sandbox.conformance import bounds, calls, containment, endings, lifetimes, repl
 from orchestrator.sandbox.conformance.promise import Bench, Promise, Repl
 
 LONGEST_S = 30.0  # for one try of a promise
@@ -23,7 +23,7 @@ _TRIES = 3  # of one that a deviation says is not kept, until it is called out o
 
 PROMISES: tuple[Promise, ...] = tuple(
     found
-    for module in (repl, calls, endings, containment)
+    for module in (repl, calls, endings, containment, lifetimes, bounds)
     for found in vars(module).values()
     if isinstance(found, Promise)
 )

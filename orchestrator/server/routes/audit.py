@@ -25,7 +25,7 @@ from orchestrator.core.errors import StoreError
 from orchestrator.core.turns import Turns
 from orchestrator.replays import replay_in
 from orchestrator.server.access import allowed
-from orchestrator.server.audit_shapes import CHECKPOINT, KEY, PROOF, RecordPage, ReplayView, VerdictsView, text
+from orchestrator.server.audit_shapes import CHECKPOINT, GROWTH, KEY, PROOF, RecordPage, ReplayView, VerdictsView, text
 from orchestrator.server.problems import Problem, come_again, documented, not_found
 from orchestrator.server.routes.queries import QueryId, The, own
 from orchestrator.server.service import Principal, Service
@@ -41,7 +41,7 @@ MOST_NUMBER = 2**31 - 1  # what the database's column holds
 
 router = APIRouter(prefix="/v1/audit", tags=["audit"], route_class=JsonRoute)
 # The command line's words, and those for who has no command line: the service is not the one to ask that.
-_HELD = ("pass one with --checkpoint", "hold an export against one that you kept")
+_HELD = ("pass one with --checkpoint", "keep one, and have /v1/audit/consistency go on from it")
 _checks = Turns(CHECKS)
 _replaying: set[str] = set()  # tenants
 
@@ -212,6 +212,26 @@ async def replay_query(request: Request, service: The, principal: Audits, query:
 async def get_checkpoint(service: The, principal: Audits) -> PlainTextResponse:
     """The head of the tenant's log as it is now. Whoever keeps it can tell later whether the log went on from it."""
     return PlainTextResponse(await anyio.to_thread.run_sync(service.books.sign, principal.tenant))
+
+
+@router.get(
+    "/consistency/{old}",
+    response_class=PlainTextResponse,
+    responses={
+        200: {"description": "the body that C2SP tlog-witness has for add-checkpoint", **text(GROWTH)},
+        **documented(403, 404, 422, 429, 503),
+    },
+)
+async def get_consistency(
+    service: The,
+    principal: Audits,
+    old: Annotated[int, Path(ge=1, le=MOST_NUMBER, description="entries of the checkpoint you hold", examples=[1])],
+) -> PlainTextResponse:
+    """That the tenant's log, as it is now, goes on from a checkpoint that you hold."""
+    found = await anyio.to_thread.run_sync(auditing.prove_growth, service.books, principal.tenant, old)
+    if found is None:
+        raise not_found("checkpoint")
+    return PlainTextResponse(found)
 
 
 @router.get(
