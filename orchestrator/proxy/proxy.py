@@ -43,6 +43,7 @@ LONGEST_WAIT_S = 30.0
 MOST_PATIENCE_S = 2.0
 SLOW_S = 30.0  # an answer that has not come by then is the provider's fault
 RECORDED = 100  # refusals of a query, and budgets told: they cost a guest nothing, and must not fill the disk
+SAME_S = 0.05  # times that are over this close together are one and the same
 AT_ONCE = 256  # LM requests of one process, of all its tenants
 
 
@@ -252,8 +253,7 @@ class Proxy:
                     with self._circuit.attempt(_circuit_of(node, plan.name)):
                         hold = await self._booking.reserve(node, plan, output_tokens, number, aside)
                         return await self._send(node, plan, hold, aside)
-        limit = f"{account.policy.time.query} ms"
-        raise TimeExceeded("the query's time is over", limit=limit, left="0 ms", rule="time.query")
+        raise _time_over(account)
 
     async def _send(self, node: Node, plan: Plan, hold: Hold, aside: Aside | None) -> Reply:
         account = node.account
@@ -272,6 +272,8 @@ class Proxy:
             ended, detail = error, error.told
             if _is_providers_fault(error, time.monotonic() - started):
                 self._circuit.failed(_circuit_of(node, plan.name))
+            if isinstance(error, OutcomeUnknown) and node.remaining_s() < SAME_S:
+                raise _time_over(account) from None  # which of the two times is over first is chance
             raise
         finally:
             account.running -= 1
@@ -293,6 +295,11 @@ class Proxy:
         if account.told <= RECORDED:
             self._record(account, Event("budget.told", node.name, shown))
         return dict(sorted(shown.items()))  # as in the record, so that a replay prints it in the same order
+
+
+def _time_over(account: Account) -> TimeExceeded:
+    limit = f"{account.policy.time.query} ms"
+    return TimeExceeded("the query's time is over", limit=limit, left="0 ms", rule="time.query")
 
 
 def _size(policy: Policy, messages: Sequence[Message]) -> int:

@@ -16,7 +16,7 @@ from starlette.routing import Match
 from orchestrator.core.errors import AirlockError
 from orchestrator.server.access import Door
 from orchestrator.server.openapi import document, operation_id
-from orchestrator.server.problems import Problem, problem_of
+from orchestrator.server.problems import MISWRITTEN, Problem, problem_of
 from orchestrator.server.routes import admin, audit, chat, contexts, ops, queries, uploads, viewer
 from orchestrator.server.service import Service
 
@@ -72,8 +72,10 @@ async def _http(request: Request, error: Exception) -> Response:
     if error.status_code == 405:
         taken = ", ".join(_methods(request))
         return _answer(request, Problem(405, "method-not-allowed", f"this takes {taken}", headers={"Allow": taken}))
-    kind = "not-found" if error.status_code == 404 else "bad-request"
-    return _answer(request, Problem(error.status_code, kind, str(error.detail).lower(), headers=error.headers))
+    path, text = request.scope["path"], str(error.detail).lower()
+    if error.status_code == 404:
+        return _answer(request, Problem(404, "not-found", chat.no_such_path(path) if chat.speaks(path) else text))
+    return _answer(request, Problem(error.status_code, "bad-request", text, headers=error.headers))
 
 
 def _methods(request: Request) -> list[str]:
@@ -102,7 +104,7 @@ async def _not_valid(request: Request, error: Exception) -> Response:
 def _said(fault: Mapping[str, Any]) -> str:
     """A regular expression is no line that says what to do; the document has it, and an example."""
     if fault["type"] == "string_pattern_mismatch":
-        return "is not written as this has to be: see /openapi.json"
+        return MISWRITTEN
     return str(fault["msg"])
 
 

@@ -29,6 +29,7 @@ from orchestrator.core.errors import (
 )
 
 MEDIA_TYPE = "application/problem+json"
+MISWRITTEN = "is not written as this has to be: see /openapi.json"
 RETRY_S = 5  # where nothing tells when to come again
 _EXPECTED = ("stopping", "not-ready", "queue-full")  # a 503 with which the service does as it should
 

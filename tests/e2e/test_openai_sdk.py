@@ -126,6 +126,14 @@ def test_the_stream_helper_and_structured_outputs(airlock: Airlock):
             final = stream.get_final_completion()
         assert final.choices[0].message.parsed == parsed
         assert kinds[-1] == "content.done"
+        said = {
+            "role": "assistant",
+            "content": "{}",
+            "parsed": parsed.model_dump(),
+            "refusal": None,
+            "tool_calls": None,
+        }
+        assert create(client, server, [*QUESTION, said, *QUESTION]).choices, "what was parsed may be sent back"
         answer = create(client, server, response_format={"type": "json_object"})
         assert json.loads(answer.choices[0].message.content)["long"] is False
 
@@ -355,6 +363,18 @@ def test_errors_have_their_classes(server: Served):
         assert client.get("/v1/chat/completions").json()["error"]["code"] == "method_not_allowed"
         assert client.get("/v1/models/%00%ff").json()["error"]["code"] == "model_not_found"
         assert client.get("/v1/nowhere").json()["type"] == "urn:airlock:not-found"
+        no_type = client.post("/v1/chat/completions", content=b"{}", headers={"Content-Type": "text/plain"})
+        assert no_type.status_code == 400
+    with sdk(server) as client:
+        with pytest.raises(openai.NotFoundError, match="chat/completions and GET /v1/models here"):
+            client.embeddings.create(model=model(server), input="x")
+        with pytest.raises(openai.NotFoundError, match="base_url has to end in /v1"):
+            create(client.with_options(base_url=server.url), server)
+        with pytest.raises(openai.BadRequestError, match="64 hexadecimal digits: see GET /v1/contexts"):
+            create(client, server, [{"role": "user", "content": [{"type": "file", "file": {"file_id": "file-abc"}}]}])
+        called = {"role": "assistant", "content": None, "tool_calls": [{"id": "x"}]}
+        with pytest.raises(openai.BadRequestError, match="tool_calls is not taken: a query's code runs in its sandbox"):
+            create(client, server, [*QUESTION, called, *QUESTION])
 
 
 ODD = [
@@ -446,7 +466,7 @@ def test_time_that_is_used_up_is_a_time_out(airlock: Airlock, stream: bool):
         with pytest.raises(openai.APIError) as caught:
             answer(client, server)
         assert caught.value.code == "time_exceeded"
-        assert getattr(caught.value, "status_code", None) == (None if stream else 408)
+        assert getattr(caught.value, "status_code", None) == (None if stream else 422)
 
 
 def test_a_provider_that_fails_is_a_bad_gateway(airlock: Airlock):
@@ -485,10 +505,21 @@ def test_a_service_that_stops_leaves_the_query_to_the_next_one(airlock: Airlock,
             with pytest.raises(openai.APIError) as caught:
                 asked.result(30)
         assert caught.value.code == "stopping"
+        assert stream or caught.value.response.headers["x-should-retry"] == "false", "it would be another query"  # type: ignore[attr-defined]
         assert query["id"] in caught.value.message
     with served(airlock, config=config) as server:
         ended = until(lambda: (found := queries(server)[0])["status"] not in ("interrupted", "running") and found)
         assert (ended["id"], ended["status"]) == (query["id"], "answered")
+
+
+def test_a_client_that_repeats_what_it_gave_up_pays_once(airlock: Airlock):
+    with served(airlock, script=SLOW) as server, sdk(server) as client:
+        impatient = client.with_options(max_retries=2, timeout=3)
+        with pytest.raises(openai.UnprocessableEntityError, match="set a longer timeout") as caught:
+            create(impatient, server)
+        assert caught.value.code == "given_up"
+        ended = until(lambda: (found := queries(server))[0]["ended_at"] and found)
+        assert [query["status"] for query in ended] == ["cancelled"]
 
 
 def test_who_can_come_again_does_not(airlock: Airlock):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from orchestrator.core.events import Recorded
-from orchestrator.server.chat import errors
+from orchestrator.server.chat import errors, retries
 from orchestrator.server.chat.reasoning import MOST_CALLS, MOST_OUTPUT, MOST_WORDS, Reasoning, fenced, words
 from orchestrator.server.problems import Problem
 
@@ -99,7 +99,7 @@ def test_words_are_what_is_neither_code_nor_answer():
     [
         ("limit", "budget-exhausted: the money is spent", 402, "budget-exhausted"),
         ("limit", "budget-in-flight: held", 402, "budget-in-flight"),
-        ("limit", "time-exceeded: 3 s are over", 408, "time-exceeded"),
+        ("limit", "time-exceeded: 3 s are over", 422, "time-exceeded"),
         ("limit", "count-exceeded: all 2 turns are used", 422, "count-exceeded"),
         ("limit", "something else", 422, "limit"),
         ("refused", "not-permitted: no", 403, "not-permitted"),
@@ -110,7 +110,7 @@ def test_words_are_what_is_neither_code_nor_answer():
         ("failed", "store-unavailable: the disk is full", 503, "store-unavailable"),
         ("failed", "not-rebuilt: the REPL cannot be rebuilt: why", 500, "machine"),
         ("failed", "internal: KeyError", 500, "error"),
-        ("cancelled", "cancelled", 409, "cancelled"),
+        ("cancelled", "cancelled", 422, "cancelled"),
     ],
 )
 def test_why_a_query_has_no_answer(status: str, reason: str, code: int, kind: str):
@@ -126,8 +126,32 @@ def test_why_a_query_has_no_answer(status: str, reason: str, code: int, kind: st
 
 def test_paths_that_speak_to_openai():
     speaking = ("/v1/chat/completions", "/v1/chat", "/v1/models", "/v1/models/rlm/a\nb", "/v1/chat/other")
+    speaking += ("/chat/completions", "/models", "/v1/completions", "/v1/responses", "/embeddings", "/v1/files/x")
     assert all(map(errors.speaks, speaking))
     assert not any(map(errors.speaks, ("/v1/queries", "/v1/modelsx", "/v1/chatter", "/", "/x/v1/models")))
+
+
+def test_a_retry_of_what_was_given_up_is_refused(monkeypatch: pytest.MonkeyPatch):
+    again = {"x-stainless-retry-count": "1"}
+    retries.require_wanted(again, "acme", b"one")  # as of a request that never came here
+    retries.given_up("acme", b"one")
+    for tenant, body, headers in (
+        ("acme", b"one", {}),
+        ("acme", b"one", {"x-stainless-retry-count": "0"}),
+        ("acme", b"two", again),
+        ("other", b"one", again),
+    ):
+        retries.require_wanted(headers, tenant, body)
+    with pytest.raises(Problem, match="Idempotency-Key") as refused:
+        retries.require_wanted(again, "acme", b"one")
+    assert (refused.value.status, refused.value.headers) == (422, {"x-should-retry": "false"})
+    monkeypatch.setattr(retries, "MOST", 3)
+    for number in range(3):
+        retries.given_up("acme", b"%d" % number)
+    assert len(retries._given_up) == 3
+    retries.require_wanted(again, "acme", b"one")
+    monkeypatch.setattr(retries, "KEPT_S", 0.0)
+    retries.require_wanted(again, "acme", b"2")
 
 
 def test_where_a_fault_is():

@@ -207,6 +207,21 @@ async def test_a_wait_that_outlasts_the_query_is_not_begun(db: Database):
         await at.root()
 
 
+async def test_a_call_that_takes_the_rest_of_the_querys_time_ends_as_the_query_does(db: Database):
+    """Its own time-out is over at the same moment; what it may have cost is charged all the same."""
+
+    class TooSlow(FakeLM):
+        async def ask(self, request: Request) -> Reply:
+            await anyio.sleep(request.timeout_s)
+            raise OutcomeUnknown("no answer in time")
+
+    at = desk(db, TooSlow(), policy(time={"query": 200}))
+    with pytest.raises(TimeExceeded, match="time is over"):
+        await at.root("hi")
+    assert at.query.balance() == (bound("hi", 100), 0)
+    assert [body["outcome"] for body in at.bodies("call.result")] == ["unknown"]
+
+
 async def test_the_output_is_cut_to_what_can_be_paid(db: Database):
     lm = FakeLM(said("yes"))
     at = desk(db, lm, policy(money={"query": bound("hi", 400)}))

@@ -20,14 +20,18 @@ from orchestrator.core.errors import (
     BudgetExhausted,
     BudgetInFlight,
     ProviderError,
-    TimeExceeded,
     read_reason,
 )
 from orchestrator.server.chat.request import NOT_TAKEN, TAG
-from orchestrator.server.problems import Problem, problem_of
+from orchestrator.server.problems import MISWRITTEN, Problem, problem_of
 
 NO_RETRY = {"x-should-retry": "false"}  # which OpenAI's clients heed: another query would cost as much again
-_PATHS = re.compile(r"/v1/(chat|models)(/.*)?", re.DOTALL)
+# What is here, what their clients ask for besides, and both where the base address lacks its end.
+_PATHS = re.compile(
+    r"(/v1)?/(chat|models|completions|responses|embeddings|files|moderations|images|audio|batches|assistants|threads)"
+    r"(/.*)?",
+    re.DOTALL,
+)
 _ADDRESS = re.compile(r"https?://\S+")  # of a provider's server, which is no affair of a client's
 _TYPES = {401: "authentication_error", 402: "insufficient_quota", 403: "permission_error", 429: "rate_limit_error"}
 _CODES = {
@@ -55,6 +59,13 @@ def speaks(path: str) -> bool:
     return _PATHS.fullmatch(path) is not None
 
 
+def no_such_path(path: str) -> str:
+    """What to do, to who has found nothing there."""
+    if path.startswith("/v1/"):
+        return "of OpenAI's API there are POST /v1/chat/completions and GET /v1/models here, and nothing else"
+    return "there is nothing here: the client's base_url has to end in /v1"
+
+
 def error_response(problem: Problem) -> JSONResponse:
     return JSONResponse(body(problem), _status(problem), problem.headers)
 
@@ -69,7 +80,7 @@ def body(problem: Problem) -> dict[str, Any]:
 
 
 def _status(problem: Problem) -> int:
-    return 400 if problem.status == 422 and "errors" in problem.more else problem.status
+    return 400 if problem.status == 422 and problem.kind == "bad-request" else problem.status
 
 
 def _told(problem: Problem) -> tuple[str, str | None]:
@@ -78,9 +89,11 @@ def _told(problem: Problem) -> tuple[str, str | None]:
     if not faults:
         return str(problem), problem.more.get("param")
     param = _param(faults[0]["at"])
-    name = re.split(r"[.\[]", param or "")[0]
-    if why := NOT_TAKEN.get(name):
+    words = re.findall(r"\w+", param or "")
+    if why := next((NOT_TAKEN[word] for word in (*words[:1], *words[-1:]) if word in NOT_TAKEN), None):
         return f"{param} is not taken: {why}", param
+    if words[-1:] == ["file_id"] and faults[0]["is"] == MISWRITTEN:
+        return f"{param}: has to be the id of a context, which is 64 hexadecimal digits: see GET /v1/contexts", param
     return f"{param or 'the body'}: {faults[0]['is']}", param
 
 
@@ -99,18 +112,18 @@ def model_not_found(model: str) -> Problem:
 def no_answer(query: Mapping[str, Any]) -> Problem:
     """Why a query that has ended has no answer. query: as the service shows it.
 
-    402 and 408 where its money or its time was used up, 422 where another limit was; 409 where it was cancelled. What
-    refused it or made it fail has its own status.
+    402 where its money was used up, 422 where another limit was or it was cancelled: no status that clients take for a
+    reason to ask again by themselves. What refused it or made it fail has its own status.
     """
     status, reason = query["status"], query["reason"]
     error = read_reason(reason)
     said = _ADDRESS.sub("the provider", str(error)) if isinstance(error, ProviderError) else str(error or reason)
     text = f"{said} (query {query['id']})"
     if status == "cancelled":
-        return Problem(409, "cancelled", f"the query was cancelled: {text}", headers=NO_RETRY)
+        return Problem(422, "cancelled", f"the query was cancelled: {text}", headers=NO_RETRY)
     if status == "limit":
         money = isinstance(error, BudgetExhausted | BudgetInFlight)
-        code = 402 if money else 408 if isinstance(error, TimeExceeded) else 422
+        code = 402 if money else 422  # never 408, which many clients take for a reason to ask again
         kind = error.kind if error else "limit"
         return Problem(code, kind, f"stopped by a limit, without an answer: {text}", headers=NO_RETRY)
     found = problem_of(error or AirlockError(reason))
@@ -125,10 +138,10 @@ _SAID = {
     402: "the money is spent",
     403: "it is not permitted",
     404: "there is no such model, or no such file",
-    408: "the query's time was used up before there was an answer",
-    409: "the query was cancelled, or its answer is not kept",
+    408: "the body came too slowly",
+    409: "the answer is not kept",
     413: "it is too large",
-    422: "a limit was reached before there was an answer, or an Idempotency-Key was used for another request",
+    422: "a limit was reached or the query cancelled before there was an answer, or an Idempotency-Key is another's",
     429: "not now: try again after Retry-After",
     500: "the sandbox failed, or the service did",
     502: "the provider failed",

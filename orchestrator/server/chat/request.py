@@ -76,13 +76,15 @@ TAG = "as "  # what begins like this in the place of a fault is none of the name
 
 
 class ChatMessage(Given):
-    """What is null in an answer of ours may be sent back with it."""
+    """An answer of ours may be sent back, with what OpenAI's clients add to it (`parsed`) and others call its steps."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Content | None = None
     name: Annotated[str, Field(max_length=64)] | None = None
     refusal: str | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None
+    parsed: Any | None = None
     annotations: Nothing | None = None
     tool_calls: Nothing | None = None
     function_call: None = None
@@ -207,6 +209,7 @@ NOT_TAKEN = {
     "logprobs": "an answer has no log probabilities",
     "tools": "a query's code runs in its sandbox, and nowhere else",
     "tool_choice": "a query's code runs in its sandbox, and nowhere else",
+    "tool_calls": "a query's code runs in its sandbox, and nowhere else",
     "functions": "a query's code runs in its sandbox, and nowhere else",
     "function_call": "a query's code runs in its sandbox, and nowhere else",
     "modalities": "an answer is text",

@@ -68,7 +68,7 @@ class Completion(BaseModel):
     airlock: QueryFacts
 
 
-# `data` of each event but the last, which is [DONE]; one that is called `error` has an `ErrorAnswer`.
+# `data` of each event but the last, which is [DONE]; where something goes wrong it is an `ErrorAnswer`.
 _CHUNK: dict[str, Any] = {
     "type": "object",
     "required": ["id", "object", "created", "model", "choices"],

@@ -20,9 +20,9 @@ from starlette.types import Receive, Scope, Send
 from orchestrator.core.errors import AirlockError, RequestError
 from orchestrator.core.units import NANO
 from orchestrator.server import inline, queries_view, schemas
-from orchestrator.server.chat import errors
+from orchestrator.server.chat import errors, retries
 from orchestrator.server.chat.conversation import read
-from orchestrator.server.chat.errors import documented, error_response, speaks
+from orchestrator.server.chat.errors import documented, error_response, no_such_path, speaks
 from orchestrator.server.chat.reasoning import Reasoning
 from orchestrator.server.chat.request import PREFIX, ChatRequest, JsonFormat, Ours, SchemaFormat
 from orchestrator.server.chat.shapes import (
@@ -48,7 +48,7 @@ LOOK_S = 2.0  # between two looks at whether the service stops
 _DONE = b"data: [DONE]\n\n"
 
 router = APIRouter(prefix="/v1", tags=["openai"], route_class=JsonRoute)
-__all__ = ["error_response", "router", "speaks"]
+__all__ = ["error_response", "no_such_path", "router", "speaks"]
 
 
 @router.post(
@@ -93,7 +93,8 @@ async def create_chat_completion(
     web_search_options.
 
     A client that goes away, or whose credential ends, ends its query, unless it gave an Idempotency-Key, with which it
-    can come again. An answer costs what the whole query costs: see `airlock.cost_usd`.
+    can come again. What OpenAI's clients then ask again by themselves is refused, not asked and paid for anew: wait
+    longer (`timeout`), stream, or give the header. An answer costs what the whole query costs: see `airlock.cost_usd`.
     """
     policy = await service.desk.policy_of(principal.tenant)
     model = asked.model.removeprefix(PREFIX)
@@ -101,6 +102,9 @@ async def create_chat_completion(
         raise errors.model_not_found(asked.model)
     if "answer" not in policy.audit.payloads:
         raise Problem(403, "not-kept", "the tenant's policy keeps no answers, and what is not kept cannot be given")
+    fingerprint = await anyio.to_thread.run_sync(_fingerprint, await request.body())
+    if idempotency_key is None:
+        retries.require_wanted(request.headers, principal.tenant, fingerprint)
     reading, schema = read(asked.messages), await _schema(principal, asked)
     if asked.stream:
         service.feed.require_room(principal.tenant)
@@ -118,7 +122,7 @@ async def create_chat_completion(
             depth=ours.depth,
             answer_schema=schema,
             idempotency=idempotency_key,
-            fingerprint=_fingerprint(await request.body()),
+            fingerprint=fingerprint,
         ),
     )
     answer = _Answer(service, principal, query.id, asked.model)
@@ -127,7 +131,7 @@ async def create_chat_completion(
     if asked.stream:
         usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
         return _Streamed(answer, usage=usage, leave=leave, headers=headers)
-    return JSONResponse(await _whole(answer, request, leave=leave), headers=headers)
+    return JSONResponse(await _whole(answer, request, fingerprint, leave=leave), headers=headers)
 
 
 def _fingerprint(body: bytes) -> bytes:
@@ -208,14 +212,18 @@ def _facts(query: Mapping[str, Any]) -> QueryFacts:
     return QueryFacts(query_id=query["id"], **{name: query[name] for name in names})
 
 
-def _stopping(query: str) -> Problem:
-    return come_again(503, "stopping", f"the service stops; the query goes on after that: GET /v1/queries/{query}")
+def _stopping(query: str, *, leave: bool = True) -> Problem:
+    """leave: who asks again is given the answer of this query; else it would be another one, and this one goes on."""
+    problem = come_again(503, "stopping", f"the service stops; the query goes on after that: GET /v1/queries/{query}")
+    if leave:
+        return problem
+    return Problem(503, problem.kind, str(problem), headers={**problem.headers, **errors.NO_RETRY})
 
 
 # In one piece
 
 
-async def _whole(answer: _Answer, request: Request, *, leave: bool) -> dict[str, Any]:
+async def _whole(answer: _Answer, request: Request, fingerprint: bytes, *, leave: bool) -> dict[str, Any]:
     failed: AirlockError | Problem | None = None
     ended = False
     async with anyio.create_task_group() as tasks:
@@ -234,8 +242,9 @@ async def _whole(answer: _Answer, request: Request, *, leave: bool) -> dict[str,
         raise failed
     if not ended:
         if answer.is_left():
-            raise _stopping(answer.query)
+            raise _stopping(answer.query, leave=leave)
         if not leave:
+            retries.given_up(answer.principal.tenant, fingerprint)
             await answer.give_up()
         raise Problem(409, "cancelled", "the client has gone")  # which nobody reads
     query, usage = await answer.found()
@@ -267,7 +276,7 @@ class _Streamed(EventStream):
         self._answer, self._leave = answer, leave
 
     def farewell(self, problem: Problem) -> bytes:
-        return event("error", errors.body(problem))
+        return event(None, errors.body(problem))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await super().__call__(scope, receive, send)
@@ -277,7 +286,8 @@ class _Streamed(EventStream):
 
 
 async def _events(answer: _Answer, *, usage: bool) -> AsyncGenerator[bytes]:
-    """Everything that goes wrong from here on is an event, for the status has been told."""
+    """Everything that goes wrong from here on is an event, for the status has been told; one without a name, as old
+    clients of OpenAI's see no others."""
     service, tenant = answer.service, answer.principal.tenant
     chunk = partial(_chunk, answer, usage=usage)
     try:
@@ -303,9 +313,9 @@ async def _events(answer: _Answer, *, usage: bool) -> AsyncGenerator[bytes]:
                 yield event(None, {**_frame(answer), "choices": [], "usage": used.model_dump()})
             yield _DONE
     except Problem as problem:
-        yield event("error", errors.body(problem))
+        yield event(None, errors.body(problem))
     except AirlockError as error:
-        yield event("error", errors.body(problem_of(error)))
+        yield event(None, errors.body(problem_of(error)))
 
 
 def _frame(answer: _Answer) -> dict[str, Any]:
