@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from urllib.parse import unquote
 
 import platformdirs
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 from orchestrator.files import Missing, Unreadable, read_text
 
@@ -56,6 +56,13 @@ class PlatformSettings(_Strict):
     sandboxes: int = Field(default=_SANDBOXES, ge=1, le=10_000)
 
 
+def _host(name: str) -> str:
+    """As the header Host has it, less the port."""
+    if not re.fullmatch(r"\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9]([A-Za-z0-9._-]{0,253}[A-Za-z0-9])?", name, re.ASCII):
+        raise ValueError("is not the name of a host: give it without a scheme, a port or a path")
+    return name
+
+
 class ServerSettings(_Strict):
     """What `airlock serve` takes. hosts: names it answers to, besides this machine's own; empty for any.
 
@@ -66,7 +73,7 @@ class ServerSettings(_Strict):
     stops, before they are left to be resumed.
     """
 
-    hosts: list[str] = []
+    hosts: list[Annotated[str, AfterValidator(_host)]] = []
     queries: int = Field(default_factory=lambda: min(4 * len(os.sched_getaffinity(0)), _SANDBOXES), ge=1, le=10_000)
     queue: int = Field(default=1000, ge=1, le=100_000)
     queue_tenant: int = Field(default=100, ge=1, le=100_000)
@@ -139,7 +146,7 @@ def load_config(folder: Path) -> Config:
     except ValidationError as error:
         fault = error.errors()[0]
         where = ".".join(map(str, fault["loc"]))
-        raise ValueError(f"{path}: {where}: {fault['msg']}") from None
+        raise ValueError(f"{path}: {where}: {fault['msg'].removeprefix('Value error, ')}") from None
 
 
 def api_key(variable: str) -> SecretStr | None:

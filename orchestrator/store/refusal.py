@@ -45,7 +45,9 @@ def refusal(books: Sequence[Book], asked: Mapping[str, int], now: float) -> tupl
     """
     refusing = [(book, what) for what in LIMITS for book in books if book.refuses(what, asked[what])]
     firm = [(book, what) for book, what in refusing if book.for_good(what, asked[what])]
-    book, what = (firm or refusing)[0]
+    what = (firm or refusing)[0][1]
+    # The tightest: where another one has more, to raise that would change nothing.
+    book = min((book for book, other in firm or refusing if other == what), key=lambda book: book.left(what))
     if what == "limit":
         free = max(0, min(book.left("limit") for book in books))
         return _money(book, asked[what], exhausted=bool(firm)), free

@@ -120,7 +120,9 @@ def test_spent_money_exhausts_and_held_money_is_in_flight(db: Database):
     reserve(db, "a", 60)
     in_flight = refusal(db, 60).error
     assert isinstance(in_flight, BudgetInFlight)
-    assert (in_flight.limit, in_flight.asked, in_flight.left) == ("0.0000001 USD", "0.00000006 USD", "0.00000004 USD")
+    assert (in_flight.limit, in_flight.asked, in_flight.left) == ("0.00000006 USD", "0.00000006 USD", "0.00 USD"), (
+        "of two that refuse, the tighter one is named"
+    )
     settle(db, "a", 1)
     assert isinstance(refusal(db, 60).error, BudgetExhausted)
 

@@ -49,6 +49,14 @@ def test_queries_at_once_are_of_the_machine_and_never_more_than_it_has_sandboxes
     assert settings.ServerSettings().queries == queries <= settings.PlatformSettings().sandboxes
 
 
+@pytest.mark.parametrize("name", ["exa mple", "http://x", "x:8080", "x/", "", "a" * 256, "[::1", "\u00fc"])
+def test_what_is_no_name_of_a_host(home: Path, name: str):
+    assert fault(home, f'[server]\nhosts = ["airlock.example", "{name}"]') == (
+        "server.hosts.1: is not the name of a host: give it without a scheme, a port or a path"
+    )
+    assert config(home, '[server]\nhosts = ["[::1]", "a-b.example", "10.0.0.1"]').server.hosts
+
+
 def test_a_whole_file(home: Path):
     found = config(
         home,
