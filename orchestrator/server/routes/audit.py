@@ -27,7 +27,7 @@ from orchestrator.replays import replay_in
 from orchestrator.server.access import allowed
 from orchestrator.server.audit_shapes import CHECKPOINT, GROWTH, KEY, PROOF, RecordPage, ReplayView, VerdictsView, text
 from orchestrator.server.problems import Problem, come_again, documented, not_found
-from orchestrator.server.routes.queries import QueryId, The, own
+from orchestrator.server.routes.queries import QueryId, The, looked, own
 from orchestrator.server.service import Principal, Service
 from orchestrator.server.streaming import FileStream, cancel_when_gone
 from orchestrator.server.structure import JsonRoute
@@ -69,7 +69,7 @@ async def get_records(
             "next": shown[-1][0]["seq"] if more else None,
         }
 
-    return await anyio.to_thread.run_sync(service.platform.db.look, read)
+    return await looked(service, principal, read)
 
 
 def _record(stored: bytes) -> Any:
