@@ -74,16 +74,15 @@ def summaries(tx: Connection, books: Books, listed: Sequence[Listed]) -> list[di
     wanted = wanted.where(payloads.c.query.in_(ids), payloads.c.seq == 0, payloads.c.name == "question")
     # SQLite gives back whatever a file was edited to hold: what is no bytes is not kept.
     sealed = {row.query: row.sealed for row in tx.execute(wanted) if isinstance(row.sealed, bytes)}
-    purses = sa.select(scopes.c.id, scopes.c.spent, scopes.c.held).where(
-        scopes.c.id.in_([f"query:{id_}" for id_ in ids])
-    )
-    spent = {row.id: (row.spent, row.held) for row in tx.execute(purses)}
+    purses = sa.select(scopes.c.id, scopes.c.spent, scopes.c.held)
+    purses = purses.where(scopes.c.id.in_([f"query:{query}" for query in ids]))
+    balances: dict[str, tuple[int, int]] = {row.id: (row.spent, row.held) for row in tx.execute(purses)}
 
     def shown(query: Listed) -> dict[str, Any]:
         kept = [(0, "question", sealed[query.id])] if query.id in sealed else []
         texts = _texts(books, query, kept)
         last = ended[query.id] if _has_ended(query) else None
-        made = _shown(query, opened[query.id], last, texts, spent.get(f"query:{query.id}", (0, 0)))
+        made = _shown(query, opened[query.id], last, texts, balances.get(f"query:{query.id}", (0, 0)))
         del made["answer"]
         return made | {"question": made["question"] and made["question"][:_CUT]}
 
