@@ -11,26 +11,13 @@ from typing import Any
 import anyio
 import pytest
 
-from orchestrator.core.events import Event
 from orchestrator.server import queries_view
 from orchestrator.server.routes import queries
 from orchestrator.server.service import Principal
 from orchestrator.store import journal
-from orchestrator.store.journal import QUEUED, QueryKey
+from orchestrator.store.journal import QUEUED
 from orchestrator.store.vault import Keeper
-from tests.unit.helpers import Everything
-from tests.unit.serving import Small, small
-
-QUESTION = "Who rang? " * 100
-BODY = {
-    "model": "m",
-    "sub_models": ["sub"],
-    "backend": "bubblewrap",
-    "isolation": "namespace",
-    "context": {"id": "0" * 64, "kind": "text", "bytes": 5, "chars": 5},
-    "limit_usd": "1.00",
-}
-END = {"status": "answered", "reason": "", "duration_ms": 1500, "turns": 2, "sub_calls": 1}
+from tests.unit.serving import Small, add, small
 
 
 @pytest.fixture
@@ -39,24 +26,6 @@ def service(tmp_path: Path) -> Iterator[Small]:
         others: Any = made.service.under_way
         others.account = dict[str, Any]().get  # none runs here
         yield made
-
-
-def add(service: Small, number: int, status: str, *, kept: bool = True, tenant: str = "acme") -> str:
-    """A query with all its payloads; status: open, QUEUED, interrupted, or how it was closed."""
-    vault, db = service.service.platform.vault, service.service.platform.db
-    query = f"20261126-010203-{number:010x}"
-    key = QueryKey(query, tenant, "0" * 64, vault.keeper(tenant, query, Everything()) if kept else None)
-
-    def write(tx: journal.Connection) -> None:
-        opened = Event("query.opened", "root", BODY, {"question": QUESTION, "policy": "{}", "schema": "{}"})
-        journal.open_query(tx, key, "somebody", opened, status if status == QUEUED else "open")
-        if status == "interrupted":
-            journal.interrupt_query(tx, key, Event("query.interrupted", "root", {"why": "it was killed"}))
-        elif status not in ("open", QUEUED):
-            journal.close_query(tx, key, status, Event("query.closed", "root", END, {"answer": "It was Ann."}))
-
-    db.write_sync(write)
-    return query
 
 
 def test_a_list_has_of_each_query_what_is_shown_of_it_alone_but_its_answer(service: Small):
