@@ -101,7 +101,7 @@ class Desk:
         """Take a query on. Raises Problem, AirlockError; nothing is left of one that is not taken on."""
         if before := await self.before(principal, ask.idempotency, ask.fingerprint):
             return before
-        key, fingerprint = ask.idempotency and _hashed(ask.idempotency), hashlib.sha256(ask.fingerprint).hexdigest()
+        key, fingerprint = ask.idempotency and _hashed(ask.idempotency), await _digest(ask.fingerprint)
         async with self._admissions.turn(principal.tenant, 1):
             return await self._admit(principal, ask, key, fingerprint)
 
@@ -109,7 +109,7 @@ class Desk:
         """What was asked under this name, if anything. Raises StoreError, Problem where it is not the same."""
         if not idempotency or not (before := await self.asked_before(principal.tenant, _hashed(idempotency))):
             return None
-        return _the_same(before, hashlib.sha256(fingerprint).hexdigest())
+        return _the_same(before, await _digest(fingerprint))
 
     async def _admit(self, principal: Principal, ask: Ask, key: str | None, fingerprint: str) -> Asked:
         if self._under_way.draining:
@@ -224,6 +224,11 @@ def _remember(
 
 def _hashed(idempotency: str) -> str:
     return hashlib.sha256(idempotency.encode("utf-8", "replace")).hexdigest()
+
+
+async def _digest(fingerprint: bytes) -> str:
+    """It can be a whole body: hashed in a thread, which lets others run meanwhile."""
+    return (await anyio.to_thread.run_sync(hashlib.sha256, fingerprint)).hexdigest()
 
 
 def _the_same(before: tuple[str, str], fingerprint: str) -> Asked:
