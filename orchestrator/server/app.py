@@ -15,7 +15,7 @@ from starlette.routing import Match
 
 from orchestrator.core.errors import AirlockError
 from orchestrator.server.access import Door
-from orchestrator.server.openapi import document, operation_id
+from orchestrator.server.openapi import Rendered, document, operation_id
 from orchestrator.server.problems import MISWRITTEN, Problem, problem_of
 from orchestrator.server.routes import admin, audit, chat, contexts, ops, queries, uploads, viewer
 from orchestrator.server.service import Service
@@ -33,7 +33,7 @@ def make_app(service: Service) -> FastAPI:
         summary="Recursive Language Model queries over untrusted context: isolated, bounded, on record",
         docs_url=None,  # pages that load scripts from elsewhere
         redoc_url=None,
-        openapi_url="/openapi.json",
+        openapi_url=None,  # rendered anew for each request; see `Rendered`
         redirect_slashes=False,
         generate_unique_id_function=operation_id,
     )
@@ -47,6 +47,7 @@ def make_app(service: Service) -> FastAPI:
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(Exception, _fault)
     app.openapi = lambda: _openapi(app)
+    app.add_route("/openapi.json", Rendered(app.openapi).answer, include_in_schema=False)
     return app
 
 

@@ -99,12 +99,17 @@ class Desk:
 
     async def ask(self, principal: Principal, ask: Ask) -> Asked:
         """Take a query on. Raises Problem, AirlockError; nothing is left of one that is not taken on."""
-        key = ask.idempotency and hashlib.sha256(ask.idempotency.encode("utf-8", "replace")).hexdigest()
-        fingerprint = hashlib.sha256(ask.fingerprint).hexdigest()
-        if key and (before := await self.asked_before(principal.tenant, key)):
-            return _the_same(before, fingerprint)
+        if before := await self.before(principal, ask.idempotency, ask.fingerprint):
+            return before
+        key, fingerprint = ask.idempotency and _hashed(ask.idempotency), await _digest(ask.fingerprint)
         async with self._admissions.turn(principal.tenant, 1):
             return await self._admit(principal, ask, key, fingerprint)
+
+    async def before(self, principal: Principal, idempotency: str | None, fingerprint: bytes) -> Asked | None:
+        """What was asked under this name, if anything. Raises StoreError, Problem where it is not the same."""
+        if not idempotency or not (before := await self.asked_before(principal.tenant, _hashed(idempotency))):
+            return None
+        return _the_same(before, await _digest(fingerprint))
 
     async def _admit(self, principal: Principal, ask: Ask, key: str | None, fingerprint: str) -> Asked:
         if self._under_way.draining:
@@ -215,6 +220,15 @@ def _remember(
     if key and (before := requests.asked_before(tx, principal.tenant, key)):
         raise _AskedBefore(*before)
     requests.add(tx, query, principal.tenant, principal.asker, key, fingerprint)
+
+
+def _hashed(idempotency: str) -> str:
+    return hashlib.sha256(idempotency.encode("utf-8", "replace")).hexdigest()
+
+
+async def _digest(fingerprint: bytes) -> str:
+    """It can be a whole body: hashed in a thread, which lets others run meanwhile."""
+    return (await anyio.to_thread.run_sync(hashlib.sha256, fingerprint)).hexdigest()
 
 
 def _the_same(before: tuple[str, str], fingerprint: str) -> Asked:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from hashlib import sha256
 from typing import Annotated, Any
 
+import anyio
+import anyio.to_thread
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
 from pydantic import WithJsonSchema
+from starlette.requests import Request
+from starlette.responses import Response
 
 from orchestrator.server.chat.errors import speaks
 from orchestrator.server.problems import MEDIA_TYPE
@@ -154,3 +163,47 @@ def _headers(path: str, status: str) -> list[str]:
 
 def _reference(kind: str, name: str) -> dict[str, Any]:
     return {"$ref": f"#/components/{kind}/{name}"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """The document as it is sent."""
+
+    content: bytes
+    headers: dict[str, str]
+
+
+class Rendered:
+    """The document as bytes. Anybody may ask for it: it is rendered at the first request, and never again."""
+
+    def __init__(self, made: Callable[[], dict[str, Any]]) -> None:
+        self._made = made
+        self._rendering = anyio.Lock()
+        self._forms: dict[bool, _Form] | None = None  # whether it is packed -> it
+
+    async def answer(self, request: Request) -> Response:
+        """The document, or that the client has it already."""
+        async with self._rendering:
+            if self._forms is None:
+                self._forms = await anyio.to_thread.run_sync(self._render)
+        form = self._forms[_takes_gzip(request.headers.get("Accept-Encoding", ""))]
+        known = [tag.strip().removeprefix("W/") for tag in request.headers.get("If-None-Match", "").split(",")]
+        if form.headers["ETag"] in known or known == ["*"]:
+            return Response(status_code=304, headers=form.headers)
+        return Response(form.content, media_type="application/json", headers=form.headers)
+
+    def _render(self) -> dict[bool, _Form]:
+        plain = json.dumps(self._made(), ensure_ascii=False, separators=(",", ":")).encode()
+        tag = sha256(plain).hexdigest()[:32]
+        # Kept, but asked about each time, as pages are: it is never older than its service.
+        headers = {"Cache-Control": "no-cache", "Vary": "Accept-Encoding"}
+        return {
+            False: _Form(plain, headers | {"ETag": f'"{tag}"'}),
+            True: _Form(gzip.compress(plain), headers | {"ETag": f'"{tag}-gzip"', "Content-Encoding": "gzip"}),
+        }
+
+
+def _takes_gzip(accepted: str) -> bool:
+    """Only where it is named; a quality of 0 says that it is not taken."""
+    names = (part.partition(";") for part in accepted.lower().split(","))
+    return any(name.strip() == "gzip" and not re.fullmatch(r"\s*q=0(\.0*)?\s*", q) for name, _, q in names)

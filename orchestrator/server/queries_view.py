@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -20,7 +20,7 @@ from orchestrator.server.paging import cut, read_cursor
 from orchestrator.store import journal, ledger
 from orchestrator.store.journal import Connection
 from orchestrator.store.prepared import Prepared
-from orchestrator.store.schema import queries, records, scopes
+from orchestrator.store.schema import payloads, queries, records, scopes
 
 _SHOWN = {"open": "running"}  # the database's word -> ours
 _CUT = 200  # characters of a question in a list
@@ -29,6 +29,9 @@ _ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{10}", re.ASCII)
 _columns = (queries.c.id, queries.c.tenant, queries.c.status, queries.c.opened_at)
 _find = Prepared(sa.select(*_columns).where(queries.c.id == sa.bindparam("q")))
 _link = sa.select(records.c.record, records.c.hash).where(records.c.query == sa.bindparam("q"))
+_PAYLOADS = ("question", "policy", "answer")  # that a view is made of
+_seqs, _others = records.alias(), records.alias()
+_newest = sa.select(sa.func.max(_others.c.seq)).where(_others.c.query == queries.c.id).scalar_subquery()
 _first, _last = (Prepared(_link.order_by(order).limit(1)) for order in (records.c.seq, records.c.seq.desc()))
 
 
@@ -63,36 +66,72 @@ def page(
     return cut("queries", listed, most, lambda row: (row.opened_at, row.id))
 
 
-def summary(tx: Connection, books: Books, query: Listed) -> dict[str, Any]:
-    """As a list has it."""
-    shown = _shown(tx, books, query, whole=False)
-    del shown["answer"]
-    return shown
+def summaries(tx: Connection, books: Books, listed: Sequence[Listed]) -> list[dict[str, Any]]:
+    """As a list has them: a few reads for all together, and of payloads none is opened that a list does not show."""
+    ids = [query.id for query in listed]
+    opened, ended = _of_each(tx, ids, _seqs.c.seq == 0), _of_each(tx, ids, _seqs.c.seq == _newest)
+    wanted = sa.select(payloads.c.query, payloads.c.sealed)
+    wanted = wanted.where(payloads.c.query.in_(ids), payloads.c.seq == 0, payloads.c.name == "question")
+    # SQLite gives back whatever a file was edited to hold: what is no bytes is not kept.
+    sealed = {row.query: row.sealed for row in tx.execute(wanted) if isinstance(row.sealed, bytes)}
+    purses = sa.select(scopes.c.id, scopes.c.spent, scopes.c.held)
+    purses = purses.where(scopes.c.id.in_([f"query:{query}" for query in ids]))
+    balances: dict[str, tuple[int, int]] = {row.id: (row.spent, row.held) for row in tx.execute(purses)}
+
+    def shown(query: Listed) -> dict[str, Any]:
+        kept = [(0, "question", sealed[query.id])] if query.id in sealed else []
+        texts = _texts(books, query, kept)
+        last = ended[query.id] if _has_ended(query) else None
+        made = _shown(query, opened[query.id], last, texts, balances.get(f"query:{query.id}", (0, 0)))
+        del made["answer"]
+        return made | {"question": made["question"] and made["question"][:_CUT]}
+
+    return [shown(query) for query in listed]
+
+
+def _of_each(tx: Connection, ids: Sequence[str], which: sa.ColumnElement[bool]) -> dict[str, dict[str, Any]]:
+    """One record of each of the queries."""
+    chosen = sa.select(_seqs.c.query, _seqs.c.record, _seqs.c.hash).where(_seqs.c.query == queries.c.id, which)
+    rows = tx.execute(chosen.where(queries.c.id.in_(ids)))
+    return {row.query: {**json.loads(row.record), "hash": row.hash} for row in rows}
 
 
 def view(tx: Connection, books: Books, query: Listed, live: Account | None = None) -> dict[str, Any]:
     """The whole of it. live: of one that runs here, which knows how far it is."""
-    shown = _shown(tx, books, query, whole=True)
+    opened = _record(tx, query.id, first=True)
+    ended = _record(tx, query.id, first=False) if _has_ended(query) else None
+    kept = journal.payloads_of(tx, query.id, (0, *((ended["seq"],) if ended else ())))
+    texts = _texts(books, query, (row for row in kept if row[1] in _PAYLOADS))
+    shown = _shown(query, opened, ended, texts, ledger.balance(tx, f"query:{query.id}"))
+    shown["time_limit_s"] = _time_limit(texts.get((0, "policy")))
     if live and shown["iterations"] is None:
         shown |= {"iterations": live.turns, "sub_calls": live.sub_calls}
     return shown
 
 
-def _shown(tx: Connection, books: Books, query: Listed, *, whole: bool) -> dict[str, Any]:
-    opened = _record(tx, query.id, first=True)
-    ended = _record(tx, query.id, first=False) if query.status not in ("open", journal.QUEUED) else None
-    texts = _texts(tx, books, query, (0, *((ended["seq"],) if ended else ())))
-    spent, held = ledger.balance(tx, f"query:{query.id}")
+def _has_ended(query: Listed) -> bool:
+    """Or was interrupted: its last record says how."""
+    return query.status not in ("open", journal.QUEUED)
+
+
+def _shown(
+    query: Listed,
+    opened: Mapping[str, Any],
+    ended: Mapping[str, Any] | None,
+    texts: Mapping[tuple[int, str], str],
+    balance: tuple[int, int],
+) -> dict[str, Any]:
+    """What list and view have in common; opened, ended: its first record and its last one."""
+    spent, held = balance
     asked, end = opened["body"], ended["body"] if ended else dict[str, Any]()
     closed = ended if ended and ended["type"] == "query.closed" else None  # who was interrupted has not ended
-    question = texts.get((0, "question"))
     context = asked["context"]
     return {
         "id": query.id,
         "status": _SHOWN.get(query.status, query.status),
         "created_at": query.opened_at,
         "ended_at": closed["at"] if closed else None,
-        "question": question if whole or question is None else question[:_CUT],
+        "question": texts.get((0, "question")),
         "model": asked["model"],
         "sub_models": asked["sub_models"],
         "backend": asked["backend"],
@@ -101,7 +140,7 @@ def _shown(tx: Connection, books: Books, query: Listed, *, whole: bool) -> dict[
         "cost_usd": usd(spent),
         "held_usd": usd(held),
         "limit_usd": asked["limit_usd"],
-        "time_limit_s": _time_limit(texts.get((0, "policy"))) if whole else None,
+        "time_limit_s": None,
         "duration_s": end["duration_ms"] / 1000 if "duration_ms" in end else None,
         "answer": texts.get((ended["seq"], "answer")) if ended else None,
         "reason": end.get("reason", end.get("why", "")),
@@ -117,14 +156,10 @@ def _record(tx: Connection, query: str, *, first: bool) -> dict[str, Any]:
     return {**json.loads(record), "hash": digest}
 
 
-def _texts(tx: Connection, books: Books, query: Listed, numbers: tuple[int, ...]) -> dict[tuple[int, str], str]:
-    """What is kept of the payloads of these records."""
+def _texts(books: Books, query: Listed, kept: Iterable[tuple[int, str, bytes]]) -> dict[tuple[int, str], str]:
+    """What is kept of these payloads: number of the record, name, what is stored."""
     keeper = books.vault.opener(query.tenant, query.id)
-    opened = {
-        (seq, name): keeper.open(seq, name, sealed)
-        for seq, name, sealed in journal.payloads_of(tx, query.id, numbers)
-        if keeper
-    }
+    opened = {(seq, name): keeper.open(seq, name, sealed) for seq, name, sealed in kept if keeper}
     return {place: text[1].decode("utf-8", "replace") for place, text in opened.items() if text}
 
 

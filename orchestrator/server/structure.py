@@ -7,16 +7,23 @@ as frames are (`guest/wire`): what is left costs little more than its strings, w
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Coroutine
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from orchestrator.core.turns import Turns
+from orchestrator.server.inline import in_turn
 from orchestrator.server.problems import Problem
 
 MOST = 256 << 10  # bytes outside of strings, quotes included; the README and the routes' descriptions say it
+LARGE = 64 << 10  # bytes of a body that others would wait for
+_large = Turns(2)  # of all tenants, checked or parsed at once: threads, which take the processor from the event loop
+T = TypeVar("T")
 
 
 class JsonRoute(APIRoute):
@@ -28,14 +35,30 @@ class JsonRoute(APIRoute):
             return handle
 
         async def judged(request: Request) -> Response:
+            request = _Json(request.scope, request.receive)
             try:
                 body = await request.body()
             except ClientDisconnect:
                 raise Problem(400, "cut-short", "the body ended early") from None
-            require_little_structure(body)
+            await _worked(request, body, require_little_structure)
             return await handle(request)
 
         return judged
+
+
+class _Json(Request):
+    """A request whose body is parsed where it keeps nobody waiting."""
+
+    async def json(self) -> Any:
+        return await _worked(self, await self.body(), json.loads)
+
+
+async def _worked(request: Request, body: bytes, work: Callable[[bytes], T]) -> T:
+    """What `work` makes of a body. A large one takes its turn, in a thread: few at once, and one of a tenant."""
+    if len(body) <= LARGE:
+        return work(body)
+    principal = request.scope.get("state", {}).get("principal")
+    return await in_turn(_large, principal.tenant if principal else "", partial(work, body))
 
 
 def require_little_structure(body: bytes | bytearray) -> None:

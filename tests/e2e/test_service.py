@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import socket
 import sqlite3
@@ -93,6 +94,37 @@ def test_an_idempotency_key_gives_the_query_of_before(airlock: Airlock):
         with server.client("other") as another:
             apart = another.post("/v1/queries", json=body, headers={"Idempotency-Key": "k"})
             assert apart.json()["id"] != asked[0].json()["id"]
+
+
+def test_a_query_of_before_is_given_also_when_its_context_is_gone(airlock: Airlock):
+    with served(airlock) as server, server.client("acme", "query", "read") as client:
+        context = client.put("/v1/contexts", content=b"hello").json()["id"]
+        body = {"question": "q", "context": {"id": context}}
+        first, again = {"Idempotency-Key": "k", "Prefer": "wait=30"}, {"Idempotency-Key": "k"}
+        query = client.post("/v1/queries", json=body, headers=first).json()["id"]
+        assert client.delete(f"/v1/contexts/{context}").status_code == 204
+        before = client.post("/v1/queries", json=body, headers=again)
+        assert (before.status_code, before.json().get("id")) == (200, query)
+        other = client.post("/v1/queries", json=body | {"question": "r"}, headers=again)
+        assert other.json()["type"] == "urn:airlock:idempotency-key-reused"
+        assert client.post("/v1/queries", json=body, headers={"Idempotency-Key": "l"}).status_code == 404
+
+
+def test_who_waits_for_a_query_and_goes_is_not_waited_for(airlock: Airlock):
+    with served(airlock, script=SLOW) as server, server.client() as client:
+        body = json.dumps({"question": "q", "context": {"text": "a"}})
+        host = server.url.removeprefix("http://")
+        head = f"POST /v1/queries HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {server.key()}\r\n"
+        head += f"Content-Type: application/json\r\nPrefer: wait=300\r\nContent-Length: {len(body)}\r\n\r\n"
+        name, _, port = host.partition(":")
+        with socket.create_connection((name, int(port))) as connection:
+            connection.sendall((head + body).encode())
+            query = until(lambda: client.get("/v1/queries").json()["queries"])[0]["id"]
+        until(
+            lambda: [line for line in server.lines() if line.get("route") == "/v1/queries" and line["method"] == "POST"]
+        )
+        assert client.get(f"/v1/queries/{query}").json()["status"] in ("queued", "running"), "it goes on"
+        client.post(f"/v1/queries/{query}/cancel")
 
 
 def test_a_query_of_before_that_runs_is_no_answer_yet(airlock: Airlock):

@@ -17,16 +17,29 @@ from fastapi import APIRouter, FastAPI
 from starlette.testclient import TestClient
 
 from orchestrator.auditing import Books
+from orchestrator.core.events import Event
 from orchestrator.server import access
 from orchestrator.server.app import make_app
 from orchestrator.server.service import Service
 from orchestrator.settings import ServerSettings
 from orchestrator.store import journal
 from orchestrator.store.db import Database
+from orchestrator.store.journal import QUEUED, QueryKey
 from orchestrator.store.registry import Registry
 from orchestrator.store.signing import Notary
 from orchestrator.store.vault import open_vault
-from tests.unit.helpers import DEFAULT, fill
+from tests.unit.helpers import DEFAULT, Everything, fill
+
+QUESTION = "Who rang? " * 100
+BODY = {
+    "model": "m",
+    "sub_models": ["sub"],
+    "backend": "bubblewrap",
+    "isolation": "namespace",
+    "context": {"id": "0" * 64, "kind": "text", "bytes": 5, "chars": 5},
+    "limit_usd": "1.00",
+}
+END = {"status": "answered", "reason": "", "duration_ms": 1500, "turns": 2, "sub_calls": 1}
 
 
 @dataclass
@@ -74,6 +87,24 @@ def small(home: Path, *routers: APIRouter, secure: bool = True, **settings: Any)
             yield Small(app, service, client)
     finally:
         db.close()
+
+
+def add(service: Small, number: int, status: str, *, kept: bool = True, tenant: str = "acme") -> str:
+    """A query with all its payloads; status: open, QUEUED, interrupted, or how it was closed."""
+    vault, db = service.service.platform.vault, service.service.platform.db
+    query = f"20261126-010203-{number:010x}"
+    key = QueryKey(query, tenant, "0" * 64, vault.keeper(tenant, query, Everything()) if kept else None)
+
+    def write(tx: journal.Connection) -> None:
+        opened = Event("query.opened", "root", BODY, {"question": QUESTION, "policy": "{}", "schema": "{}"})
+        journal.open_query(tx, key, "somebody", opened, status if status == QUEUED else "open")
+        if status == "interrupted":
+            journal.interrupt_query(tx, key, Event("query.interrupted", "root", {"why": "it was killed"}))
+        elif status not in ("open", QUEUED):
+            journal.close_query(tx, key, status, Event("query.closed", "root", END, {"answer": "It was Ann."}))
+
+    db.write_sync(write)
+    return query
 
 
 @contextmanager

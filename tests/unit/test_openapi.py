@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from orchestrator.server.app import make_app
 from orchestrator.server.chat.errors import speaks
 from orchestrator.server.openapi import TAGS
 from orchestrator.server.problems import MEDIA_TYPE, Problem, ProblemBody
+from tests.unit.serving import small
 
 DOCUMENT: dict[str, Any] = make_app(None).openapi()  # type: ignore[arg-type]  # it is not started
 SCHEMAS: dict[str, dict[str, Any]] = DOCUMENT["components"]["schemas"]
@@ -32,6 +35,32 @@ def fits(schema: dict[str, Any], value: object) -> bool:
 def test_it_is_a_document():
     validate(DOCUMENT)
     assert DOCUMENT["info"]["description"].count("**") == 10  # authentication, money, errors, lists, idempotency
+
+
+def test_it_is_rendered_once_and_not_sent_to_who_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Nobody needs a key for it: whoever asks again and again keeps no one else waiting."""
+    with small(tmp_path) as service:
+        client = service.client
+        plain = client.get("/openapi.json", headers={"Accept-Encoding": "gzip;q=0, identity"})
+        packed = client.get("/openapi.json", headers={"Accept-Encoding": "deflate, gzip"})
+        assert plain.json() == packed.json() == DOCUMENT
+
+        def never(*_: Any, **__: Any) -> str:
+            raise AssertionError("it was rendered again")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(json, "dumps", never)
+            again = client.get("/openapi.json", headers={"Accept-Encoding": "identity"})
+        assert again.content == plain.content
+        assert (packed.headers["Content-Encoding"], packed.headers["Vary"]) == ("gzip", "Accept-Encoding")
+        assert int(packed.headers["Content-Length"]) * 5 < int(plain.headers["Content-Length"])
+        for answer, accepted in ((plain, "identity"), (packed, "gzip")):
+            headers = {"Accept-Encoding": accepted, "If-None-Match": f'"other", W/{answer.headers["ETag"]}'}
+            known = client.get("/openapi.json", headers=headers)
+            assert (known.status_code, known.content) == (304, b"")
+            assert known.headers["Cache-Control"] == "no-cache"
+        assert plain.headers["ETag"] != packed.headers["ETag"]
+        assert client.head("/openapi.json").status_code == 200
 
 
 def test_operations_make_methods():

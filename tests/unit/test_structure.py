@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import anyio
+import anyio.lowlevel
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from starlette.requests import Request
 
 from orchestrator.server import structure
 from orchestrator.server.problems import Problem
-from orchestrator.server.structure import MOST, require_little_structure
+from orchestrator.server.service import Principal
+from orchestrator.server.structure import LARGE, MOST, _worked, require_little_structure  # pyright: ignore
 from tests.unit.helpers import quick
 from tests.unit.serving import Small, small
 
@@ -94,6 +100,64 @@ def test_what_is_counted_is_what_the_parser_reads_outside_of_strings(value: Any,
         assert refused(body) is None
         patch.setattr(structure, "MOST", expected - 1)
         assert refused(body) == 413
+
+
+@pytest.mark.parametrize("size", [100, LARGE])
+def test_a_large_body_is_checked_and_parsed_beside_the_event_loop(
+    service: Small, monkeypatch: pytest.MonkeyPatch, size: int
+):
+    on_the_loop: list[bool] = []
+
+    def noticed(work: Callable[..., Any]) -> Callable[..., Any]:
+        def noticing(body: Any, *rest: Any, **named: Any) -> Any:
+            if len(body) > size:
+                on_the_loop.append(_is_loop())
+            return work(body, *rest, **named)
+
+        return noticing
+
+    monkeypatch.setattr(json, "loads", noticed(json.loads))
+    monkeypatch.setattr(structure, "require_little_structure", noticed(require_little_structure))
+    headers = {**service.bearer("query"), "Content-Type": "application/json"}
+    for end, told in ((b'"}', "body.context"), (b'"', "is not JSON")):
+        body = b'{"question": "' + b"x" * size + end
+        answer = service.client.post("/v1/queries", content=body, headers=headers)
+        assert told in answer.text
+    assert on_the_loop == [size < LARGE] * 4
+
+
+def _is_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
+@pytest.mark.anyio
+async def test_large_bodies_are_few_at_once_and_one_of_a_tenant():
+    over, running = threading.Event(), list[str]()
+
+    async def send(tenant: str) -> None:
+        def work(_body: bytes) -> None:
+            running.append(tenant)
+            assert over.wait(10)
+
+        principal = Principal(tenant, frozenset(), "key", "key")
+        await _worked(Request({"type": "http", "state": {"principal": principal}}), bytes(LARGE + 1), work)
+
+    async with anyio.create_task_group() as tasks:
+        try:
+            for tenant in ("flood", "flood", "flood", "flood", "other", "third"):
+                tasks.start_soon(send, tenant)
+            with anyio.fail_after(2):
+                while len(running) < 2:
+                    await anyio.lowlevel.checkpoint()
+            assert sorted(running) == ["flood", "other"]
+        finally:
+            over.set()
+    assert sorted(running[2:]) == ["flood"] * 3 + ["third"]
+    assert running.index("third") < 4, "its turn comes before all of the flood"
 
 
 def test_no_route_that_takes_json_parses_it(service: Small, monkeypatch: pytest.MonkeyPatch):

@@ -9,15 +9,17 @@ from __future__ import annotations
 import io
 import json
 import tempfile
-from collections.abc import Awaitable, Callable
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, BinaryIO, TypeVar
 
 import anyio
 import anyio.from_thread
 import anyio.to_thread
 from fastapi import APIRouter, Depends, Path, Query, Request
 from fastapi.responses import PlainTextResponse, Response
+from starlette.types import Receive, Scope, Send
 
 from orchestrator import auditing
 from orchestrator.audit.verdicts import Report
@@ -27,7 +29,7 @@ from orchestrator.replays import replay_in
 from orchestrator.server.access import allowed
 from orchestrator.server.audit_shapes import CHECKPOINT, GROWTH, KEY, PROOF, RecordPage, ReplayView, VerdictsView, text
 from orchestrator.server.problems import Problem, come_again, documented, not_found
-from orchestrator.server.routes.queries import QueryId, The, own
+from orchestrator.server.routes.queries import QueryId, The, looked, own
 from orchestrator.server.service import Principal, Service
 from orchestrator.server.streaming import FileStream, cancel_when_gone
 from orchestrator.server.structure import JsonRoute
@@ -36,6 +38,7 @@ from orchestrator.wiring import require_isolation
 
 T = TypeVar("T")
 CHECKS, MOST_WAITING = 2, 8  # verifications and exports at once, of all tenants; that wait, of one
+EXPORTS = 4  # of one tenant that are not sent yet: each is a file, which no quota counts
 REPLAYS = 2  # at once, of all tenants; one of one
 MOST_NUMBER = 2**31 - 1  # what the database's column holds
 
@@ -43,6 +46,7 @@ router = APIRouter(prefix="/v1/audit", tags=["audit"], route_class=JsonRoute)
 # The command line's words, and those for who has no command line: the service is not the one to ask that.
 _HELD = ("pass one with --checkpoint", "keep one, and have /v1/audit/consistency go on from it")
 _checks = Turns(CHECKS)
+_exporting = Counter[str]()  # tenant -> exports that wait, are written or are sent
 _replaying: set[str] = set()  # tenants
 
 Audits = Annotated[Principal, Depends(allowed("audit"))]
@@ -69,7 +73,7 @@ async def get_records(
             "next": shown[-1][0]["seq"] if more else None,
         }
 
-    return await anyio.to_thread.run_sync(service.platform.db.look, read)
+    return await looked(service, principal, read)
 
 
 def _record(stored: bytes) -> Any:
@@ -139,10 +143,39 @@ async def get_proof(
 async def export_query(request: Request, service: The, principal: Audits, query: QueryId) -> Response:
     """All that the journal has of a query, its payloads included, for others to check."""
     await _require_own(service, principal, query)
-
-    file, size = await _checked(request, service, principal, partial(_written, service, query))
+    tenant = principal.tenant
+    if _exporting[tenant] >= EXPORTS:
+        raise come_again(429, "exports-at-once", f"{EXPORTS} exports of this tenant are under way already")
+    _exporting[tenant] += 1
+    try:
+        file, size = await _checked(request, service, principal, partial(_written, service, query))
+    except BaseException:  # cancelled, too
+        _exported(tenant)
+        raise
     named = {"Content-Disposition": f'attachment; filename="airlock-{query}.tar"'}
-    return FileStream(file, size, "application/x-tar", named)
+    return _Export(file, size, "application/x-tar", named, partial(_exported, tenant))
+
+
+def _exported(tenant: str) -> None:
+    _exporting[tenant] -= 1
+    if not _exporting[tenant]:
+        del _exporting[tenant]
+
+
+class _Export(FileStream):
+    """over: called once its file is closed, sent or not."""
+
+    def __init__(
+        self, file: BinaryIO, bytes_: int, media_type: str, headers: Mapping[str, str], over: Callable[[], None]
+    ) -> None:
+        super().__init__(file, bytes_, media_type, headers)
+        self._over = over
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._over()
 
 
 class _Draft(io.BufferedRandom):

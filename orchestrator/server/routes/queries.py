@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from datetime import UTC, datetime
 from decimal import Decimal
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
+import anyio
 import anyio.to_thread
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
 
+from orchestrator.core.errors import AirlockError
 from orchestrator.core.events import Recorded
+from orchestrator.core.turns import Turns
 from orchestrator.core.units import NANO
 from orchestrator.server import inline, queries_view, schemas
 from orchestrator.server.access import allowed
-from orchestrator.server.desk import Ask
+from orchestrator.server.desk import Ask, Asked
 from orchestrator.server.lasting import while_let_in
 from orchestrator.server.paging import Cursor, Limit
-from orchestrator.server.problems import documented
+from orchestrator.server.problems import Problem, documented
 from orchestrator.server.query_shapes import RECORDS, Budgets, NewQuery, QueryPage, QueryView, Spend, Status
 from orchestrator.server.service import Principal, Service, of_request
-from orchestrator.server.streaming import EventStream, event
+from orchestrator.server.streaming import EventStream, cancel_when_gone, event
 from orchestrator.server.structure import JsonRoute
 
+T = TypeVar("T")
 router = APIRouter(prefix="/v1", tags=["queries"], route_class=JsonRoute)
 MOST_WAIT_S = 300  # that a request waits for a query's end
+_reads = Turns(8)  # at once, of all tenants
 _WAIT = re.compile(r"(?:^|,)\s*wait\s*=\s*\"?([0-9]{1,6})\"?\s*(?:$|[,;])", re.IGNORECASE)  # RFC 7240
 
 # What is no id is as unknown as one of nobody's: the form is told, and nothing is refused by it.
@@ -95,8 +100,27 @@ async def ask_query(
     """
     if new.answer_schema is not None:
         await schemas.checked(principal, "answer_schema", new.answer_schema)
+    body = await request.body()
+    # First of all: its context may have been deleted since.
+    asked = await service.desk.before(principal, idempotency_key, body)
+    if asked is None:
+        asked = await _asked(service, principal, new, idempotency_key, body)
+    response.headers["Location"] = f"/v1/queries/{asked.id}"
+    if asked.replayed:
+        response.headers["Idempotency-Replayed"] = "true"
+    if wait := _WAIT.search(prefer or ""):
+        seconds = min(int(wait[1]), MOST_WAIT_S)
+        response.headers["Preference-Applied"] = f"wait={seconds}"
+        await _until_ended(request, service, asked.id, seconds)
+    shown = await _view(service, principal, asked.id)
+    if (wait or asked.replayed) and shown["status"] not in ("queued", "running", "interrupted"):
+        response.status_code = 200
+    return shown
+
+
+async def _asked(service: Service, principal: Principal, new: NewQuery, key: str | None, body: bytes) -> Asked:
     context = await inline.stored(service, principal, new.context)
-    asked = await service.desk.ask(
+    return await service.desk.ask(
         principal,
         Ask(
             question=new.question,
@@ -108,22 +132,25 @@ async def ask_query(
             depth=new.depth,
             iterations=new.iterations,
             answer_schema=new.answer_schema,
-            idempotency=idempotency_key,
-            fingerprint=await request.body(),
+            idempotency=key,
+            fingerprint=body,
         ),
     )
-    response.headers["Location"] = f"/v1/queries/{asked.id}"
-    if asked.replayed:
-        response.headers["Idempotency-Replayed"] = "true"
-    if wait := _WAIT.search(prefer or ""):
-        seconds = min(int(wait[1]), MOST_WAIT_S)
-        response.headers["Preference-Applied"] = f"wait={seconds}"
-        async with while_let_in(request):
-            await service.under_way.ended(asked.id, seconds)
-    shown = await _view(service, principal, asked.id)
-    if (wait or asked.replayed) and shown["status"] not in ("queued", "running", "interrupted"):
-        response.status_code = 200
-    return shown
+
+
+async def _until_ended(request: Request, service: Service, query: str, seconds: float) -> None:
+    """Wait for the query's end, at most this long, and no longer than its client: the query goes on without it."""
+    failed: AirlockError | Problem | None = None
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(cancel_when_gone, request.receive, tasks.cancel_scope)
+        try:
+            async with while_let_in(request):
+                await service.under_way.ended(query, seconds)
+        except (AirlockError, Problem) as error:  # raised below: the task group would wrap it
+            failed = error
+        tasks.cancel_scope.cancel()
+    if failed:
+        raise failed
 
 
 @router.get("/queries", response_model=QueryPage, responses=documented(403, 422, 429, 503))
@@ -138,9 +165,9 @@ async def list_queries(
 
     def read(tx: queries_view.Connection) -> dict[str, Any]:
         listed, after = queries_view.page(tx, principal.tenant, limit, cursor, status)
-        return {"queries": [queries_view.summary(tx, service.books, query) for query in listed], "next": after}
+        return {"queries": queries_view.summaries(tx, service.books, listed), "next": after}
 
-    return await anyio.to_thread.run_sync(service.platform.db.look, read)
+    return await looked(service, principal, read)
 
 
 @router.get("/queries/{query}", response_model=QueryView, responses=documented(403, 404, 422, 429, 503))
@@ -154,7 +181,12 @@ async def _view(service: Service, principal: Principal, query: str) -> dict[str,
         found = own(tx, service, principal, query)
         return queries_view.view(tx, service.books, found, service.under_way.account(query))
 
-    return await anyio.to_thread.run_sync(service.platform.db.look, read)
+    return await looked(service, principal, read)
+
+
+async def looked(service: Service, principal: Principal, read: Callable[[queries_view.Connection], T]) -> T:
+    """What `read` finds, when the tenant has its turn: everybody is let in by the threads that it would have all of."""
+    return await inline.in_turn(_reads, principal.tenant, partial(service.platform.db.look, read))
 
 
 def own(tx: queries_view.Connection, service: Service, principal: Principal, query: str) -> queries_view.Listed:
@@ -184,7 +216,7 @@ async def get_spend(service: The, principal: Reads, query: QueryId) -> dict[str,
     def read(tx: queries_view.Connection) -> dict[str, Any]:
         return queries_view.spend(tx, own(tx, service, principal, query))
 
-    return await anyio.to_thread.run_sync(service.platform.db.look, read)
+    return await looked(service, principal, read)
 
 
 @router.get(
@@ -249,7 +281,7 @@ async def get_budgets(service: The, principal: Reads) -> dict[str, Any]:
     """What the tenant may spend, has spent and holds."""
     policy = await service.desk.policy_of(principal.tenant)
     read = partial(queries_view.budgets, tenant=principal.tenant, policy=policy, at=datetime.now(UTC))
-    found = await anyio.to_thread.run_sync(service.platform.db.look, read)
+    found = await looked(service, principal, read)
     running, queued = service.desk.of(principal.tenant)
     now = {"running": running, "queued": queued, "limit": policy.tenant.queries_at_once}
     return {**found, "queries": {**now, "queue_limit": service.settings.queue_tenant}}
