@@ -35,7 +35,7 @@ from orchestrator.server.chat.shapes import (
     QueryFacts,
     Usage,
 )
-from orchestrator.server.desk import Ask
+from orchestrator.server.desk import Ask, Asked
 from orchestrator.server.lasting import while_let_in
 from orchestrator.server.problems import Problem, come_again, problem_of
 from orchestrator.server.routes.queries import Asks, Reads, The, own
@@ -105,26 +105,12 @@ async def create_chat_completion(
     fingerprint = await anyio.to_thread.run_sync(_fingerprint, await request.body())
     if idempotency_key is None:
         retries.require_wanted(request.headers, principal.tenant, fingerprint)
-    reading, schema = read(asked.messages), await _schema(principal, asked)
     if asked.stream:
         service.feed.require_room(principal.tenant)
-    context = await inline.stored(service, principal, reading.context)
-    ours = asked.airlock or Ours()
-    query = await service.desk.ask(
-        principal,
-        Ask(
-            question=reading.question,
-            context=context,
-            model=model,
-            sub_models=ours.sub_models and [name.removeprefix(PREFIX) for name in ours.sub_models],
-            budget=None if ours.budget_usd is None else int(Decimal(ours.budget_usd) * NANO),
-            timeout_ms=None if ours.timeout_s is None else max(1, int(ours.timeout_s * 1000)),
-            depth=ours.depth,
-            answer_schema=schema,
-            idempotency=idempotency_key,
-            fingerprint=fingerprint,
-        ),
-    )
+    # First of all: its context may have been deleted since.
+    query = await service.desk.before(principal, idempotency_key, fingerprint)
+    if query is None:
+        query = await _asked(service, principal, asked, idempotency_key, fingerprint)
     answer = _Answer(service, principal, query.id, asked.model)
     headers = {"Airlock-Query": query.id, **({"Idempotency-Replayed": "true"} if query.replayed else {})}
     leave = idempotency_key is not None
@@ -132,6 +118,28 @@ async def create_chat_completion(
         usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
         return _Streamed(answer, usage=usage, leave=leave, headers=headers)
     return JSONResponse(await _whole(answer, request, fingerprint, leave=leave), headers=headers)
+
+
+async def _asked(service: Service, principal: Principal, asked: ChatRequest, key: str | None, told: bytes) -> Asked:
+    """The query that is taken on. told: its fingerprint."""
+    reading, schema = read(asked.messages), await _schema(principal, asked)
+    context = await inline.stored(service, principal, reading.context)
+    ours = asked.airlock or Ours()
+    return await service.desk.ask(
+        principal,
+        Ask(
+            question=reading.question,
+            context=context,
+            model=asked.model.removeprefix(PREFIX),
+            sub_models=ours.sub_models and [name.removeprefix(PREFIX) for name in ours.sub_models],
+            budget=None if ours.budget_usd is None else int(Decimal(ours.budget_usd) * NANO),
+            timeout_ms=None if ours.timeout_s is None else max(1, int(ours.timeout_s * 1000)),
+            depth=ours.depth,
+            answer_schema=schema,
+            idempotency=key,
+            fingerprint=told,
+        ),
+    )
 
 
 def _fingerprint(body: bytes) -> bytes:
