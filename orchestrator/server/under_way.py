@@ -226,6 +226,8 @@ class UnderWay:
                 await self._look()
             except StoreError as error:
                 _log.error("the database cannot be used", extra={"error": error.kind})
+            except Exception as error:  # whatever it is, the service goes on, and looks again
+                _log.exception("a look at the queries failed", extra={"error": type(error).__name__})
             await anyio.sleep(LOOK_S)
         self.lost.set()
 

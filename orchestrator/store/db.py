@@ -229,7 +229,10 @@ class Database:
         return self._place.lost(self._writer)
 
     def dead_owners(self) -> list[str]:
-        """Owners whose process has ended without `close`, or closed when it could not write the end of its queries."""
+        """Owners whose process has ended without `close`, or closed when it could not write the end of its queries.
+
+        Raises StoreError.
+        """
         unfinished = sa.select(queries.c.owner).where(queries.c.status.in_(("open", "queued"))).distinct()
         named = self.read(lambda tx: set(tx.execute(unfinished).scalars()))
         try:

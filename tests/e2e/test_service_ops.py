@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import re
 import signal
+import socket
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -67,6 +70,27 @@ def test_a_database_that_takes_nothing_is_away(airlock: Airlock):
             assert "database" in away
             other.execute("ROLLBACK")
         until(lambda: public(server, "/readyz").status_code == 200, 30)
+
+
+def test_connections_of_anybody_leave_descriptors_for_the_services_own_work(airlock: Airlock):
+    small = replace(airlock, prefix=["prlimit", "--nofile=128:256"])  # so many are had, and so many may be
+    with served(small) as server, server.client() as client, ExitStack() as held:
+        assert client.get("/healthz").status_code == 200  # so it has a connection
+        address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
+        for _number in range(400):
+            held.enter_context(socket.create_connection(address, timeout=20))
+        assert ask(client)["status"] == "answered"
+        assert len(list(Path(f"/proc/{server.process.pid}/fd").iterdir())) > 128
+        held.close()
+        until(lambda: is_public(server, "/readyz"))
+    assert [line for line in server.lines() if line["level"] in ("warning", "error")] == []
+
+
+def is_public(server: Served, path: str) -> bool:
+    try:
+        return public(server, path).status_code == 200
+    except httpx2.TransportError:
+        return False
 
 
 def test_a_service_that_stops_is_not_ready_any_more(airlock: Airlock):
