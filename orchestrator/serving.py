@@ -238,8 +238,14 @@ async def _stopped_by_loss(server: uvicorn.Server, service: Service) -> None:
 
 
 async def _stopped_by_signals(server: uvicorn.Server, service: Service, tasks: TaskGroup) -> None:
-    """The first signal: take nothing more on, see running queries to their end in their time. A second: at once."""
-    with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+    """The first signal: take nothing more on, see running queries to their end in their time. A second: at once.
+
+    A SIGHUP (the terminal was closed) that we were started to ignore, as nohup does, stays ignored.
+    """
+    stopping = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        stopping.append(signal.SIGHUP)
+    with anyio.open_signal_receiver(*stopping) as signals:
         async for _number in signals:
             if service.under_way.draining:
                 service.under_way.hurry()
