@@ -18,6 +18,7 @@ import httpx2
 from orchestrator.exports.spans import spans
 from tests.collector import attributes, collecting
 from tests.command import Airlock, until
+from tests.e2e.test_machine import fill, small_disk
 from tests.service import SLOW, Served, ask, events, served
 
 TEXT = "Ada Lovelace has the flu"  # nothing of a query may be in the log
@@ -91,6 +92,17 @@ def is_public(server: Served, path: str) -> bool:
         return public(server, path).status_code == 200
     except httpx2.TransportError:
         return False
+
+
+def test_a_full_disk_is_away(airlock: Airlock):
+    with small_disk(airlock.folder / "disk", "16m") as disk, served(replace(airlock, home=disk / "home")) as server:
+        assert public(server, "/readyz").status_code == 200
+        filler = fill(disk)
+        away = until(lambda: (got := public(server, "/readyz")).status_code == 503 and got.json()["away"])
+        assert "data folder" in away
+        assert public(server, "/healthz").status_code == 200
+        filler.unlink()
+        until(lambda: public(server, "/readyz").status_code == 200)
 
 
 def test_a_service_that_stops_is_not_ready_any_more(airlock: Airlock):
