@@ -19,7 +19,7 @@ from orchestrator.exports.spans import spans
 from tests.collector import attributes, collecting
 from tests.command import Airlock, until
 from tests.e2e.test_machine import fill, small_disk
-from tests.service import SLOW, Served, ask, events, served
+from tests.service import SCRIPT, SLOW, Served, ask, events, served
 
 TEXT = "Ada Lovelace has the flu"  # nothing of a query may be in the log
 
@@ -244,3 +244,24 @@ def test_the_log_tells_how_queries_begin_and_end(airlock: Airlock):
     assert "zebra" not in server.log.read_text()
     (serving,) = [line for line in server.lines() if line["message"] == "serving"]
     assert (serving["backend"], serving["isolation"]) == ("bubblewrap", "namespace")
+
+
+def test_queries_go_on_when_a_full_disk_has_room_again(airlock: Airlock):
+    """The one that ran is interrupted and resumed; those that waited wait on, and begin."""
+    slow, config = SCRIPT + "delay_s: 0.2\n", "[server]\nqueries = 1\n"
+    with small_disk(airlock.folder / "disk", "16m") as disk:
+        there = replace(airlock, home=disk / "home")
+        with served(there, script=slow, config=config) as server, server.client() as client:
+            asked = [ask(client, f"What of {number}?", wait=0)["id"] for number in range(2)]
+            until(lambda: client.get(f"/v1/queries/{asked[0]}").json()["status"] == "running")
+            filler = fill(disk)
+
+            def failed(query: str) -> bool:
+                return any(line.get("query") == query and line["level"] == "error" for line in server.lines())
+
+            until(lambda: failed(asked[0]) and failed(asked[1]))
+            filler.unlink()
+            for query in asked:
+                ended = until(lambda q=query: (got := client.get(f"/v1/queries/{q}").json())["ended_at"] and got)
+                assert (ended["status"], ended["answer"]) == ("answered", "it is short"), ended
+        assert "query.resumed" in [row["type"] for row in there.records(asked[0])]
