@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import logging
+import resource
 import signal
 import socket
 from collections.abc import Generator, Mapping
@@ -29,7 +30,7 @@ from orchestrator.server.feed import Feed
 from orchestrator.server.housekeeping import keep_swept
 from orchestrator.server.logs import Accounted
 from orchestrator.server.metrics import Metrics
-from orchestrator.server.protocol import Protocol, limited
+from orchestrator.server.protocol import PER_ADDRESS, limited
 from orchestrator.server.service import Service
 from orchestrator.server.under_way import UnderWay
 from orchestrator.store import journal
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 BEHIND_A_PROXY = 16_384  # connections of one address, which the proxy is
+MOST_DESCRIPTORS = 1 << 20  # where the machine has no limit
 GRACE_S = 5  # for answers under way and streams, once nothing runs any more
 HEADER_BYTES = 32 << 10  # of a request's line and headers
 
@@ -55,6 +57,7 @@ async def serve(options: dict[str, Any], choices: Choices) -> int:
     host, secure = options["host"], _require_safe(options)
     home = settings.home()
     logs.configure(json=options["log"] == "json")
+    _raise_descriptors()
     with _listening(host, options["port"]) as bound:
         async with open_platform(choices, home) as platform:
             platform.require_models()  # who can mend it is here now, and not when a tenant asks
@@ -180,9 +183,11 @@ class _Server(uvicorn.Server):
 
 async def _run(app: Any, bound: socket.socket, options: dict[str, Any], service: Service) -> None:
     under_way = service.under_way
+    behind = options["insecure_http"] or _is_loopback(options["host"])
+    connections = _descriptors() // 2  # the other half is for the service's own work
     config = uvicorn.Config(
         app,
-        http=limited(BEHIND_A_PROXY) if options["insecure_http"] or _is_loopback(options["host"]) else Protocol,
+        http=limited(BEHIND_A_PROXY if behind else PER_ADDRESS, connections),
         ws="none",
         lifespan="off",
         log_config=None,
@@ -214,6 +219,18 @@ async def _run(app: Any, bound: socket.socket, options: dict[str, Any], service:
         raise StoreError("the connection to the database broke: what was under way is gone on with by the next start")
 
 
+def _raise_descriptors() -> None:
+    """Have as many as the machine permits: what a shell gives is meant for programs that count them with select."""
+    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):  # the kernel's own limit may be below the hard one by now
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _descriptors() -> int:
+    soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MOST_DESCRIPTORS if soft == resource.RLIM_INFINITY else soft
+
+
 async def _stopped_by_loss(server: uvicorn.Server, service: Service) -> None:
     await service.under_way.lost.wait()
     service.feed.stop()
@@ -221,8 +238,14 @@ async def _stopped_by_loss(server: uvicorn.Server, service: Service) -> None:
 
 
 async def _stopped_by_signals(server: uvicorn.Server, service: Service, tasks: TaskGroup) -> None:
-    """The first signal: take nothing more on, see running queries to their end in their time. A second: at once."""
-    with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+    """The first signal: take nothing more on, see running queries to their end in their time. A second: at once.
+
+    A SIGHUP (the terminal was closed) that we were started to ignore, as nohup does, stays ignored.
+    """
+    stopping = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        stopping.append(signal.SIGHUP)
+    with anyio.open_signal_receiver(*stopping) as signals:
         async for _number in signals:
             if service.under_way.draining:
                 service.under_way.hurry()

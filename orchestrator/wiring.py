@@ -36,7 +36,7 @@ from orchestrator.loop.order import Closed, Machinery, Order
 from orchestrator.loop.past import Past
 from orchestrator.loop.query import run_query
 from orchestrator.loop.reader import read_past
-from orchestrator.loop.recovery import recover, sweep
+from orchestrator.loop.recovery import leave, recover, sweep
 from orchestrator.loop.waiting import Also, enqueue, withdraw
 from orchestrator.models import NO_MODEL, Models
 from orchestrator.proxy.account import Account
@@ -185,6 +185,16 @@ class Platform:
                 self.slots.clear_dead()
 
         await anyio.to_thread.run_sync(work)
+
+    async def leave(self, left: Iterable[str] = ()) -> None:
+        """Interrupt what runs or waits here and nobody is at, so that it can be resumed. Raises StoreError.
+
+        left: more than those whose end could not be recorded.
+        """
+        unclosed = self._machinery.unclosed
+        if late := frozenset({*unclosed, *left}):
+            await self.db.write(partial(leave, owner=self.db.owner, left=late, notary=self.notary))
+            unclosed.difference_update(late)
 
     async def resume(self, query_id: str, *, watch: Watch | None = None, tenant: str = TENANT) -> Closed:
         """Go on with a query that was interrupted: its REPL is rebuilt, and no call that had a result is asked again.

@@ -83,14 +83,14 @@ class Closed:
 
 @dataclass(frozen=True, slots=True)
 class Machinery:
-    """What queries run on; the parts that `wiring` chose. unclosed: queries whose end could not be recorded."""
+    """What queries run on; the parts that `wiring` chose. unclosed: ids of queries whose end could not be recorded."""
 
     db: Database
     vault: Vault
     notary: Notary
     nodes: Machine
     shelter: Shelter = field(default_factory=Shelter)
-    unclosed: list[QueryKey] = field(default_factory=list[QueryKey])
+    unclosed: set[str] = field(default_factory=set[str])
 
 
 async def key_of(order: Order, machinery: Machinery, query_id: str) -> QueryKey:

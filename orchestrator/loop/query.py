@@ -7,7 +7,7 @@ chain is closed when `run_query` returns or raises.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
@@ -33,7 +33,7 @@ from orchestrator.loop.machine import Work
 from orchestrator.loop.node import NodeRun
 from orchestrator.loop.order import Closed, Machinery, Order, key_of, may_ask, new_id, opened_event, shared_purses
 from orchestrator.loop.past import Past
-from orchestrator.loop.recovery import ROOT, close_abandoned, settle_open
+from orchestrator.loop.recovery import ROOT, leave, settle_open
 from orchestrator.proxy.account import Account, Answered, Node
 from orchestrator.store import journal, ledger
 from orchestrator.store.db import now
@@ -99,10 +99,10 @@ class _Query:
 
     async def run(self) -> Closed:
         opened = self._resumed(self._order.past) if self._order.past else opened_event(self._order, self._m)
-        late = list(self._m.unclosed)
+        self._m.unclosed.discard(self._key.id)  # it goes on: nobody may take it for left
+        late = frozenset(self._m.unclosed)
         running = await self._writer.write(lambda tx: self._open(tx, opened, late))
-        # Others that began at the same time closed the same ones; a new one may have come since.
-        self._m.unclosed[:] = [key for key in self._m.unclosed if key not in late]
+        self._m.unclosed.difference_update(late)  # a new one may have come since
         error: AirlockError | None = None
         try:
             self._order.observe(opened)
@@ -146,10 +146,9 @@ class _Query:
         body = {"backend": backend.name, "isolation": backend.isolation.name, "cells": cells, "calls": past.answered}
         return Event("query.resumed", ROOT, body)
 
-    def _open(self, tx: journal.Connection, opened: Event, late: Sequence[QueryKey]) -> int:
-        """Returns how many queries of the tenant are open now, this one included. late: to be closed first."""
-        for key in late:
-            close_abandoned(tx, key, "the end of this query could not be recorded when it came")
+    def _open(self, tx: journal.Connection, opened: Event, late: Collection[str]) -> int:
+        """Returns how many queries of the tenant are open now, this one included. late: to be interrupted first."""
+        leave(tx, self._m.db.owner, late, self._m.notary)
         self._m.notary.require_whole(tx, self._order.tenant)
         ledger.open_scopes(tx, self._scopes)
         if self._order.id and not journal.begin_query(tx, self._key, self._m.db.owner):
@@ -207,8 +206,8 @@ class _Query:
             try:
                 end = self._interrupt if outcome.status == "interrupted" else self._settle_and_close
                 closed = await end(outcome)
-            except StoreError:
-                self._m.unclosed.append(self._key)
+            except BaseException:
+                self._m.unclosed.add(self._key.id)
                 raise
             closed.error = error
             self._order.on_closed(closed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,6 +23,7 @@ from orchestrator.store.signing import Notary, Signed
 
 ROOT = "root"  # the node of a query's own loop
 LOST = "the process that ran this query ended without closing it"
+NOT_RECORDED = "what came of this query could not be recorded when it came"
 UNREADABLE = (ValueError, LookupError, TypeError, AttributeError)  # of records that are none, or are not there
 SWEEP_S = 5.0  # between two sweeps: who asks for one is being refused, and may be refused again and again
 
@@ -70,16 +71,16 @@ def _recover(
     return ended, notary.sign(tx, tenant) if notary and ended else None
 
 
-def _interrupt(tx: journal.Connection, key: QueryKey) -> bool:
+def _interrupt(tx: journal.Connection, key: QueryKey, why: str = LOST, kind: str = "orchestrator-died") -> bool:
     """Whether it can be resumed. Raises what is in UNREADABLE."""
     records = journal.chain(tx, key.id)
     opened, last = (json.loads(records[number][0]) for number in (0, -1))
     if opened["body"].get("payloads") != "keep":
-        close_abandoned(tx, key, LOST)
+        close_abandoned(tx, key, why)
         return False
-    settle_open(tx, key, LOST)
+    settle_open(tx, key, why)
     # until: how far it is known to have run, for the time that it took counts.
-    body = {"why": f"orchestrator-died: {LOST}", "until": last["at"]}
+    body = {"why": f"{kind}: {why}", "until": last["at"]}
     journal.interrupt_query(tx, key, Event("query.interrupted", ROOT, body))
     return True
 
@@ -117,6 +118,18 @@ async def sweep(db: Database, notary: Notary | None = None) -> int:
             mine.count += 1
             mine.after = time.monotonic() + SWEEP_S
         return mine.closed
+
+
+def leave(tx: journal.Connection, owner: str, left: Collection[str], notary: Notary) -> None:
+    """Interrupt those of the owner's queries that nobody is at, because the store did not take what came of them.
+
+    What has ended, or is interrupted, stays as it is; so does what is damaged, as in `recover`.
+    """
+    for key in journal.abandoned(tx, [owner]) if left else ():
+        if key.id in left:
+            with suppress(StoreError, *UNREADABLE), tx.begin_nested():
+                notary.require_whole(tx, key.tenant)
+                _interrupt(tx, key, NOT_RECORDED, "store-failed")
 
 
 def close_abandoned(tx: journal.Connection, key: QueryKey, why: str) -> None:

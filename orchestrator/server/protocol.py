@@ -1,10 +1,11 @@
-"""Connections: how many a client may have, and how long its requests' headers may take. The rest is uvicorn's."""
+"""Connections: how many a client and all may have, and how long headers may take. The rest is uvicorn's."""
 
 from __future__ import annotations
 
 import asyncio
 import ipaddress
 import json
+import math
 import sys
 from collections import Counter
 from typing import Any, ClassVar
@@ -26,11 +27,12 @@ class Protocol(H11Protocol):
 
     headers_s: from the connection's beginning, or the first byte after an answer, to the end of the headers; what is
     left of a body that nobody read has to come in this time, too. per_address: connections at once of one client; of
-    IPv6, a /64 is one. See `limited`.
+    IPv6, a /64 is one. in_all: of all clients. See `limited`.
     """
 
     headers_s: ClassVar[float] = HEADERS_S
     per_address: ClassVar[int] = PER_ADDRESS
+    in_all: ClassVar[float] = math.inf
     _connected: ClassVar[WeakKeyDictionary[ServerState, Counter[str]]] = WeakKeyDictionary()
     _timer: asyncio.TimerHandle | None = None
     _counted: str | None = None
@@ -40,7 +42,8 @@ class Protocol(H11Protocol):
         super().connection_made(transport)
         connected = self._connected.setdefault(self.server_state, Counter())
         client = _block(self.client[0]) if self.client else ""
-        if connected[client] >= self.per_address:
+        # Those that are aborted count in all until they are closed: they have a descriptor for so long.
+        if connected[client] >= self.per_address or len(self.connections) > self.in_all:
             transport.abort()
             return
         connected[client] += 1
@@ -124,9 +127,9 @@ class Protocol(H11Protocol):
         self.transport.abort()
 
 
-def limited(per_address: int) -> type[Protocol]:
-    """With as many connections of one client as that; a proxy before the service is one client."""
-    fields: dict[str, Any] = {"per_address": per_address}
+def limited(per_address: int = PER_ADDRESS, in_all: float = math.inf) -> type[Protocol]:
+    """With as many connections of one client and of all as that; a proxy before the service is one client."""
+    fields: dict[str, Any] = {"per_address": per_address, "in_all": in_all}
     return type("LimitedProtocol", (Protocol,), fields)
 
 

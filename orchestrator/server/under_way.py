@@ -23,6 +23,7 @@ from orchestrator.core.turns import Turns
 from orchestrator.proxy.account import Account
 from orchestrator.server.problems import Problem
 from orchestrator.store import journal, requests
+from orchestrator.store.db import try_out
 from orchestrator.store.registry import Registry
 from orchestrator.wiring import Platform, Watch
 
@@ -49,6 +50,10 @@ class _Here:
     why: str = "cancelled"
 
 
+class _NotYet(Exception):
+    """A query could not begin; it still waits."""
+
+
 class UnderWay:
     """An async context manager; what was interrupted is gone on with from its beginning on.
 
@@ -70,6 +75,7 @@ class UnderWay:
         self._turns = Turns(most)
         self._here: dict[str, _Here] = {}
         self._trying: set[str] = set()  # to be resumed
+        self._left: set[str] = set()  # what they ended with could not be recorded
         self._tasks: anyio.abc.TaskGroup | None = None
         self._patience = anyio.CancelScope()
         self.draining = False
@@ -187,15 +193,36 @@ class UnderWay:
     async def _see_through(self, query: str, here: _Here, start: Start, policy: Policy) -> None:
         """From its turn to its end. Whatever goes wrong with one query is no affair of the others."""
         try:
-            await self._in_turn(query, here, start, policy)
+            await self._in_turn(query, here, partial(self._begun, query, here, start), policy)
             if here.scope.cancelled_caught and here.account is None and here.why != STOPPED:  # it has not had its turn
                 await self.withdraw(query, here.tenant, here.why)
         except StoreError as error:
+            self._left.add(query)
             _log.error("a query could not be seen through", extra={"query": query, "error": error.kind})
         except Exception as error:  # a fault of ours: its own records say so, where it got that far
+            self._left.add(query)
             _log.exception("a query failed", extra={"query": query, "error": type(error).__name__})
         finally:
             self._gone(query, here)
+
+    async def _begun(self, query: str, here: _Here, start: Start, watch: Watch) -> None:
+        """Raises _NotYet where the store takes nothing, and so not its beginning: it waits on, as it is on record."""
+        try:
+            await start(watch=watch)
+        except StoreError as error:
+            if here.account or await self._works():  # it is this query's own fault, or just passed
+                raise
+            _log.error("a query cannot begin yet", extra={"query": query, "error": error.kind})
+            await anyio.sleep(LOOK_S)  # with its turn: others could not begin either
+            raise _NotYet from None
+
+    async def _works(self) -> bool:
+        """Whether the store takes anything."""
+        try:
+            await self._platform.db.write(try_out)
+        except StoreError:
+            return False
+        return True
 
     async def _in_turn(self, query: str, here: _Here, start: Start, policy: Policy) -> None:
         most = min(policy.tenant.queries_at_once, self._turns.most_of_one)
@@ -208,6 +235,8 @@ class UnderWay:
                     try:
                         await start(watch=watch)
                         return
+                    except _NotYet:
+                        continue
                     except CountExceeded as error:  # as many of the tenant's run already, in other processes
                         if error.rule != "tenant.queries_at_once":
                             raise
@@ -226,6 +255,8 @@ class UnderWay:
                 await self._look()
             except StoreError as error:
                 _log.error("the database cannot be used", extra={"error": error.kind})
+            except Exception as error:  # whatever it is, the service goes on, and looks again
+                _log.exception("a look at the queries failed", extra={"error": type(error).__name__})
             await anyio.sleep(LOOK_S)
         self.lost.set()
 
@@ -233,6 +264,9 @@ class UnderWay:
         """End what others want ended, go on with what was interrupted, and notice when the database is lost."""
         db = self._platform.db
         await db.write(lambda _tx: None)
+        left = self._left - self._here.keys() - self._trying
+        await self._platform.leave(left)
+        self._left -= left
         await self._platform.recover()  # of processes beside this one, which nobody may start again
         for query in await anyio.to_thread.run_sync(db.look, partial(requests.to_cancel, owner=db.owner)):
             self.end(query, CANCELLED)
@@ -244,6 +278,7 @@ class UnderWay:
                 await self.withdraw(query, tenant, CANCELLED)
             elif query not in self._trying and query not in self._here and not self.draining:
                 self._trying.add(query)
+                self._left.discard(query)
                 assert self._tasks
                 self._tasks.start_soon(self._resume, query, tenant)
 

@@ -24,13 +24,14 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from orchestrator.core.errors import StoreError
 from orchestrator.store.place import Place, store_error
-from orchestrator.store.schema import queries
+from orchestrator.store.schema import queries, scopes
 from orchestrator.store.sqlite import SQLiteFile
 
 T = TypeVar("T")
 LINGER_S = 0.01  # what nobody waits for is committed this much later, with what comes by then
 MOST_AT_ONCE = 256  # parts of one commit
 _STAMP = "airlock-stamp"
+_TRIED = "tried"  # no purse is called that
 
 
 def now() -> str:
@@ -229,7 +230,10 @@ class Database:
         return self._place.lost(self._writer)
 
     def dead_owners(self) -> list[str]:
-        """Owners whose process has ended without `close`, or closed when it could not write the end of its queries."""
+        """Owners whose process has ended without `close`, or closed when it could not write the end of its queries.
+
+        Raises StoreError.
+        """
         unfinished = sa.select(queries.c.owner).where(queries.c.status.in_(("open", "queued"))).distinct()
         named = self.read(lambda tx: set(tx.execute(unfinished).scalars()))
         try:
@@ -269,6 +273,12 @@ def _set(futures: list[asyncio.Future[None]]) -> None:
     for future in futures:
         if not future.done():  # asyncio's own `cancel` has ended the waiting
             future.set_result(None)
+
+
+def try_out(tx: sa.Connection) -> None:
+    """Change something, and leave nothing: a transaction that changes nothing is committed on a full disk, too."""
+    tx.execute(sa.insert(scopes).values(id=_TRIED))
+    tx.execute(sa.delete(scopes).where(scopes.c.id == _TRIED))
 
 
 def stamp_of(tx: sa.Connection, record: bytes) -> bytes:

@@ -43,10 +43,10 @@ class Place(ABC):
 
     @abstractmethod
     def dead(self, named: Iterable[str]) -> list[str]:
-        """Owners that live no more: of those named, and of any that left a trace of another kind."""
+        """Owners that live no more: of those named, and of any that left a trace of another kind. Raises StoreError."""
 
     def forget(self, owner: str) -> None:
-        """Remove the traces of a dead owner."""
+        """Remove the traces of a dead owner. Raises StoreError."""
         del owner
 
     @abstractmethod

@@ -31,7 +31,7 @@ class SQLiteFile(Place):
         self.engine = _engine(self._file)
 
     def claim(self, owner: str) -> sa.Connection:
-        try:
+        with self._using():
             self._owners.mkdir(exist_ok=True, mode=0o700)
             # The folder may have been there, with rights of its own. SQLite gives -wal and -shm those of the database.
             handle = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -39,9 +39,15 @@ class SQLiteFile(Place):
             os.close(handle)
             self._owner = owner
             self._be_owner()
+        return self.engine.connect()
+
+    @contextmanager
+    def _using(self) -> Generator[None]:
+        """Raises StoreError where the data folder cannot be used, or this process may open nothing more."""
+        try:
+            yield
         except OSError as error:
             raise StoreError(f"cannot use the data folder {self._home}: {error.strerror}") from None
-        return self.engine.connect()
 
     def _be_owner(self) -> None:
         # The file gets its name when it is locked: by that name, an owner without a lock is a dead one.
@@ -61,19 +67,23 @@ class SQLiteFile(Place):
 
     @contextmanager
     def migrating(self) -> Generator[None]:
-        handle = os.open(self._home / "migrate.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        with self._using():
+            handle = os.open(self._home / "migrate.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            with self._using():
+                fcntl.flock(handle, fcntl.LOCK_EX)
             yield
         finally:
             os.close(handle)
 
     def dead(self, named: Iterable[str]) -> list[str]:
-        filed = [path.name for path in self._owners.iterdir() if not path.name.startswith(".")]
+        with self._using():
+            filed = [path.name for path in self._owners.iterdir() if not path.name.startswith(".")]
         return [owner for owner in {*named, *filed} if _is_dead(self._owners / owner)]
 
     def forget(self, owner: str) -> None:
-        (self._owners / owner).unlink(missing_ok=True)
+        with self._using():
+            (self._owners / owner).unlink(missing_ok=True)
 
     def scrub(self) -> bool:
         """Deleted content is zeros (secure_delete); older pages are in the write-ahead log until that is emptied."""

@@ -9,6 +9,7 @@ import sqlite3
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -186,13 +187,20 @@ def test_the_queue_is_bounded(airlock: Airlock):
             client.post(f"/v1/queries/{query}/cancel")
 
 
-def test_a_service_that_is_stopped_lets_queries_end(airlock: Airlock):
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGHUP])
+def test_a_service_that_is_stopped_lets_queries_end(airlock: Airlock, how: signal.Signals):
     slow = SCRIPT + "delay_s: 0.5\n"
     with served(airlock, script=slow) as server, server.client() as client:
         query = ask(client, wait=0)["id"]
         until(lambda: client.get(f"/v1/queries/{query}").json()["status"] == "running")
-        assert server.stop() == 0
+        assert server.stop(how) == 0
     assert airlock.closing()["status"] == "answered"
+
+
+def test_a_service_under_nohup_goes_on_when_its_terminal_is_closed(airlock: Airlock):
+    with served(replace(airlock, prefix=["nohup"])) as server, server.client() as client:
+        server.process.send_signal(signal.SIGHUP)
+        assert ask(client)["status"] == "answered"
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import re
 import signal
+import socket
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -15,7 +18,8 @@ import httpx2
 from orchestrator.exports.spans import spans
 from tests.collector import attributes, collecting
 from tests.command import Airlock, until
-from tests.service import SLOW, Served, ask, events, served
+from tests.e2e.test_machine import fill, small_disk
+from tests.service import SCRIPT, SLOW, Served, ask, events, served
 
 TEXT = "Ada Lovelace has the flu"  # nothing of a query may be in the log
 
@@ -67,6 +71,38 @@ def test_a_database_that_takes_nothing_is_away(airlock: Airlock):
             assert "database" in away
             other.execute("ROLLBACK")
         until(lambda: public(server, "/readyz").status_code == 200, 30)
+
+
+def test_connections_of_anybody_leave_descriptors_for_the_services_own_work(airlock: Airlock):
+    small = replace(airlock, prefix=["prlimit", "--nofile=128:256"])  # so many are had, and so many may be
+    with served(small) as server, server.client() as client, ExitStack() as held:
+        assert client.get("/healthz").status_code == 200  # so it has a connection
+        address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
+        for _number in range(400):
+            held.enter_context(socket.create_connection(address, timeout=20))
+        assert ask(client)["status"] == "answered"
+        assert len(list(Path(f"/proc/{server.process.pid}/fd").iterdir())) > 128
+        held.close()
+        until(lambda: is_public(server, "/readyz"))
+    assert [line for line in server.lines() if line["level"] in ("warning", "error")] == []
+
+
+def is_public(server: Served, path: str) -> bool:
+    try:
+        return public(server, path).status_code == 200
+    except httpx2.TransportError:
+        return False
+
+
+def test_a_full_disk_is_away(airlock: Airlock):
+    with small_disk(airlock.folder / "disk", "16m") as disk, served(replace(airlock, home=disk / "home")) as server:
+        assert public(server, "/readyz").status_code == 200
+        filler = fill(disk)
+        away = until(lambda: (got := public(server, "/readyz")).status_code == 503 and got.json()["away"])
+        assert "data folder" in away
+        assert public(server, "/healthz").status_code == 200
+        filler.unlink()
+        until(lambda: public(server, "/readyz").status_code == 200)
 
 
 def test_a_service_that_stops_is_not_ready_any_more(airlock: Airlock):
@@ -208,3 +244,24 @@ def test_the_log_tells_how_queries_begin_and_end(airlock: Airlock):
     assert "zebra" not in server.log.read_text()
     (serving,) = [line for line in server.lines() if line["message"] == "serving"]
     assert (serving["backend"], serving["isolation"]) == ("bubblewrap", "namespace")
+
+
+def test_queries_go_on_when_a_full_disk_has_room_again(airlock: Airlock):
+    """The one that ran is interrupted and resumed; those that waited wait on, and begin."""
+    slow, config = SCRIPT + "delay_s: 0.2\n", "[server]\nqueries = 1\n"
+    with small_disk(airlock.folder / "disk", "16m") as disk:
+        there = replace(airlock, home=disk / "home")
+        with served(there, script=slow, config=config) as server, server.client() as client:
+            asked = [ask(client, f"What of {number}?", wait=0)["id"] for number in range(2)]
+            until(lambda: client.get(f"/v1/queries/{asked[0]}").json()["status"] == "running")
+            filler = fill(disk)
+
+            def failed(query: str) -> bool:
+                return any(line.get("query") == query and line["level"] == "error" for line in server.lines())
+
+            until(lambda: failed(asked[0]) and failed(asked[1]))
+            filler.unlink()
+            for query in asked:
+                ended = until(lambda q=query: (got := client.get(f"/v1/queries/{q}").json())["ended_at"] and got)
+                assert (ended["status"], ended["answer"]) == ("answered", "it is short"), ended
+        assert "query.resumed" in [row["type"] for row in there.records(asked[0])]

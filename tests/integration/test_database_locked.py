@@ -37,5 +37,5 @@ async def test_nothing_is_sent_while_the_database_is_locked(fresh: Airlock, monk
                 other.rollback()
             provider.answer = lambda _seen: Say("FINAL(42)")
             assert (await asked.completion("q", "context")).response == "42"
-    assert sorted(fresh.rows("SELECT status FROM queries")) == [("answered",), ("failed",)]
+    assert sorted(fresh.rows("SELECT status FROM queries")) == [("answered",), ("interrupted",)]
     fresh.nothing_left()

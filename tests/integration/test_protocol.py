@@ -134,8 +134,9 @@ def test_a_body_that_breaks_the_rules_ends_the_connection(address: Address):
     assert answer.count(b"HTTP/1.1 ") == 1
 
 
-def test_a_client_has_so_many_connections():
-    with run(app, limited(3)) as address:
+@pytest.mark.parametrize("most", [limited(per_address=3), limited(in_all=3)])
+def test_a_client_has_so_many_connections_and_so_have_all_of_them(most: type[Protocol]):
+    with run(app, most) as address:
         held = [socket.create_connection(("127.0.0.1", address.port), timeout=20) for _number in range(3)]
         for connection in held:
             connection.sendall(GET)

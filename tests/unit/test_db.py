@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.core.errors import StoreError
-from orchestrator.store.db import Database, now
+from orchestrator.store.db import Database, now, try_out
 from orchestrator.store.schema import queries, scopes
 from tests.command import until
 from tests.unit.helpers import Store, database, quick
@@ -225,3 +225,9 @@ def test_many_who_ask_at_once_do_not_take_each_other_for_the_owner(db: Database,
 def test_times_are_rfc_3339():
     assert len(now()) == len("2026-11-22T01:50:26.297Z")
     assert now()[10] + now()[-1] == "TZ"
+
+
+async def test_what_is_only_tried_leaves_nothing(db: Database):
+    for _time in range(2):
+        await db.write(try_out)
+    assert names(db) == []

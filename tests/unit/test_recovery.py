@@ -19,7 +19,7 @@ from orchestrator.core.errors import BudgetInFlight, RateLimited, StoreError
 from orchestrator.core.events import Event
 from orchestrator.core.notes import Signer
 from orchestrator.loop import recovery
-from orchestrator.loop.recovery import recover, sweep
+from orchestrator.loop.recovery import leave, recover, sweep
 from orchestrator.store import journal, ledger
 from orchestrator.store.db import Database
 from orchestrator.store.journal import QueryKey
@@ -266,3 +266,15 @@ def test_an_owner_of_nothing_more_is_forgotten(db: Database, store: Store, notar
     assert recover(db, notary) == 3
     assert set(statuses(db).values()) == {"failed"}
     assert db.dead_owners() == []
+
+
+async def test_what_nobody_is_at_is_left_by_name_and_of_one_owner_alone(db: Database, store: Store, notary: Notary):
+    other = store.open()
+    event = Event("query.opened", "root", {"payloads": "keep"})
+    for name, owner in (("q1", db), ("q2", db), ("q3", other)):
+        await owner.write(partial(journal.open_query, key=QueryKey(name, "t", "p"), owner=owner.owner, event=event))
+    for _time in range(2):
+        await db.write(partial(leave, owner=db.owner, left={"q1", "q3"}, notary=notary))
+    found = db.read(lambda tx: {row.id: row.status for row in tx.execute(sa.select(queries))})
+    assert found == {"q1": "interrupted", "q2": "open", "q3": "open"}
+    other.close()

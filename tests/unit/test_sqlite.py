@@ -114,6 +114,19 @@ def test_an_owner_whose_process_ended_is_dead(db: Database, tmp_path: Path):
     assert db.dead_owners() == []
 
 
+def test_a_folder_of_owners_that_cannot_be_read_is_said(db: Database, tmp_path: Path):
+    owners = tmp_path / "owners"
+    owners.rename(tmp_path / "aside")
+    with pytest.raises(StoreError, match=r"cannot use the data folder .*: No such file or directory"):
+        db.dead_owners()
+    (tmp_path / "aside").rename(owners)
+    (owners / "gone").mkdir()
+    with pytest.raises(StoreError, match=r"cannot use the data folder .*: Is a directory"):
+        db.forget_owner("gone")
+    (owners / "gone").rmdir()
+    assert db.dead_owners() == []
+
+
 @pytest.mark.parametrize("then", ["removed", "replaced"])
 async def test_a_file_that_has_lost_its_name_is_not_written_to(db: Database, tmp_path: Path, then: str):
     """SQLite would write on, to where nobody looks: whoever comes next would find all money unspent."""

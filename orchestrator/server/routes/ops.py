@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import tempfile
 import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -22,11 +24,13 @@ from orchestrator.server.access import allowed
 from orchestrator.server.problems import MEDIA_TYPE, come_again, documented
 from orchestrator.server.service import Principal, Service, the_service
 from orchestrator.server.structure import JsonRoute
+from orchestrator.store.db import try_out
 
 router = APIRouter(tags=["operations"], route_class=JsonRoute)
 
 PATIENCE_S = 10.0  # for one thing that is looked at
 TRIED_S = 60.0  # between two sandboxes that are started to see whether that works
+ROOM = 1 << 20  # bytes that the data folder has to have left
 FRESH_S = 1.0  # for so long what was found is told again
 
 _log = logging.getLogger("airlock.ops")
@@ -97,9 +101,17 @@ def checks(service: Service) -> Mapping[str, Check]:
         if platform.db.lost:
             raise StoreError("the connection to the database broke")
         written = threading.Event()
-        job = platform.db.post(lambda _tx: None, written)  # it begins and commits as every write does
+        job = platform.db.post(try_out, written)
         written.wait()
         job.outcome()
+
+    def folder() -> None:
+        """That a query's context has room there; on SQLite, what it puts on record has, too."""
+        try:
+            with tempfile.TemporaryFile(dir=service.home) as file:
+                os.posix_fallocate(file.fileno(), 0, ROOM)
+        except OSError as error:
+            raise StoreError(f"it takes nothing: {error.strerror}") from None
 
     def keys() -> None:
         if platform.vault.existing_signer() is None:
@@ -118,6 +130,7 @@ def checks(service: Service) -> Mapping[str, Check]:
     return {
         "service": taking_on,
         "database": blocking(database),
+        "data folder": blocking(folder),
         "journal keys": blocking(keys),
         "backend": backend,
     }
