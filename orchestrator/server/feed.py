@@ -63,7 +63,8 @@ class Feed:
     async def follow(self, tenant: str, query: str, after: int = -1) -> AsyncGenerator[Recorded]:
         """The query's records after number `after`, as they are written, to the one that closes it. Raises StoreError.
 
-        It ends without that one when the service stops, or `after` is that one or none that there is. tenant: whose the query is, looked at by the caller.
+        It ends without that one when the service stops, or `after` is that one or none that there is. tenant: whose the
+        query is, looked at by the caller.
         """
         keeper = await anyio.to_thread.run_sync(self._books.vault.opener, tenant, query)
         while True:
