@@ -34,32 +34,28 @@ _PIECE = 64 << 10  # bytes that are written at once, and that a transport has ro
 
 
 class _Lying:
-    """What is left of long answers, by whose they are, those first that lie here longest."""
+    """Long answers that are being taken, whole for as long as that lasts, by whose they are; the oldest first."""
 
     def __init__(self) -> None:
-        self._left: dict[str, dict[Protocol, int]] = {}
+        self._sizes: dict[str, dict[Protocol, int]] = {}
 
-    def more(self, owner: str, of: Protocol, size: int) -> None:
-        """Another answer. Where it is too much, the connections of older ones are cut off."""
-        mine = self._left.setdefault(owner, {})
-        mine[of] = size
-        beyond = sum(mine.values()) - of.untaken
-        for other, left in [*mine.items()][:-1]:
+    def add(self, owner: str, of: Protocol, size: int) -> None:
+        """Where it is too much, the connections of older ones are cut off."""
+        mine = self._sizes.setdefault(owner, {})
+        beyond = sum(mine.values()) + size - of.untaken
+        for other, its in list(mine.items()):
             if beyond <= 0:
                 break
-            beyond -= left
+            beyond -= its
             other.transport.abort()
-            self.gone(owner, other)
+            del mine[other]
+        mine[of] = size
 
-    def left(self, owner: str, of: Protocol, size: int) -> None:
-        if of in (mine := self._left.get(owner, {})):
-            mine[of] = size
-
-    def gone(self, owner: str, of: Protocol) -> None:
-        if mine := self._left.get(owner):
-            mine.pop(of, None)
-            if not mine:
-                del self._left[owner]
+    def drop(self, owner: str, of: Protocol) -> None:
+        mine = self._sizes.get(owner, {})
+        mine.pop(of, None)
+        if not mine:
+            self._sizes.pop(owner, None)
 
 
 class Protocol(H11Protocol):
@@ -142,14 +138,13 @@ class Protocol(H11Protocol):
                 await send(message)
                 return
             owner = self._owner(scope)
-            self._lying.more(owner, self, len(body))
+            self._lying.add(owner, self, len(body))
             try:
                 for at in range(0, len(body), _PIECE):
                     await send({**message, "body": body[at : at + _PIECE], "more_body": True})
-                    self._lying.left(owner, self, len(body) - at)
                     await self._until_taken()
             finally:
-                self._lying.gone(owner, self)
+                self._lying.drop(owner, self)
             await send({**message, "body": b""})
 
         await self._until_taken()  # the answer before this one: two of them would lie here
