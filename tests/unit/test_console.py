@@ -153,7 +153,7 @@ def test_a_run_is_told_as_it_went():
         "      is",
     ):
         assert line in lines
-    assert lines[-1] == f"journal: 22 records, head {links[-1][1]}: the chain is whole"
+    assert lines[-1] == f"journal: 23 records, head {links[-1][1]}: the chain is whole"
 
 
 def test_a_guest_cannot_write_lines_of_the_journal():
