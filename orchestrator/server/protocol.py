@@ -30,6 +30,7 @@ HEADERS_S = 10.0
 PER_ADDRESS = 256
 SLOWEST_S = 30.0  # of an answer that is not taken at `LEAST_RATE` or faster; the client has gone then
 UNTAKEN = 64 << 20  # bytes of one tenant's answers that may lie here
+_OF_STOP = 0.8  # the part of the time to stop that answers under way have
 _PIECE = 64 << 10  # bytes that are written at once, and that a transport has room for
 
 
@@ -115,6 +116,14 @@ class Protocol(H11Protocol):
     def timeout_keep_alive_handler(self) -> None:
         super().timeout_keep_alive_handler()
         self._require_end()
+
+    def shutdown(self) -> None:
+        """The server stops: who has not taken the answer shortly before its time is over is cut off. The server would
+        cancel what answers, and call that a fault of ours.
+        """
+        super().shutdown()
+        if self.config.timeout_graceful_shutdown is not None:
+            self.loop.call_later(_OF_STOP * self.config.timeout_graceful_shutdown, self.transport.abort)
 
     def _watch(self) -> None:
         """The time runs while something of a request has come, and no answer to it is under way."""

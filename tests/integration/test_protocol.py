@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import socket
 import time
 from collections.abc import Iterator
+from io import BytesIO
 from typing import Any
 
 import pytest
 
 from orchestrator.server.protocol import Protocol, _block, limited  # pyright: ignore[reportPrivateUsage]
+from orchestrator.server.streaming import FileStream
 from tests.command import until
 from tests.uvicorns import Address, rest, run
 
@@ -213,6 +216,30 @@ def test_what_lies_here_of_one_client_is_bounded_and_the_oldest_goes():
         got = 0
         while got < LARGE - 1000:
             got += len(connections[-1].recv(1 << 20))
+
+
+def test_a_file_that_nobody_takes_is_no_fault_of_ours(caplog: pytest.LogCaptureFixture):
+    ended: list[bool] = []
+
+    async def sends(scope: Any, receive: Any, send: Any) -> None:
+        file = BytesIO(b"x" * LARGE)
+        await FileStream(file, LARGE, "text/plain", {})(scope, receive, send)
+        ended.append(file.closed)
+
+    with run(sends, Impatient) as address, address.connected() as connection:
+        connection.sendall(GET)
+        connection.recv(1000)
+        assert until(lambda: ended) == [True]  # nothing is read until then
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_what_nobody_takes_does_not_keep_a_service_from_its_end(caplog: pytest.LogCaptureFixture):
+    with contextlib.ExitStack() as stack, run(app, grace_s=1) as address:
+        for _number in range(3):
+            connection = stack.enter_context(address.connected())
+            connection.sendall(GET_LARGE)
+            connection.recv(1000)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def test_what_one_client_is():
