@@ -119,7 +119,7 @@ def one_line(event: Event) -> str:
             return f"cell {body['cell']} {body['status']} after {body['duration_ms']} ms{detail}"
         case "limit.hit":
             return f"limit: {body['detail']}"
-        case "query.resumed" | "cell.replayed":
+        case "query.narrowed" | "query.resumed" | "cell.replayed":
             return _again(event.type, body)
         case "query.closed":
             if "turns" not in body:  # it has not had its turn
@@ -131,7 +131,9 @@ def one_line(event: Event) -> str:
 
 
 def _again(kind: str, body: Mapping[str, Any]) -> str:
-    """Of a query that goes on after an interruption."""
+    """Of a query that goes on after an interruption, or after it had waited."""
+    if kind == "query.narrowed":
+        return f"the policy was changed while it waited: {body['limit_usd']} USD at most"
     if kind == "cell.replayed":
         how = "as before" if body["same"] else f"with other {', '.join(body['differs'])} than before"
         return f"cell {body['cell']} was run again: {body['status']}, {how}"
@@ -201,7 +203,7 @@ def _show_record(record: Recorded, body: Mapping[str, Any], payload: Any) -> Ite
             yield f"{at} {whose}context {'unchanged' if body['unchanged'] else 'CHANGED'}"
         case "query.interrupted":
             yield f"{at} interrupted: {body['why']}"
-        case "query.resumed" | "cell.replayed":
+        case "query.narrowed" | "query.resumed" | "cell.replayed":
             yield f"{at} {whose}{_again(record.type, body)}"
         case "query.closed" | "node.closed":
             yield f"{at} {whose}closed: {body['status']} {body['reason']}".rstrip() + f"; cost {body['cost_usd']} USD"

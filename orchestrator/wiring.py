@@ -32,7 +32,7 @@ from orchestrator.core.tenants import is_tenant
 from orchestrator.core.turns import Turns
 from orchestrator.core.units import nano
 from orchestrator.loop.machine import Machine
-from orchestrator.loop.order import Closed, Machinery, Order
+from orchestrator.loop.order import Closed, Machinery, Order, under
 from orchestrator.loop.past import Past
 from orchestrator.loop.query import run_query
 from orchestrator.loop.reader import read_past
@@ -196,16 +196,19 @@ class Platform:
             await self.db.write(partial(leave, owner=self.db.owner, left=late, notary=self.notary))
             unclosed.difference_update(late)
 
-    async def resume(self, query_id: str, *, watch: Watch | None = None, tenant: str = TENANT) -> Closed:
+    async def resume(
+        self, query_id: str, *, watch: Watch | None = None, tenant: str = TENANT, policy: Policy | None = None
+    ) -> Closed:
         """Go on with a query that was interrupted: its REPL is rebuilt, and no call that had a result is asked again.
 
-        All that was asked for comes from the journal. Raises RequestError where it is not there to be resumed, NotKept
-        where the journal or the store has not all that it takes, LimitError, SandboxUnusable, and as `run` does.
+        All that was asked for comes from the journal. policy: its tenant's of now, which holds as well for one that has
+        not begun. Raises RequestError where it is not there to be resumed, NotKept where the journal or the store has
+        not all that it takes, LimitError, SandboxUnusable, and as `run` does.
         """
         require_name(tenant)
         past = await anyio.to_thread.run_sync(self._interrupted, query_id, tenant)
         past.require_to_resume()
-        policy = past.rules
+        now, policy = policy, past.rules
         require_isolation(self.backend, policy)
         self._require_servers(past)
         names = dict.fromkeys((past.model or "", *past.may_ask, *policy.models.fallbacks))
@@ -225,7 +228,7 @@ class Platform:
             code=past.code,
             past=past,
         )
-        return await self.run_order(order, watch)
+        return await self.run_order(under(order, now) if now and not past.begun else order, watch)
 
     @property
     def month(self) -> int | None:
@@ -237,11 +240,14 @@ class Platform:
         """The most, in nano-USD, that a request can cost. Raises PriceUnknown."""
         return self._proxy.bound(model, input_bytes, output_tokens)
 
-    async def run_order(self, order: Order, watch: Watch | None = None) -> Closed:
-        """Raises StoreError at its end, RequestError where it does not wait any more."""
+    async def run_order(self, order: Order, watch: Watch | None = None, policy: Policy | None = None) -> Closed:
+        """policy: its tenant's of now, where it waited.
+
+        Raises StoreError at its end, RequestError where it does not wait any more.
+        """
         watch = watch or Watch()
         complete = replace(
-            order,
+            under(order, policy) if policy else order,
             platform_month=self.month,
             observe=watch.event,
             on_output=watch.output,

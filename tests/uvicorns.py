@@ -47,8 +47,8 @@ def rest(connection: socket.socket) -> bytes:
 
 
 @contextmanager
-def run(app: Any, http: type[Protocol] = Protocol) -> Iterator[Address]:
-    """It is asked to end with the block, and has to."""
+def run(app: Any, http: type[Protocol] = Protocol, *, grace_s: int = 5) -> Iterator[Address]:
+    """It is asked to end with the block, and has to. grace_s: that answers under way have then."""
     config = uvicorn.Config(
         app,
         port=0,
@@ -57,7 +57,7 @@ def run(app: Any, http: type[Protocol] = Protocol) -> Iterator[Address]:
         lifespan="off",
         log_config=None,
         h11_max_incomplete_event_size=32 << 10,
-        timeout_graceful_shutdown=5,
+        timeout_graceful_shutdown=grace_s,
     )
     with socket.create_server(("127.0.0.1", 0)) as bound:
         server = uvicorn.Server(config)

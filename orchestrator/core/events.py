@@ -36,6 +36,7 @@ EventType = Literal[
     "cell.replayed",
     "limit.hit",
     "context.verified",
+    "query.narrowed",
     "query.interrupted",
     "query.resumed",
     "query.closed",

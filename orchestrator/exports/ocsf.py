@@ -209,6 +209,7 @@ _TYPES: Mapping[str, tuple[_Class, int]] = {
     "context.verified": (_API, READ),
     "node.closed": (_API, UPDATE),
     "query.closed": (_API, UPDATE),
+    "query.narrowed": (_API, UPDATE),
     "query.interrupted": (_API, UPDATE),
     "query.resumed": (_API, UPDATE),
     "query.scored": (_API, UPDATE),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -35,7 +35,7 @@ class Order:
     """What is asked. code: run as one cell instead of a root LM's loop (`airlock exec`). policy: the effective one.
     past: of an interrupted query, which this one goes on with; all that the journal has of its order is from there.
 
-    id: of one that was enqueued: its opening is on record.
+    id: of one that was enqueued: its opening is on record. narrowed: its policy is not the one on record any more.
     servers: where each model is, as a hash; None for one of this machine.
     schema: a JSON Schema, for the answer. sub_models: the first is asked at depth 1, the next at depth 2, and so on,
     the last one at all further down; empty when there is nobody to ask. platform_month: what all tenants together may
@@ -54,6 +54,7 @@ class Order:
     code: str | None = None
     past: Past | None = None
     id: str = ""
+    narrowed: bool = False
     observe: Callable[[Event], None] = lambda _event: None
     on_output: Callable[[str, str], None] | None = None
     on_account: Callable[[Account], None] = lambda _account: None
@@ -113,6 +114,18 @@ def may_ask(order: Order) -> list[str]:
     """The models that its cells may name, the first of them without naming it."""
     named = order.past.may_ask if order.past else dict.fromkeys((*order.sub_models, order.model))
     return [name for name in named if name and order.policy.models.permits("sub", name)]
+
+
+def under(order: Order, policy: Policy) -> Order:
+    """The order, under a policy as well that came to be while it waited."""
+    stricter = order.policy.narrowed(policy)
+    return order if stricter == order.policy else replace(order, policy=stricter, narrowed=True)
+
+
+def narrowed_event(order: Order) -> Event:
+    policy = order.policy.model_dump(mode="json")
+    body = {"limit_usd": usd(order.policy.money.query), "payloads": policy["audit"]["payloads"]}
+    return Event("query.narrowed", ROOT, body, {"policy": json.dumps(policy)})
 
 
 def opened_event(order: Order, machinery: Machinery) -> Event:

@@ -148,6 +148,11 @@ class Past:
         assert self.policy, "looked at by `require`"
         return self.policy
 
+    @property
+    def begun(self) -> bool:
+        """Whether anything was done for it: it has been asked of a model, or run a cell."""
+        return self.root.calls > 0 or bool(self.root.cells)
+
     def require(self) -> None:
         """That all of it can be run again. Raises NotKept."""
         self._require(self.missing, "is not kept any more")

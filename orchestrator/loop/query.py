@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
@@ -31,10 +32,21 @@ from orchestrator.loop import prompts
 from orchestrator.loop.engine import Outcome, Status, limit_hit, schema_check
 from orchestrator.loop.machine import Work
 from orchestrator.loop.node import NodeRun
-from orchestrator.loop.order import Closed, Machinery, Order, key_of, may_ask, new_id, opened_event, shared_purses
+from orchestrator.loop.order import (
+    Closed,
+    Machinery,
+    Order,
+    key_of,
+    may_ask,
+    narrowed_event,
+    new_id,
+    opened_event,
+    shared_purses,
+)
 from orchestrator.loop.past import Past
 from orchestrator.loop.recovery import ROOT, leave, settle_open
 from orchestrator.proxy.account import Account, Answered, Node
+from orchestrator.sandbox.base import Isolation
 from orchestrator.store import journal, ledger
 from orchestrator.store.db import now
 from orchestrator.store.journal import QueryKey
@@ -106,6 +118,8 @@ class _Query:
         error: AirlockError | None = None
         try:
             self._order.observe(opened)
+            if self._order.narrowed:
+                self._order.observe(narrowed_event(self._order))
             self._order.on_account(self._account)
             self._admit(running)
             outcome = await self._root.run()
@@ -156,10 +170,12 @@ class _Query:
         if not self._order.past:
             if self._order.id:  # it can go on waiting
                 self._admit_one_more(running := journal.open_queries(tx, self._order.tenant))
+                self._narrow(tx)
                 return running
             journal.open_query(tx, self._key, self._m.db.owner, opened)
             return journal.open_queries(tx, self._order.tenant)
-        taken = journal.resume_query(tx, self._key, self._m.db.owner, opened)
+        before = replace(self._key, policy=self._order.past.rules.sha256())
+        taken = journal.resume_query(tx, before, self._m.db.owner, opened)
         # Another process may have gone on with it since its past was read, and may have been interrupted as well.
         if not taken or journal.length(tx, self._key.id) != self._order.past.records + 1:
             raise RequestError(f"query {self._key.id} is not interrupted any more: another process goes on with it")
@@ -168,7 +184,13 @@ class _Query:
         if (left := ledger.left(tx, self._scopes)) < self._last_words(self._order.past):  # it can wait for money
             text = f"{usd(left)} USD are left, which do not pay for the last words: resume it later"
             raise BudgetExhausted(text, left=f"{usd(left)} USD", rule="money.query")
+        self._narrow(tx)
         return running
+
+    def _narrow(self, tx: journal.Connection) -> None:
+        """What was on record before was true of the time before; the records from here on name the policy of now."""
+        if self._order.narrowed:
+            journal.narrow_query(tx, self._key, narrowed_event(self._order))
 
     def _last_words(self, past: Past) -> int:
         """nano-USD that is set aside by all nodes that go on."""
@@ -179,7 +201,7 @@ class _Query:
 
     def _admit(self, running: int) -> None:
         """Refuse what cannot come to a good end, before anything is started. Raises LimitError, RequestError."""
-        if self._order.past:
+        if self._order.past and not self._order.narrowed:
             return
         order, policy = self._order, self._order.policy
         if len(order.question) > policy.content.question_chars:
@@ -187,6 +209,11 @@ class _Query:
             text = f"the question has {len(order.question):,} characters; {most:,} are permitted"
             raise CountExceeded(text, limit=str(most), rule="content.question_chars")
         self._admit_one_more(running)
+        backend, least = self._m.nodes.backend, policy.sandbox.least_isolation
+        if backend.isolation < Isolation[least]:  # else the policy was looked at before it was put on record
+            text = f"the policy asks for isolation of at least {least!r}, and backend {backend.name} gives"
+            name = backend.isolation.name
+            raise NotPermitted(f"{text} {name!r}", limit=least, asked=name, rule="sandbox.least_isolation")
         if order.code is None and not policy.models.permits("root", order.model):
             raise NotPermitted(f"the policy does not permit model {order.model!r} for root calls", rule="models.root")
         for name in order.sub_models:

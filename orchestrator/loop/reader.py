@@ -63,6 +63,7 @@ class _Reader:
         self._since = opened.at
         self._takes = {
             "query.opened": self._opened,
+            "query.narrowed": self._narrowed,
             "query.interrupted": self._interrupted,
             "query.resumed": self._resumed,
             "node.opened": self._node_opened,
@@ -107,14 +108,22 @@ class _Reader:
     def _opened(self, record: Recorded, body: Mapping[str, Any]) -> None:
         past = self.past
         past.nodes[ROOT] = PastNode(ROOT, self._text(record, "question"), body["context"], _money(body["limit_usd"]))
-        try:
-            past.policy = Policy.model_validate_json(self._text(record, "policy"), strict=False)
-        except ValidationError:
-            past.policy = None
+        self._policy(record)
         if "schema" in record.committed:
             past.schema = json.loads(self._text(record, "schema") or "null")
         if "code" in record.committed:
             past.code = self._text(record, "code")
+
+    def _narrowed(self, record: Recorded, body: Mapping[str, Any]) -> None:
+        self.past.root.most = _money(body["limit_usd"])
+        self.past.keeps_payloads = body["payloads"] != "hash"
+        self._policy(record)
+
+    def _policy(self, record: Recorded) -> None:
+        try:
+            self.past.policy = Policy.model_validate_json(self._text(record, "policy"), strict=False)
+        except ValidationError:
+            self.past.policy = None
 
     def _interrupted(self, _record: Recorded, body: Mapping[str, Any]) -> None:
         self.past.ran_s += max(0.0, (_time(body["until"]) - _time(self._since)).total_seconds())

@@ -108,6 +108,11 @@ class Bodies:
             raise Problem(400, "bad-host", "the header Host has to name one host")
         if self._hosts and match[1].lower() not in self._hosts:
             raise Problem(421, "other-host", "the service is not called by this name")
+        if {b"content-length", b"transfer-encoding"} <= {name for name, _value in headers}:
+            # A proxy before us may have taken the other one for the body's end (RFC 9112, 6.1).
+            raise Problem(
+                400, "bad-request", "a body's end is said by Content-Length or Transfer-Encoding, not by both"
+            )
         if len(headers) > HEADERS or sum(len(name) + len(value) + 4 for name, value in headers) > HEADER_BYTES:
             raise Problem(431, "headers-too-large", f"at most {HEADERS} headers of {HEADER_BYTES:,} bytes are taken")
 

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import anyio.to_thread
 
 from orchestrator.choices import narrowed
@@ -29,10 +30,10 @@ from orchestrator.loop import prompts
 from orchestrator.loop.order import Order, shared_purses
 from orchestrator.server.problems import Problem, come_again, not_found
 from orchestrator.server.service import Principal
-from orchestrator.server.under_way import CANCELLED, UnderWay
+from orchestrator.server.under_way import CANCELLED, SUSPENDED, UnderWay
 from orchestrator.settings import ServerSettings
 from orchestrator.store import holdings, journal, ledger, requests
-from orchestrator.wiring import Platform
+from orchestrator.wiring import Platform, Watch
 
 ADMISSIONS = 4  # queries that are being taken on at once: others who ask for anything do not wait for a crowd
 
@@ -127,8 +128,18 @@ class Desk:
             self._coming[tenant] -= 1
             if not self._coming[tenant]:
                 del self._coming[tenant]
-        self._under_way.begin(order.id, tenant, partial(self._platform.run_order, order), order.policy)
+        self._under_way.begin(order.id, tenant, partial(self._run, order), order.policy)
         return Asked(order.id)
+
+    async def _run(self, order: Order, watch: Watch) -> None:
+        """In its turn, under what its tenant may do by then."""
+        try:
+            policy = await self.policy_of(order.tenant)
+        except Problem:
+            self._under_way.end(order.id, SUSPENDED)
+            await anyio.lowlevel.checkpoint()  # it is cancelled here, and withdrawn
+            raise
+        await self._platform.run_order(order, watch, policy)
 
     async def asked_before(self, tenant: str, key: str) -> tuple[str, str] | None:
         """(query, fingerprint). key: hex SHA-256 of the Idempotency-Key. Raises StoreError."""

@@ -14,6 +14,7 @@ from orchestrator.core.events import Recorded, read_record
 from orchestrator.server.problems import come_again
 from orchestrator.store import journal
 from orchestrator.store.db import LINGER_S
+from orchestrator.store.vault import Keeper
 
 SOON_S = LINGER_S * 1.5  # what has just happened is committed by then
 HERE_S, ELSEWHERE_S = 2.0, 0.25  # between two looks at what nobody tells of
@@ -62,19 +63,20 @@ class Feed:
     async def follow(self, tenant: str, query: str, after: int = -1) -> AsyncGenerator[Recorded]:
         """The query's records after number `after`, as they are written, to the one that closes it. Raises StoreError.
 
-        It ends without that one when the service stops. tenant: whose the query is, looked at by the caller.
+        It ends without that one when the service stops, or `after` is that one or none that there is. tenant: whose the
+        query is, looked at by the caller.
         """
         keeper = await anyio.to_thread.run_sync(self._books.vault.opener, tenant, query)
         while True:
             with self._listening(query) as woken:
-                read = partial(journal.after, query=query, seq=after, most=AT_ONCE, keeper=keeper)
-                rows = await anyio.to_thread.run_sync(self._books.db.look, read)
+                read = partial(_read, query=query, after=after, keeper=keeper)
+                rows, over = await anyio.to_thread.run_sync(self._books.db.look, read)
                 kind = ""
                 for record, texts in rows:
                     recorded = read_record(record, texts)
                     after, kind = recorded.seq, recorded.type
                     yield recorded
-                if kind == "query.closed":
+                if over or kind == "query.closed":
                     return
                 if len(rows) == AT_ONCE:
                     continue
@@ -95,3 +97,11 @@ class Feed:
             waiting.discard(woken)
             if not waiting:
                 self._waiting.pop(query, None)
+
+
+def _read(
+    tx: journal.Connection, query: str, after: int, keeper: Keeper | None
+) -> tuple[list[tuple[bytes, dict[str, str]]], bool]:
+    """The next records, and whether there is none and will be none: who names one far ahead waits for no other."""
+    rows = journal.after(tx, query, after, AT_ONCE, keeper)
+    return rows, not rows and journal.is_closed(tx, query)

@@ -300,7 +300,7 @@ class UnderWay:
         here = self._here[query] = _Here(tenant)
         why = "interrupted again"
         try:
-            start = partial(self._platform.resume, query, tenant=tenant)
+            start = partial(self._go_on, query, tenant)
             await self._in_turn(query, here, start, await self.policy_of(tenant))
         except StoreError as error:
             _log.error("a query could not be resumed", extra={"query": query, "error": error.kind})
@@ -319,6 +319,9 @@ class UnderWay:
             await self.withdraw(query, tenant, how[:1000])
             return None
         return why
+
+    async def _go_on(self, query: str, tenant: str, watch: Watch) -> None:
+        await self._platform.resume(query, tenant=tenant, watch=watch, policy=await self.policy_of(tenant))
 
 
 def _may_pass(error: Exception) -> bool:

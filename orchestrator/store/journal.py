@@ -149,6 +149,12 @@ def begin_query(tx: sa.Connection, key: QueryKey, owner: str) -> bool:
     return tx.execute(mine.values(status="open")).rowcount == 1
 
 
+def narrow_query(tx: sa.Connection, key: QueryKey, event: Event) -> Sealed:
+    """From now on the query is under the policy of `key`."""
+    tx.execute(sa.update(queries).where(queries.c.id == key.id).values(policy=key.policy))
+    return append(tx, key, event)
+
+
 def withdraw(tx: sa.Connection, query: str, tenant: str, owner: str) -> QueryKey | None:
     """Take a query of this tenant's to close it, that was interrupted or is this owner's and waits; None for any other.
 

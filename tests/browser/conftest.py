@@ -20,8 +20,10 @@ HERE = Path(__file__).parent
 @pytest.fixture(scope="package")
 def chromium() -> Iterator[Browser]:
     sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []
+    keeps = {"args": [*sandbox, "--enable-features=BackForwardCache"]}  # pages as they were, as people's browsers do
+    without = ["--disable-back-forward-cache"]
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=sandbox)
+        browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", ignore_default_args=without, **keeps)
         yield browser
         browser.close()
 

@@ -127,6 +127,8 @@ def test_hostile_text_stays_text(visit: Visit, key: str, answered: str):
     visit.ends("answered")
     heading = page.get_by_role("heading", level=1)
     expect(heading).to_have_text(HOSTILE.replace("\u202e", "\\u202e").replace("\u2066", "\\u2066"))
+    expect(page).to_have_title(re.compile(re.escape("</script> \\u202e")))
+    assert not {"\u202e", "\u2066"} & set(page.title())
     third = visit.turn(3)
     expect(third.get_by_label("reply")).to_contain_text("</pre></article><script>window.pwned")
     output = third.get_by_label("output")
@@ -296,6 +298,23 @@ def test_a_session_ends_with_its_key(visit: Visit, key: str):
     page.wait_for_url(re.compile("/login"))
     assert page.context.cookies() == []
     assert page.evaluate("fetch('/v1/session').then((answer) => answer.status)") == 401
+
+
+def test_the_way_back_after_logging_out_shows_nothing_of_before(visit: Visit, key: str, answered: str):
+    page = visit.page
+    visit.log_in(key, f"/q/{answered}")
+    visit.ends("answered")
+    page.evaluate(
+        """addEventListener("pageshow", ({ persisted }) => {
+            sessionStorage.setItem("back", JSON.stringify([persisted, document.body.checkVisibility()]));
+        })"""
+    )
+    page.get_by_role("button", name="Log out").click()
+    page.wait_for_url(re.compile("/login"))
+    page.go_back(wait_until="commit")
+    page.wait_for_url(re.compile(r"/login\?next="))
+    assert page.evaluate("sessionStorage.getItem('back')") == "[true,false]"  # the page as it was, and unseen
+    assert "which one" not in page.content()
 
 
 def test_what_is_not_kept_is_said_to_be(visit: Visit, service: Served):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import socket
 import sqlite3
@@ -16,11 +17,13 @@ from urllib.parse import urlsplit
 import pytest
 
 from orchestrator.auditing import open_books
+from orchestrator.core.policy_file import parse_policy
+from orchestrator.named_policy import load_policy
 from orchestrator.server import queries_view
 from orchestrator.server.protocol import PER_ADDRESS
 from orchestrator.store.journal import Connection
 from tests.command import Airlock, until
-from tests.service import SCRIPT, SLOW, ask, events, served
+from tests.service import SCRIPT, SLOW, ask, events, registry, served
 
 
 def shown(airlock: Airlock, query: str) -> dict[str, Any]:
@@ -354,6 +357,55 @@ def test_who_asks_much_does_not_make_others_wait_for_all_of_it(airlock: Airlock)
         assert len(waiting) >= 4
         for query in waiting:
             client.post(f"/v1/queries/{query}/cancel")
+
+
+LINGERS = """
+root:
+  - |
+    ```repl
+    import time
+    time.sleep(20 if "linger" in context else 0)
+    ```
+  - FINAL(42)
+"""
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_what_waits_is_under_the_policy_of_when_it_begins(airlock: Airlock, restarted: bool):
+    config = "[server]\nqueries = 1\ndrain_s = 0\n"
+    asked = load_policy("default")
+    forbids = parse_policy(airlock.policy(models_root="[other]").read_text(), "other")
+    narrows = parse_policy(airlock.policy(money_query="0.10 USD").read_text(), "less")
+    with ExitStack() as stack:
+        server = stack.enter_context(served(airlock, script=LINGERS, config=config))
+        client, other = (stack.enter_context(server.client(tenant)) for tenant in ("acme", "b"))
+        first = ask(client, wait=0, context={"text": "linger"})["id"]
+        until(lambda: client.get(f"/v1/queries/{first}").json()["status"] == "running")
+        refused, narrower = ask(other, wait=0)["id"], ask(client, wait=0)["id"]
+        with registry(airlock) as known:
+            known.set_policy("b", forbids, by="a test")
+            known.set_policy("acme", narrows, by="a test")
+        if restarted:
+            keys = server.keys
+            assert server.stop() == 0
+            server = stack.enter_context(served(airlock, script=LINGERS, config=config))
+            server.keys = keys
+            client, other = (stack.enter_context(server.client(tenant)) for tenant in ("acme", "b"))
+        client.post(f"/v1/queries/{first}/cancel")
+        ends = [
+            until(lambda of=of, query=query: (found := of.get(f"/v1/queries/{query}").json())["ended_at"] and found)
+            for of, query in ((other, refused), (client, narrower))
+        ]
+        assert [(end["status"], end["answer"]) for end in ends] == [("refused", None), ("answered", "42")]
+        assert re.fullmatch("not-permitted: the policy does not permit model .* for root calls", ends[0]["reason"])
+        for query, policy in ((refused, forbids), (narrower, narrows)):
+            records = airlock.records(query)
+            at = next(record["seq"] for record in records if record["type"] == "query.narrowed")
+            before, after = ({record["policy"] for record in part} for part in (records[:at], records[at:]))
+            assert (before, after) == ({asked.sha256()}, {asked.narrowed(policy).sha256()})
+        replayed = client.post(f"/v1/audit/queries/{narrower}/replay").json()
+        assert replayed["cells"][0]["verdict"] == "same", replayed
+    airlock("audit", "verify", code=0)
 
 
 def test_services_beside_each_other_keep_one_limit_and_end_each_others_queries(airlock: Airlock):

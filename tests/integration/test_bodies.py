@@ -245,6 +245,14 @@ def test_a_body_that_is_read_before_all_else_has_to_be_there_in_time(address: Ad
         assert 2.9 < time.monotonic() - begun < 15
 
 
+def test_a_body_whose_end_is_said_twice_is_refused_and_nothing_after_it_is_a_request(address: Address):
+    head = request("POST", "/v1/other", "Content-Length: 4", "Transfer-Encoding: chunked")
+    answer = address.answer_to(head + b"1\r\nx\r\n0\r\n\r\n" + request("GET", "/v1/queries"))
+    status, headers, body = read(answer)
+    assert answer.count(b"HTTP/1.1 ") == 1
+    assert (status, headers["connection"], kind(body)) == (400, "close", "bad-request")
+
+
 def test_what_one_tenant_may_have_in_memory_is_bounded(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(bodies, "BODIES", 2)
 

@@ -4,22 +4,35 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import socket
 import time
 from collections.abc import Iterator
+from io import BytesIO
 from typing import Any
 
 import pytest
 
 from orchestrator.server.protocol import Protocol, _block, limited  # pyright: ignore[reportPrivateUsage]
+from orchestrator.server.streaming import FileStream
 from tests.command import until
 from tests.uvicorns import Address, rest, run
 
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
+LARGE = 16 << 20  # more than the kernel takes
+begun: list[str] = []  # paths
+
+
 async def app(scope: Any, receive: Any, send: Any) -> None:
-    """Answers at once, without a look at the body."""
+    """Answers at once, without a look at the body; `/large` at length."""
+    begun.append(scope["path"])
+    if scope["path"] == "/large":
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % LARGE)]})
+        await send({"type": "http.response.body", "body": b"x" * LARGE})
+        begun.append("/large taken")
+        return
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
     await send({"type": "http.response.body", "body": b"ok"})
 
@@ -156,6 +169,78 @@ def is_served(address: Address) -> bool:
         return b"200 OK" in address.answer_to(GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
     except ConnectionError:
         return False
+
+
+class Impatient(Protocol):
+    slowest_s = 0.5
+    untaken = LARGE
+
+
+GET_LARGE = GET.replace(b"/", b"/large", 1)
+
+
+def test_an_answer_that_nobody_takes_is_not_kept():
+    with run(app, Impatient) as address, address.connected() as connection:
+        begun.clear()
+        connection.sendall(GET_LARGE + GET)
+        connection.recv(1000)
+        assert until(lambda: "/large taken" in begun)
+        assert len(rest(connection)) < LARGE  # it was cut off, and nothing but what the kernels had comes
+        assert "/" not in begun  # what was asked after it would have been kept as well
+
+
+def test_an_answer_that_is_taken_slowly_is_whole():
+    with run(app, Impatient) as address, address.connected() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 << 10)
+        connection.sendall(GET_LARGE.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+        got, began = 0, time.monotonic()
+        while piece := connection.recv(64 << 10):
+            got += len(piece)
+            # A steady client that is slow: its pace, and no wait for anything.
+            while got < LARGE and got / LARGE > (time.monotonic() - began) / (4 * Impatient.slowest_s):
+                time.sleep(0.01)
+    assert got > LARGE
+    assert time.monotonic() - began > 3 * Impatient.slowest_s
+
+
+def test_what_lies_here_of_one_client_is_bounded_and_the_oldest_goes():
+    class Patient(Impatient):
+        slowest_s = 60
+
+    with run(app, Patient) as address, contextlib.ExitStack() as stack:
+        connections = [stack.enter_context(address.connected()) for _number in range(5)]
+        for connection in connections:
+            connection.sendall(GET_LARGE)
+            connection.recv(1000)
+        for connection in connections[:-1]:
+            assert len(rest(connection)) < LARGE
+        got = 0
+        while got < LARGE - 1000:
+            got += len(connections[-1].recv(1 << 20))
+
+
+def test_a_file_that_nobody_takes_is_no_fault_of_ours(caplog: pytest.LogCaptureFixture):
+    ended: list[bool] = []
+
+    async def sends(scope: Any, receive: Any, send: Any) -> None:
+        file = BytesIO(b"x" * LARGE)
+        await FileStream(file, LARGE, "text/plain", {})(scope, receive, send)
+        ended.append(file.closed)
+
+    with run(sends, Impatient) as address, address.connected() as connection:
+        connection.sendall(GET)
+        connection.recv(1000)
+        assert until(lambda: ended) == [True]  # nothing is read until then
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_what_nobody_takes_does_not_keep_a_service_from_its_end(caplog: pytest.LogCaptureFixture):
+    with contextlib.ExitStack() as stack, run(app, grace_s=1) as address:
+        for _number in range(3):
+            connection = stack.enter_context(address.connected())
+            connection.sendall(GET_LARGE)
+            connection.recv(1000)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def test_what_one_client_is():

@@ -16,7 +16,7 @@ from tests.command import Airlock
 from tests.fakes.provider import Behaviour, Fail, Hang, HangUp, Provider, Say, Seen
 from tests.records import read
 
-NOT_HERE = {"log.anchored", "admin.action", "query.resumed", "cell.replayed"}
+NOT_HERE = {"log.anchored", "admin.action", "query.narrowed", "query.resumed", "cell.replayed"}
 USED = (100, 50)
 ALL = """
     print(budget(), llm_query("same"), llm_query("same"), context[:9])

@@ -101,6 +101,7 @@ STORY: list[tuple[Any, dict[str, Any], dict[str, str]]] = [
     ("query.resumed", {"backend": "b", "isolation": "namespace", "cells": 2, "calls": 1}, {}),
     ("cell.replayed", {"cell": 1, "status": "ok", "same": True, "differs": []}, {}),
     ("cell.replayed", {"cell": 2, "status": "error", "same": False, "differs": ["stdout", "names"]}, {}),
+    ("query.narrowed", {"limit_usd": "0.50", "payloads": "keep"}, {"policy": "{}"}),
     ("query.closed", {"status": "limit", "reason": "count-exceeded", "cost_usd": "0.02"}, {"answer": "it\nis"}),
 ]
 
@@ -147,11 +148,12 @@ def test_a_run_is_told_as_it_went():
         "01:02:18.000 resumed in b (namespace): 2 cells and 1 answer are on record",
         "01:02:19.000 cell 1 was run again: ok, as before",
         "01:02:20.000 cell 2 was run again: error, with other stdout, names than before",
-        "01:02:21.000 closed: limit count-exceeded; cost 0.02 USD",
+        "01:02:21.000 the policy was changed while it waited: 0.50 USD at most",
+        "01:02:22.000 closed: limit count-exceeded; cost 0.02 USD",
         "      is",
     ):
         assert line in lines
-    assert lines[-1] == f"journal: 22 records, head {links[-1][1]}: the chain is whole"
+    assert lines[-1] == f"journal: 23 records, head {links[-1][1]}: the chain is whole"
 
 
 def test_a_guest_cannot_write_lines_of_the_journal():

@@ -10,6 +10,7 @@ import pytest
 
 from orchestrator.auditing import AT_ONCE, Books, follow
 from orchestrator.core.events import Event, Recorded
+from orchestrator.server.feed import Feed
 from orchestrator.store import journal
 from orchestrator.store.db import Database
 from orchestrator.store.journal import QueryKey
@@ -105,3 +106,21 @@ async def test_what_was_erased_is_followed_without_its_text(books: Books):
     books.db.write_sync(lambda tx: journal.erase(tx, "q1", None, None, ""))
     assert [dict(record.payloads) async for record in follow(books, "q1")] == [{}, {}]
     assert books.db.scrub()
+
+
+@pytest.mark.anyio
+async def test_who_asks_from_a_record_that_never_comes_is_not_kept_when_the_query_ends(books: Books):
+    begin(books)
+    feed = Feed(books, 1, lambda _query: True)
+    got: list[Recorded] = []
+
+    async def watch() -> None:
+        got.extend([record async for record in feed.follow("acme", "q1", after=999_999)])
+
+    with anyio.fail_after(20):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(watch)
+            await anyio.wait_all_tasks_blocked()
+            await anyio.to_thread.run_sync(end, books, books.db)
+            feed.wake("q1")
+    assert got == []

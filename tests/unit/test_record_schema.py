@@ -33,6 +33,7 @@ BODIES: dict[str, dict[str, Any]] = {
         "limit_usd": "1.00",
         "payloads": ["question", "answer"],
     },
+    "query.narrowed": {"limit_usd": "0.50", "payloads": ["question", "answer"]},
     "query.interrupted": {"why": "orchestrator-died: it ended", "until": TIME, "records": 9},
     "query.resumed": {"backend": "gvisor", "isolation": "gvisor", "cells": 3, "calls": 12},
     "query.closed": {

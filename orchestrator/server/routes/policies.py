@@ -196,7 +196,7 @@ async def dry_run_policy(service: The, _admin: Admin, tenant: TenantName, text: 
     openapi_extra=_BODY,
 )
 async def set_policy(service: The, admin: Admin, tenant: TenantName, text: Text) -> dict[str, Any]:
-    """Put the policy in force, for queries that begin from now on."""
+    """Put the policy in force, for queries that begin from now on: also those that were asked before, and wait."""
     await the_tenant(service, tenant)
     policy = await in_thread(policy_of, text)
     await in_thread(service.registry.set_policy, tenant, policy, by=by(admin))

@@ -47,6 +47,7 @@ export function note(record) {
             (body.peak_memory_bytes === null ? "" : `, peak memory ${bytes(body.peak_memory_bytes)}`),
         "context.verified": () => (body.unchanged ? "The context is unchanged" : "THE CONTEXT HAS CHANGED"),
         "limit.hit": () => `Limit: ${body.detail}`,
+        "query.narrowed": () => `The policy was changed while it waited: ${body.limit_usd} USD at most`,
         "query.interrupted": () => `Interrupted: ${body.why}`,
         "query.resumed": () => `Resumed in ${body.backend}: ${counted(body.cells, "cell")} and ${counted(body.calls, "answer")} are on record`,
         "cell.replayed": () => `Cell ${body.cell} was run again: ` + (body.same ? "as before" : `other ${body.differs.join(", ")} than before`),

@@ -6,7 +6,7 @@ import { Bar, button, fill, long, make, moveByKeys, notKept, status } from "./do
 import { Outline } from "./outline.js";
 import { Tree, TYPES, statusOf } from "./records.js";
 import { greet, reportFaults } from "./shell.js";
-import { bytes, counted, duration, line, nano, usd, when } from "./text.js";
+import { bytes, counted, duration, line, nano, printable, usd, when } from "./text.js";
 import { Timeline } from "./timeline.js";
 
 const AGAIN_MS = 5_000; // until a stream that was refused is asked for again
@@ -80,7 +80,7 @@ class Page {
         if (this.said !== now + doing) {
             this.said = now + doing;
             document.body.dataset.state = now;
-            document.title = `${now}: ${line(view?.question ?? this.id, 60)} - Airlock`;
+            document.title = printable(`${now}: ${line(view?.question ?? this.id, 60)} - Airlock`);
             fill(place("status"), status(now), doing && ` ${doing}`);
             this.actions();
         }

@@ -9,8 +9,8 @@ const MOST_ASKED = 4; // calls of one turn: a reply that was cut at its limit is
 const KEPT = 8_000; // characters of a payload
 
 export const TYPES = (
-    "query.opened query.interrupted query.resumed query.closed node.opened node.closed sandbox.started sandbox.ended " +
-    "cell.started cell.ended cell.replayed call.intent call.result call.refused call.repeated budget.told budget.held " +
+    "query.opened query.narrowed query.interrupted query.resumed query.closed node.opened node.closed sandbox.started " +
+    "sandbox.ended cell.started cell.ended cell.replayed call.intent call.result call.refused call.repeated budget.told budget.held " +
     "limit.hit context.verified"
 ).split(" ");
 

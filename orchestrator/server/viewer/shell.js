@@ -5,7 +5,15 @@ import { button, fill, make } from "./dom.js";
 
 /* Who has logged in, and the way out. */
 export function greet({ tenant }) {
+    forgetWhenLeft();
     fill(document.getElementById("who"), make("span", { class: "tenant", title: "tenant" }, tenant), button("Log out", logOut, { class: "quiet" }));
+}
+
+/* A browser may keep a page as it was, for the way back: by then somebody else may sit there. It comes back empty, and
+asks anew. */
+function forgetWhenLeft() {
+    addEventListener("pagehide", () => (document.documentElement.hidden = true));
+    addEventListener("pageshow", (event) => event.persisted && location.reload());
 }
 
 /* What nobody else has caught is told, in a line. */
