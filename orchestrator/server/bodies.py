@@ -108,6 +108,8 @@ class Bodies:
             raise Problem(400, "bad-host", "the header Host has to name one host")
         if self._hosts and match[1].lower() not in self._hosts:
             raise Problem(421, "other-host", "the service is not called by this name")
+        if any(value.lower() != b"identity" for name, value in headers if name == b"content-encoding"):
+            raise Problem(415, "unsupported-encoding", "send the body without a Content-Encoding")
         if {b"content-length", b"transfer-encoding"} <= {name for name, _value in headers}:
             # A proxy before us may have taken the other one for the body's end (RFC 9112, 6.1).
             raise Problem(

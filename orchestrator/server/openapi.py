@@ -62,13 +62,14 @@ _ANYWHERE = {
     "400": ("NotHttp", "it is no HTTP request, or no JSON"),
     "408": ("TooSlow", "the body came too slowly"),
     "413": ("TooLarge", "the body is too large"),
+    "415": ("OtherMediaType", "the body is of another media type, or encoded"),
     "421": ("OtherHost", "the service is not called by this name"),
     "431": ("HeadersTooLarge", "the headers are too many, or too large"),
     "500": ("Fault", "something went wrong in the service"),
 }
 _NOT_OURS = ("HTTPValidationError", "ValidationError")  # shapes of FastAPI's own
 _CHAT = "InChat"  # the same, in OpenAI's shape
-_WITH_BODY = ("408", "413")
+_WITH_BODY = ("408", "413", "415")
 _HEADERS: dict[str, dict[str, Any]] = {
     "X-Request-Id": {"description": "by which the log has the request", "schema": {"type": "string"}},
     "Retry-After": {"description": "seconds", "schema": {"type": "integer", "minimum": 1}},

@@ -23,10 +23,11 @@ from orchestrator.store.prepared import Prepared
 from orchestrator.store.schema import payloads, queries, records, scopes
 
 _SHOWN = {"open": "running"}  # the database's word -> ours
+_BEFORE_WORK = 100  # records of a query that waits: two for each stop of the service
 _CUT = 200  # characters of a question in a list
 _ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{10}", re.ASCII)
 
-_columns = (queries.c.id, queries.c.tenant, queries.c.status, queries.c.opened_at)
+_columns = (queries.c.id, queries.c.tenant, queries.c.status, queries.c.opened_at, queries.c.policy)
 _find = Prepared(sa.select(*_columns).where(queries.c.id == sa.bindparam("q")))
 _link = sa.select(records.c.record, records.c.hash).where(records.c.query == sa.bindparam("q"))
 _PAYLOADS = ("question", "policy", "answer")  # that a view is made of
@@ -37,12 +38,13 @@ _first, _last = (Prepared(_link.order_by(order).limit(1)) for order in (records.
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """A row of the table of queries."""
+    """A row of the table of queries. policy: SHA-256 of the one that it is under."""
 
     id: str
     tenant: str
     status: str
     opened_at: str
+    policy: str
 
 
 def find(tx: Connection, query: str) -> Listed | None:
@@ -62,7 +64,7 @@ def page(
     if cursor is not None:
         wanted = wanted.where(sa.tuple_(queries.c.opened_at, queries.c.id) < sa.tuple_(*read_cursor("queries", cursor)))
     rows = tx.execute(wanted.order_by(queries.c.opened_at.desc(), queries.c.id.desc()).limit(most + 1)).all()
-    listed = [Listed(row.id, row.tenant, row.status, row.opened_at) for row in rows]
+    listed = [Listed(*row) for row in rows]
     return cut("queries", listed, most, lambda row: (row.opened_at, row.id))
 
 
@@ -83,6 +85,7 @@ def summaries(tx: Connection, books: Books, listed: Sequence[Listed]) -> list[di
         texts = _texts(books, query, kept)
         last = ended[query.id] if _has_ended(query) else None
         made = _shown(query, opened[query.id], last, texts, balances.get(f"query:{query.id}", (0, 0)))
+        made["limit_usd"] = _limits(tx, query, opened[query.id])["body"]["limit_usd"]
         del made["answer"]
         return made | {"question": made["question"] and made["question"][:_CUT]}
 
@@ -100,13 +103,25 @@ def view(tx: Connection, books: Books, query: Listed, live: Account | None = Non
     """The whole of it. live: of one that runs here, which knows how far it is."""
     opened = _record(tx, query.id, first=True)
     ended = _record(tx, query.id, first=False) if _has_ended(query) else None
-    kept = journal.payloads_of(tx, query.id, (0, *((ended["seq"],) if ended else ())))
+    limits = _limits(tx, query, opened)
+    kept = journal.payloads_of(tx, query.id, tuple({0, limits["seq"], *((ended["seq"],) if ended else ())}))
     texts = _texts(books, query, (row for row in kept if row[1] in _PAYLOADS))
     shown = _shown(query, opened, ended, texts, ledger.balance(tx, f"query:{query.id}"))
-    shown["time_limit_s"] = _time_limit(texts.get((0, "policy")))
+    shown["limit_usd"] = limits["body"]["limit_usd"]
+    shown["time_limit_s"] = _time_limit(texts.get((limits["seq"], "policy")))
     if live and shown["iterations"] is None:
         shown |= {"iterations": live.turns, "sub_calls": live.sub_calls}
     return shown
+
+
+def _limits(tx: Connection, query: Listed, opened: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The record that says what it may: its first one, or the last that narrowed it, which all come before its work."""
+    found = opened
+    if query.policy != opened["policy"]:
+        for stored, _digest in journal.links_after(tx, query.id, 0, _BEFORE_WORK):
+            record = json.loads(stored)
+            found = record if record["type"] == "query.narrowed" else found
+    return found
 
 
 def _has_ended(query: Listed) -> bool:
@@ -139,7 +154,7 @@ def _shown(
         "context": {**{name: context[name] for name in ("id", "kind", "bytes")}, "characters": context["chars"]},
         "cost_usd": usd(spent),
         "held_usd": usd(held),
-        "limit_usd": asked["limit_usd"],
+        "limit_usd": None,
         "time_limit_s": None,
         "duration_s": end["duration_ms"] / 1000 if "duration_ms" in end else None,
         "answer": texts.get((ended["seq"], "answer")) if ended else None,

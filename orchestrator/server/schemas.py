@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import anyio.to_thread
+
 from orchestrator.core.errors import CountExceeded, RequestError
 from orchestrator.core.turns import Turns
 from orchestrator.loop.engine import schema_fault
@@ -15,10 +17,15 @@ MOST = 64 << 10  # bytes as JSON
 _checks = Turns(2)  # processes at once, of all tenants; one of one
 
 
+def _size(schema: Mapping[str, Any]) -> int:
+    """As JSON. Of a body of the largest size it takes a moment, for which nobody else is to wait."""
+    return len(json.dumps(schema))
+
+
 async def checked(principal: Principal, place: str, schema: dict[str, Any]) -> Mapping[str, Any]:
     """The schema, when the tenant has had its turn. place: what it is called. Raises RequestError, CountExceeded."""
     try:
-        size = len(json.dumps(schema))
+        size = await anyio.to_thread.run_sync(_size, schema)
     except RecursionError:
         raise RequestError(f"{place} is not a JSON Schema: it is nested too deeply") from None
     if size > MOST:

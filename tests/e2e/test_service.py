@@ -398,6 +398,9 @@ def test_what_waits_is_under_the_policy_of_when_it_begins(airlock: Airlock, rest
         ]
         assert [(end["status"], end["answer"]) for end in ends] == [("refused", None), ("answered", "42")]
         assert re.fullmatch("not-permitted: the policy does not permit model .* for root calls", ends[0]["reason"])
+        assert ends[1]["limit_usd"] == "0.10", "what it may is shown, not what it was asked with"
+        (listed,) = (query for query in client.get("/v1/queries").json()["queries"] if query["id"] == narrower)
+        assert listed["limit_usd"] == "0.10"
         for query, policy in ((refused, forbids), (narrower, narrows)):
             records = airlock.records(query)
             at = next(record["seq"] for record in records if record["type"] == "query.narrowed")

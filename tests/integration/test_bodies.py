@@ -301,6 +301,14 @@ def test_a_fault_of_the_application_is_its_own():
         assert b" 500 " in address.answer_to(request("GET", "/")).split(b"\r\n")[0]
 
 
+@pytest.mark.parametrize("path", ["/v1/queries", "/v1/chat/completions"])
+def test_a_body_that_is_packed_is_not_taken_for_what_is_in_it(address: Address, path: str):
+    status, _headers, body = asked(address, request("POST", path, "Content-Encoding: gzip", "Content-Length: 2"), b"{}")
+    assert (status, kind(body)) == (415, "unsupported-encoding")
+    as_it_is = request("POST", path, "Content-Encoding: identity", "Content-Length: 2")
+    assert asked(address, as_it_is, b"{}")[0] == 200
+
+
 def test_who_speaks_to_another_api_is_told_in_its_words(address: Address):
     status, _headers, body = asked(address, request("POST", "/v1/chat/completions", f"Content-Length: {1 << 30}"))
     assert (status, body["error"]["code"]) == (413, "too_large")

@@ -80,7 +80,7 @@ def test_every_answer_is_described_alike(route: str):
     assert set(operation["tags"]) <= {tag["name"] for tag in TAGS}
     answers = operation["responses"]
     assert {"400", "421", "431", "500"} <= answers.keys()
-    assert "requestBody" not in operation or {"408", "413"} <= answers.keys()
+    assert "requestBody" not in operation or {"408", "413", "415"} <= answers.keys()
     for status, told in answers.items():
         answer = told
         if "$ref" in told:

@@ -28,6 +28,7 @@ from orchestrator.core.turns import Turns
 from orchestrator.replays import replay_in
 from orchestrator.server.access import allowed
 from orchestrator.server.audit_shapes import CHECKPOINT, GROWTH, KEY, PROOF, RecordPage, ReplayView, VerdictsView, text
+from orchestrator.server.inline import in_turn
 from orchestrator.server.problems import Problem, come_again, documented, not_found
 from orchestrator.server.routes.queries import QueryId, The, looked, own
 from orchestrator.server.service import Principal, Service
@@ -46,11 +47,17 @@ router = APIRouter(prefix="/v1/audit", tags=["audit"], route_class=JsonRoute)
 # The command line's words, and those for who has no command line: the service is not the one to ask that.
 _HELD = ("pass one with --checkpoint", "keep one, and have /v1/audit/consistency go on from it")
 _checks = Turns(CHECKS)
+_signing = Turns(4)  # proofs and checkpoints at once, of all tenants: each is a transaction
 _exporting = Counter[str]()  # tenant -> exports that wait, are written or are sent
 _replaying: set[str] = set()  # tenants
 
 Audits = Annotated[Principal, Depends(allowed("audit"))]
 _TAR = {"content": {"application/x-tar": {"schema": {"type": "string", "format": "binary"}}}}
+
+
+def _plain(said: str, example: str, *statuses: int) -> dict[int | str, dict[str, Any]]:
+    """`responses` of a route whose answer is a text that others have a form for."""
+    return {200: {"description": said, **text(example)}, **documented(*statuses)}
 
 
 @router.get("/queries/{query}/records", response_model=RecordPage, responses=documented(403, 404, 422, 429, 503))
@@ -110,10 +117,7 @@ def _faults(first: str, more: int) -> str:
 @router.get(
     "/queries/{query}/proof/{seq}",
     response_class=PlainTextResponse,
-    responses={
-        200: {"description": "a C2SP tlog-proof, with the record", **text(PROOF)},
-        **documented(403, 404, 422, 429, 503),
-    },
+    responses=_plain("a C2SP tlog-proof, with the record", PROOF, 403, 404, 422, 429, 503),
 )
 async def get_proof(
     service: The,
@@ -129,7 +133,7 @@ async def get_proof(
             raise not_found("record")
         return auditing.prove(service.books, query, seq)
 
-    return PlainTextResponse(await anyio.to_thread.run_sync(prove))
+    return PlainTextResponse(await in_turn(_signing, principal.tenant, prove))
 
 
 @router.get(
@@ -237,23 +241,17 @@ async def replay_query(request: Request, service: The, principal: Audits, query:
 @router.get(
     "/checkpoint",
     response_class=PlainTextResponse,
-    responses={
-        200: {"description": "a signed note, as C2SP tlog-checkpoint has it", **text(CHECKPOINT)},
-        **documented(403, 429, 503),
-    },
+    responses=_plain("a signed note, as C2SP tlog-checkpoint has it", CHECKPOINT, 403, 429, 503),
 )
 async def get_checkpoint(service: The, principal: Audits) -> PlainTextResponse:
     """The head of the tenant's log as it is now. Whoever keeps it can tell later whether the log went on from it."""
-    return PlainTextResponse(await anyio.to_thread.run_sync(service.books.sign, principal.tenant))
+    return PlainTextResponse(await in_turn(_signing, principal.tenant, partial(service.books.sign, principal.tenant)))
 
 
 @router.get(
     "/consistency/{old}",
     response_class=PlainTextResponse,
-    responses={
-        200: {"description": "the body that C2SP tlog-witness has for add-checkpoint", **text(GROWTH)},
-        **documented(403, 404, 422, 429, 503),
-    },
+    responses=_plain("the body that C2SP tlog-witness has for add-checkpoint", GROWTH, 403, 404, 422, 429, 503),
 )
 async def get_consistency(
     service: The,
@@ -261,7 +259,8 @@ async def get_consistency(
     old: Annotated[int, Path(ge=1, le=MOST_NUMBER, description="entries of the checkpoint you hold", examples=[1])],
 ) -> PlainTextResponse:
     """That the tenant's log, as it is now, goes on from a checkpoint that you hold."""
-    found = await anyio.to_thread.run_sync(auditing.prove_growth, service.books, principal.tenant, old)
+    prove = partial(auditing.prove_growth, service.books, principal.tenant, old)
+    found = await in_turn(_signing, principal.tenant, prove)
     if found is None:
         raise not_found("checkpoint")
     return PlainTextResponse(found)
@@ -270,10 +269,7 @@ async def get_consistency(
 @router.get(
     "/key",
     response_class=PlainTextResponse,
-    responses={
-        200: {"description": "a verifier's key, as C2SP signed-note has it", **text(KEY)},
-        **documented(403, 429, 503),
-    },
+    responses=_plain("a verifier's key, as C2SP signed-note has it", KEY, 403, 429, 503),
 )
 async def get_key(service: The, principal: Audits) -> PlainTextResponse:
     """Whose signatures checkpoints, proofs and exports have. Hold it against what the operator gave you another way."""

@@ -17,7 +17,7 @@ from orchestrator.server.access import allowed
 from orchestrator.server.context_shapes import ENDS, About, ContextId, ContextPage, ContextView, body, told
 from orchestrator.server.housekeeping import remove_later
 from orchestrator.server.paging import Cursor, Limit, cut, read_cursor
-from orchestrator.server.problems import Problem, documented, not_found
+from orchestrator.server.problems import documented, not_found
 from orchestrator.server.service import Principal, the_service
 from orchestrator.server.structure import JsonRoute
 from orchestrator.server.taking import finish, in_threads, look, take, uploads_of, view_of
@@ -43,8 +43,6 @@ async def put_context(
     request: Request, response: Response, principal: Gives, about: Annotated[About, Query()]
 ) -> ContextView:
     """Keep the body as a context. The same content is the same context, whatever it is called."""
-    if request.headers.get("content-encoding", "identity").lower() != "identity":
-        raise Problem(415, "unsupported-encoding", "send the body without a Content-Encoding")
     length = request.headers.get("content-length")
     whole = uploads_of(the_service(request)).whole(
         principal.tenant, about.kind, about.encoding, about.name, None if length is None else int(length)
