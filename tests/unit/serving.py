@@ -68,10 +68,12 @@ class Small:
 
 
 @contextmanager
-def small(home: Path, *routers: APIRouter, secure: bool = True, **settings: Any) -> Generator[Small]:
-    """routers: added to the service's own."""
+def small(
+    home: Path, *routers: APIRouter, secure: bool = True, database: str | None = None, **settings: Any
+) -> Generator[Small]:
+    """routers: added to the service's own. database: a server's address, in place of a file in `home`."""
     fill(home)
-    db = Database(home)
+    db = Database(home, database)
     try:
         vault = open_vault(db, home, None, journal.key_created)
         notary = Notary(vault.signer(), home / "heads", vault.stamp)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,12 +16,13 @@ from orchestrator.server.service import Principal
 from orchestrator.store import journal
 from orchestrator.store.journal import QUEUED
 from orchestrator.store.vault import Keeper
+from tests.unit.helpers import Store
 from tests.unit.serving import Small, add, small
 
 
 @pytest.fixture
-def service(tmp_path: Path) -> Iterator[Small]:
-    with small(tmp_path) as made:
+def service(store: Store) -> Iterator[Small]:
+    with small(store.home, database=store.url) as made:
         others: Any = made.service.under_way
         others.account = dict[str, Any]().get  # none runs here
         yield made
