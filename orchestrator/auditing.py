@@ -25,6 +25,7 @@ from orchestrator.core.errors import RequestError, StoreError
 from orchestrator.core.events import Event, Recorded, read_record
 from orchestrator.core.merkle import goes_on, includes, leaf_hash
 from orchestrator.core.notes import Checkpoint, Growth, NoteError, Proof, Verifier, open_checkpoint
+from orchestrator.data_folder import database_address, load_config, open_database, open_keys
 from orchestrator.files import Unreadable, Unwritable, draft, read_text
 from orchestrator.loop.past import Past
 from orchestrator.loop.reader import read_past
@@ -33,7 +34,7 @@ from orchestrator.store.anchors import Anchor, Receipt, anchor
 from orchestrator.store.db import Database
 from orchestrator.store.signing import Notary
 from orchestrator.store.vault import Vault
-from orchestrator.wiring import TENANT, database_address, load_config, open_database, open_keys, standing
+from orchestrator.wiring import TENANT, standing
 
 T = TypeVar("T")
 POLL_S = 0.1  # between two looks at a journal that others write

@@ -21,6 +21,7 @@ import click
 
 from orchestrator.core.errors import AirlockError, SandboxUnusable
 from orchestrator.core.policy import Policy
+from orchestrator.data_folder import open_database
 from orchestrator.named_policy import load_policy
 from orchestrator.sandbox.base import Backend, Finding, SandboxSpec
 from orchestrator.sandbox.conformance import PROMISES, Verdict, conform
@@ -28,7 +29,6 @@ from orchestrator.sandbox.conformance.promise import Bench
 from orchestrator.sandbox.registry import NAMES, make_backend
 from orchestrator.sandbox.sandbox import Call, open_sandbox
 from orchestrator.sandbox.slots import Slots
-from orchestrator.wiring import open_database
 
 _ROUND_TRIPS = 50
 _PAUSE_S = 0.03  # between two of them, for the snapshot that the agent takes while a model thinks

@@ -153,9 +153,9 @@ def revoke(tenant: str, key: str) -> None:
 @contextmanager
 def _registry() -> Generator[Registry]:
     """Of this data folder, which is made if need be. Raises RequestError, StoreError."""
+    from orchestrator.data_folder import open_database, open_keys
     from orchestrator.store.registry import Registry
     from orchestrator.store.signing import Notary
-    from orchestrator.wiring import open_database, open_keys
 
     home = settings.home()
     db = open_database(home)

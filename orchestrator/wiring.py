@@ -1,4 +1,4 @@
-"""The composition root: the only file that names concrete classes. What it builds, `AsyncRLM` and the CLI use."""
+"""The composition root: where the parts are chosen and put together. What it builds, `AsyncRLM` and the CLI use."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from orchestrator.core.errors import (
     ContextGone,
     ModelError,
     NotKept,
-    NotPermitted,
     RequestError,
     StoreError,
 )
@@ -31,8 +30,9 @@ from orchestrator.core.policy import MOST_DEPTH, Policy
 from orchestrator.core.tenants import is_tenant
 from orchestrator.core.turns import Turns
 from orchestrator.core.units import nano
+from orchestrator.data_folder import load_config, open_database, open_keys
 from orchestrator.loop.machine import Machine
-from orchestrator.loop.order import Closed, Machinery, Order, under
+from orchestrator.loop.order import Closed, Machinery, Order, require_isolation, under
 from orchestrator.loop.past import Past
 from orchestrator.loop.query import run_query
 from orchestrator.loop.reader import read_past
@@ -42,15 +42,13 @@ from orchestrator.models import NO_MODEL, Models
 from orchestrator.proxy.account import Account
 from orchestrator.proxy.prices import Prices
 from orchestrator.proxy.proxy import Proxy
-from orchestrator.sandbox.base import Backend, Isolation, SandboxSpec
+from orchestrator.sandbox.base import Backend, SandboxSpec
 from orchestrator.sandbox.pool import Pool, machine_memory
 from orchestrator.sandbox.registry import make_backend, pool_size
 from orchestrator.sandbox.slots import Slots
 from orchestrator.store import journal
 from orchestrator.store.contexts import ContextStore
-from orchestrator.store.db import Database
 from orchestrator.store.signing import Notary
-from orchestrator.store.vault import Vault, open_vault
 
 T = TypeVar("T")
 TENANT = "default"
@@ -360,31 +358,6 @@ def _check_cancelled() -> None:
         anyio.from_thread.check_cancelled()
 
 
-def load_config(home: Path) -> settings.Config:
-    try:
-        return settings.load_config(home)
-    except ValueError as error:
-        raise RequestError(str(error)) from None
-
-
-def open_database(home: Path) -> Database:
-    """Ledger and journal, where the configuration says that they are. Raises RequestError, StoreError."""
-    return Database(home, database_address(home))
-
-
-def open_keys(db: Database, home: Path, secrets: Iterable[str] = ()) -> Vault:
-    """The keys of this database; secrets: what no payload may hold. Raises RequestError, StoreError."""
-    given = settings.master_key()
-    return open_vault(db, home, given.get_secret_value() if given else None, journal.key_created, secrets)
-
-
-def database_address(home: Path) -> str | None:
-    try:
-        return settings.database(load_config(home))
-    except ValueError as error:
-        raise RequestError(str(error)) from None
-
-
 def standing(tx: journal.Connection, query: str, tenant: str) -> str:
     """open or interrupted. Raises RequestError when it is closed; of another tenant's, there is nothing to know."""
     status, owner = journal.status_of(tx, query) if query in journal.find_query(tx, query) else ("", "")
@@ -400,11 +373,3 @@ def require_name(tenant: str) -> None:
     if not is_tenant(tenant):
         rule = "1 to 64 letters, digits, `.`, `_` and `-`, the first of them a letter or a digit"
         raise RequestError(f"{tenant[:80]!r} is no name for a tenant: take {rule}")
-
-
-def require_isolation(backend: Backend, policy: Policy) -> None:
-    """Raises NotPermitted where the policy asks for more than the backend gives."""
-    least = policy.sandbox.least_isolation
-    if backend.isolation < Isolation[least]:
-        text = f"the query's policy asks for isolation of at least {least!r}, and backend {backend.name} gives"
-        raise NotPermitted(f"{text} {backend.isolation.name!r}", limit=least, asked=backend.isolation.name)

@@ -12,7 +12,7 @@ from typing import Any
 import anyio.to_thread
 
 from orchestrator.core.context import Context
-from orchestrator.core.errors import AirlockError
+from orchestrator.core.errors import AirlockError, NotPermitted
 from orchestrator.core.events import Event
 from orchestrator.core.policy import Policy
 from orchestrator.core.units import usd
@@ -22,6 +22,7 @@ from orchestrator.loop.past import Past
 from orchestrator.loop.recovery import ROOT
 from orchestrator.loop.shelter import Shelter
 from orchestrator.proxy.account import Account, ModelUsage
+from orchestrator.sandbox.base import Backend, Isolation
 from orchestrator.sandbox.sandbox import CellResult
 from orchestrator.store.db import Database
 from orchestrator.store.journal import QueryKey
@@ -126,6 +127,14 @@ def narrowed_event(order: Order) -> Event:
     policy = order.policy.model_dump(mode="json")
     body = {"limit_usd": usd(order.policy.money.query), "payloads": policy["audit"]["payloads"]}
     return Event("query.narrowed", ROOT, body, {"policy": json.dumps(policy)})
+
+
+def require_isolation(backend: Backend, policy: Policy) -> None:
+    """Raises NotPermitted where the policy asks for more than the backend gives."""
+    least, given = policy.sandbox.least_isolation, backend.isolation
+    if given < Isolation[least]:
+        text = f"the query's policy asks for isolation of at least {least!r}, and backend {backend.name} gives"
+        raise NotPermitted(f"{text} {given.name!r}", limit=least, asked=given.name, rule="sandbox.least_isolation")
 
 
 def opened_event(order: Order, machinery: Machinery) -> Event:

@@ -41,12 +41,12 @@ from orchestrator.loop.order import (
     narrowed_event,
     new_id,
     opened_event,
+    require_isolation,
     shared_purses,
 )
 from orchestrator.loop.past import Past
 from orchestrator.loop.recovery import ROOT, leave, settle_open
 from orchestrator.proxy.account import Account, Answered, Node
-from orchestrator.sandbox.base import Isolation
 from orchestrator.store import journal, ledger
 from orchestrator.store.db import now
 from orchestrator.store.journal import QueryKey
@@ -209,11 +209,7 @@ class _Query:
             text = f"the question has {len(order.question):,} characters; {most:,} are permitted"
             raise CountExceeded(text, limit=str(most), rule="content.question_chars")
         self._admit_one_more(running)
-        backend, least = self._m.nodes.backend, policy.sandbox.least_isolation
-        if backend.isolation < Isolation[least]:  # else the policy was looked at before it was put on record
-            text = f"the policy asks for isolation of at least {least!r}, and backend {backend.name} gives"
-            name = backend.isolation.name
-            raise NotPermitted(f"{text} {name!r}", limit=least, asked=name, rule="sandbox.least_isolation")
+        require_isolation(self._m.nodes.backend, policy)
         if order.code is None and not policy.models.permits("root", order.model):
             raise NotPermitted(f"the policy does not permit model {order.model!r} for root calls", rule="models.root")
         for name in order.sub_models:

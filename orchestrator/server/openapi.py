@@ -20,6 +20,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from orchestrator.server.chat.errors import speaks
+from orchestrator.server.etags import is_known
 from orchestrator.server.problems import MEDIA_TYPE
 
 Moment = Annotated[
@@ -188,8 +189,7 @@ class Rendered:
             if self._forms is None:
                 self._forms = await anyio.to_thread.run_sync(self._render)
         form = self._forms[_takes_gzip(request.headers.get("Accept-Encoding", ""))]
-        known = [tag.strip().removeprefix("W/") for tag in request.headers.get("If-None-Match", "").split(",")]
-        if form.headers["ETag"] in known or known == ["*"]:
+        if is_known(request, form.headers["ETag"]):
             return Response(status_code=304, headers=form.headers)
         return Response(form.content, media_type="application/json", headers=form.headers)
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing, asynccontextmanager
 from typing import Any, BinaryIO
 
 import anyio
@@ -76,6 +76,28 @@ class EventStream(Response):
                 _log.warning("a stream ended early", extra={"error": error.kind})
 
 
+@asynccontextmanager
+async def while_there(receive: Receive, over: anyio.Event | None = None) -> AsyncGenerator[None]:
+    """Its body is cancelled once the client has gone, or `over` is set."""
+    raised: list[Exception] = []
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(cancel_when_gone, receive, tasks.cancel_scope)
+        if over is not None:
+            tasks.start_soon(_cancel_when, over, tasks.cancel_scope)
+        try:
+            yield
+        except Exception as error:  # raised below: the task group would wrap it
+            raised.append(error)
+        tasks.cancel_scope.cancel()
+    if raised:
+        raise raised[0]
+
+
+async def _cancel_when(over: anyio.Event, scope: anyio.CancelScope) -> None:
+    await over.wait()
+    scope.cancel()
+
+
 async def cancel_when_gone(receive: Receive, scope: anyio.CancelScope) -> None:
     """Beside work that is of use only as long as its client waits for it."""
     while (await receive())["type"] != "http.disconnect":
@@ -84,26 +106,35 @@ async def cancel_when_gone(receive: Receive, scope: anyio.CancelScope) -> None:
 
 
 class FileStream(Response):
-    """A file that is nobody else's, from its beginning on; closed when it was sent, or the client does not take it."""
+    """A file that is nobody else's, from its beginning on; closed when it was sent, or the client does not take it.
+
+    over: called then.
+    """
 
     media_type = "application/octet-stream"
 
-    def __init__(self, file: BinaryIO, bytes_: int, media_type: str, headers: Mapping[str, str]) -> None:
+    def __init__(
+        self, file: BinaryIO, bytes_: int, media_type: str, headers: Mapping[str, str], over: Callable[[], None]
+    ) -> None:
         super().__init__(headers={"Cache-Control": "no-store", **headers}, media_type=media_type)
         self.headers["content-length"] = str(bytes_)
-        self._file = file
+        self._file, self._over = file, over
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._file:
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(cancel_when_gone, receive, tasks.cancel_scope)
-                await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-                more = True
-                while more:
-                    piece = await anyio.to_thread.run_sync(self._file.read, _PIECE)
-                    more = bool(piece)
-                    await send({"type": "http.response.body", "body": piece, "more_body": more})
-                tasks.cancel_scope.cancel()
+        try:
+            with self._file:
+                async with while_there(receive):
+                    await self._send(send)
+        finally:
+            self._over()
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        more = True
+        while more:
+            piece = await anyio.to_thread.run_sync(self._file.read, _PIECE)
+            more = bool(piece)
+            await send({"type": "http.response.body", "body": piece, "more_body": more})
 
 
 async def _give(taken: MemoryObjectReceiveStream[bytes], send: Send) -> None:

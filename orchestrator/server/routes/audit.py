@@ -10,21 +10,21 @@ import io
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Annotated, Any, BinaryIO, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import anyio
 import anyio.from_thread
 import anyio.to_thread
 from fastapi import APIRouter, Depends, Path, Query, Request
 from fastapi.responses import PlainTextResponse, Response
-from starlette.types import Receive, Scope, Send
 
 from orchestrator import auditing
 from orchestrator.audit.verdicts import Report
 from orchestrator.core.errors import StoreError
 from orchestrator.core.turns import Turns
+from orchestrator.loop.order import require_isolation
 from orchestrator.replays import replay_in
 from orchestrator.server.access import allowed
 from orchestrator.server.audit_shapes import CHECKPOINT, GROWTH, KEY, PROOF, RecordPage, ReplayView, VerdictsView, text
@@ -32,10 +32,9 @@ from orchestrator.server.inline import in_turn
 from orchestrator.server.problems import Problem, come_again, documented, not_found
 from orchestrator.server.routes.queries import QueryId, The, looked, own
 from orchestrator.server.service import Principal, Service
-from orchestrator.server.streaming import FileStream, cancel_when_gone
+from orchestrator.server.streaming import FileStream, while_there
 from orchestrator.server.structure import JsonRoute
 from orchestrator.store import journal
-from orchestrator.wiring import require_isolation
 
 T = TypeVar("T")
 CHECKS, MOST_WAITING = 2, 8  # verifications and exports at once, of all tenants; that wait, of one
@@ -157,29 +156,13 @@ async def export_query(request: Request, service: The, principal: Audits, query:
         _exported(tenant)
         raise
     named = {"Content-Disposition": f'attachment; filename="airlock-{query}.tar"'}
-    return _Export(file, size, "application/x-tar", named, partial(_exported, tenant))
+    return FileStream(file, size, "application/x-tar", named, partial(_exported, tenant))
 
 
 def _exported(tenant: str) -> None:
     _exporting[tenant] -= 1
     if not _exporting[tenant]:
         del _exporting[tenant]
-
-
-class _Export(FileStream):
-    """over: called once its file is closed, sent or not."""
-
-    def __init__(
-        self, file: BinaryIO, bytes_: int, media_type: str, headers: Mapping[str, str], over: Callable[[], None]
-    ) -> None:
-        super().__init__(file, bytes_, media_type, headers)
-        self._over = over
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._over()
 
 
 class _Draft(io.BufferedRandom):
@@ -302,21 +285,9 @@ async def _checked(request: Request, service: Service, principal: Principal, wor
 async def _while_there(request: Request, service: Service, work: Callable[[], Awaitable[T]]) -> T:
     """What `work` brings; it is cancelled when the client has gone, or the service stops."""
 
-    async def stop(scope: anyio.CancelScope) -> None:
-        await service.feed.over.wait()
-        scope.cancel()
-
-    outcome: list[T | Exception] = []
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(cancel_when_gone, request.receive, tasks.cancel_scope)
-        tasks.start_soon(stop, tasks.cancel_scope)
-        try:
-            outcome.append(await work())
-        except Exception as error:  # raised below: the task group would wrap it
-            outcome.append(error)
-        tasks.cancel_scope.cancel()
-    if not outcome:
+    done: list[T] = []
+    async with while_there(request.receive, service.feed.over):
+        done.append(await work())
+    if not done:
         raise _stopping()
-    if isinstance(outcome[0], Exception):
-        raise outcome[0]
-    return outcome[0]
+    return done[0]

@@ -11,7 +11,6 @@ from decimal import Decimal
 from functools import partial
 from typing import Annotated, Any, Literal
 
-import anyio
 import anyio.to_thread
 from fastapi import APIRouter, Header, Path, Request, Response
 from starlette.responses import JSONResponse
@@ -40,7 +39,7 @@ from orchestrator.server.lasting import while_let_in
 from orchestrator.server.problems import Problem, come_again, problem_of
 from orchestrator.server.routes.queries import Asks, Reads, The, own
 from orchestrator.server.service import Principal, Service
-from orchestrator.server.streaming import EventStream, event
+from orchestrator.server.streaming import EventStream, event, while_there
 from orchestrator.server.structure import JsonRoute
 
 PIECE = 4000  # characters of an answer in one event
@@ -232,22 +231,16 @@ def _stopping(query: str, *, leave: bool = True) -> Problem:
 
 
 async def _whole(answer: _Answer, request: Request, fingerprint: bytes, *, leave: bool) -> dict[str, Any]:
-    failed: AirlockError | Problem | None = None
     ended = False
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(_gone, request.receive, tasks.cancel_scope)
-        try:
-            async with while_let_in(request):
-                while not (ended := await answer.service.under_way.ended(answer.query, LOOK_S)):
-                    if answer.is_left():
-                        break
-        except (AirlockError, Problem) as error:  # not out of the group, which would wrap it
-            failed = error
-        tasks.cancel_scope.cancel()
-    if isinstance(failed, Problem) and not leave:
-        await answer.give_up()
-    if failed:
-        raise failed
+    try:
+        async with while_there(request.receive), while_let_in(request):
+            while not (ended := await answer.service.under_way.ended(answer.query, LOOK_S)):
+                if answer.is_left():
+                    break
+    except Problem:  # it is let in no more
+        if not leave:
+            await answer.give_up()
+        raise
     if not ended:
         if answer.is_left():
             raise _stopping(answer.query, leave=leave)
@@ -265,12 +258,6 @@ async def _whole(answer: _Answer, request: Request, fingerprint: bytes, *, leave
         airlock=_facts(query),
     )
     return made.model_dump()
-
-
-async def _gone(receive: Receive, scope: anyio.CancelScope) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    scope.cancel()
 
 
 # As it comes

@@ -9,11 +9,9 @@ from decimal import Decimal
 from functools import partial
 from typing import Annotated, Any, TypeVar
 
-import anyio
 import anyio.to_thread
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
 
-from orchestrator.core.errors import AirlockError
 from orchestrator.core.events import Recorded
 from orchestrator.core.turns import Turns
 from orchestrator.core.units import NANO
@@ -22,10 +20,10 @@ from orchestrator.server.access import allowed
 from orchestrator.server.desk import Ask, Asked
 from orchestrator.server.lasting import while_let_in
 from orchestrator.server.paging import Cursor, Limit
-from orchestrator.server.problems import Problem, documented
+from orchestrator.server.problems import documented
 from orchestrator.server.query_shapes import RECORDS, Budgets, NewQuery, QueryPage, QueryView, Spend, Status
 from orchestrator.server.service import Principal, Service, of_request
-from orchestrator.server.streaming import EventStream, cancel_when_gone, event
+from orchestrator.server.streaming import EventStream, event, while_there
 from orchestrator.server.structure import JsonRoute
 
 T = TypeVar("T")
@@ -111,7 +109,8 @@ async def ask_query(
     if wait := _WAIT.search(prefer or ""):
         seconds = min(int(wait[1]), MOST_WAIT_S)
         response.headers["Preference-Applied"] = f"wait={seconds}"
-        await _until_ended(request, service, asked.id, seconds)
+        async with while_there(request.receive), while_let_in(request):  # the query goes on without its client
+            await service.under_way.ended(asked.id, seconds)
     shown = await _view(service, principal, asked.id)
     if (wait or asked.replayed) and shown["status"] not in ("queued", "running", "interrupted"):
         response.status_code = 200
@@ -136,21 +135,6 @@ async def _asked(service: Service, principal: Principal, new: NewQuery, key: str
             fingerprint=body,
         ),
     )
-
-
-async def _until_ended(request: Request, service: Service, query: str, seconds: float) -> None:
-    """Wait for the query's end, at most this long, and no longer than its client: the query goes on without it."""
-    failed: AirlockError | Problem | None = None
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(cancel_when_gone, request.receive, tasks.cancel_scope)
-        try:
-            async with while_let_in(request):
-                await service.under_way.ended(query, seconds)
-        except (AirlockError, Problem) as error:  # raised below: the task group would wrap it
-            failed = error
-        tasks.cancel_scope.cancel()
-    if failed:
-        raise failed
 
 
 @router.get("/queries", response_model=QueryPage, responses=documented(403, 422, 429, 503))

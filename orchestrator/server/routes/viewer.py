@@ -21,6 +21,7 @@ from fastapi.responses import RedirectResponse
 from pydantic import BaseModel, Field
 
 from orchestrator.server.access import principal_of, require_own_origin, the_gate, unauthorized
+from orchestrator.server.etags import is_known
 from orchestrator.server.problems import Problem, documented, not_found
 from orchestrator.server.service import Principal, the_service
 from orchestrator.server.sessions import set_cookie
@@ -73,8 +74,7 @@ async def _answer(request: Request, name: str) -> Response:
     if file is None:
         raise not_found()
     headers = _HEADERS | {"ETag": file.tag}
-    known = [tag.strip().removeprefix("W/") for tag in request.headers.get("If-None-Match", "").split(",")]
-    if file.tag in known or known == ["*"]:
+    if is_known(request, file.tag):
         return Response(status_code=304, headers=headers)
     return Response(file.content, media_type=file.media_type, headers=headers)
 
