@@ -224,8 +224,7 @@ def test_a_file_that_nobody_takes_is_no_fault_of_ours(caplog: pytest.LogCaptureF
 
     async def sends(scope: Any, receive: Any, send: Any) -> None:
         file = BytesIO(b"x" * LARGE)
-        await FileStream(file, LARGE, "text/plain", {})(scope, receive, send)
-        ended.append(file.closed)
+        await FileStream(file, LARGE, "text/plain", {}, lambda: ended.append(file.closed))(scope, receive, send)
 
     with run(sends, Impatient) as address, address.connected() as connection:
         connection.sendall(GET)
